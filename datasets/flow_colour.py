@@ -1,0 +1,141 @@
+"""Optical flow as the colour picture that the motion stream reads, and the mirror image of such a picture.
+
+The wheel is the one of Baker et al., "A Database and Evaluation Methodology for Optical Flow" (ICCV 2007): direction is
+hue, speed is saturation, no motion is white. Each frame is normalised by its own largest speed, as
+`torchvision.utils.flow_to_image` does; `flow_to_image` gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+
+# Length of the six arcs of the wheel, and for each the channel that is full, the one that moves and the one that is empty.
+_ARCS = (
+    (15, 0, 1, 2, True),  # red to yellow: green rises
+    (6, 1, 0, 2, False),  # yellow to green: red falls
+    (4, 1, 2, 0, True),  # green to cyan
+    (11, 2, 1, 0, False),  # cyan to blue
+    (13, 2, 0, 1, True),  # blue to magenta
+    (6, 0, 2, 1, False),  # magenta to red
+)
+_COLUMNS = sum(arc[0] for arc in _ARCS)  # 55
+
+
+@functools.lru_cache(maxsize=1)
+def colour_wheel() -> np.ndarray:
+    """The 55 colours of the wheel, (55, 3) float32 RGB in [0, 255], whole numbers. Read-only."""
+    wheel = np.zeros((_COLUMNS, 3), dtype=np.float32)
+    start = 0
+    for length, full, moving, _, rising in _ARCS:
+        ramp = np.floor(255 * np.arange(length, dtype=np.float32) / np.float32(length))
+        wheel[start : start + length, full] = 255
+        wheel[start : start + length, moving] = ramp if rising else 255 - ramp
+        start += length
+    wheel.setflags(write=False)
+    return wheel
+
+
+@functools.lru_cache(maxsize=1)
+def _wheel_tables() -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """For each channel the colour at column k and at column k + 1, both (55,) in [0, 1]."""
+    wheel = torch.from_numpy(colour_wheel().copy()) / 255.0
+    return tuple((wheel[:, c].contiguous(), wheel[:, c].roll(-1).contiguous()) for c in range(3))
+
+
+def flows_to_images(flows: torch.Tensor) -> torch.Tensor:
+    """Colour pictures of a clip's flow, each frame normalised by its own largest speed.
+
+    flows: (T, 2, H, W) float, pixels (x to the right, y down). Returns (T, 3, H, W) uint8 RGB.
+    Raises ValueError on another shape or on values that are not finite.
+    """
+    if flows.ndim != 4 or flows.shape[1] != 2:
+        raise ValueError(f"flow should have shape (T, 2, H, W), got {tuple(flows.shape)}")
+    flows = flows.to(torch.float32)
+    if not bool(torch.isfinite(flows.sum())) and not bool(torch.isfinite(flows).all()):
+        raise ValueError("flow has values that are not finite: it cannot be coloured")
+    # The order of operations is torchvision's, so that rounding is the same to the bit.
+    largest = flows.pow(2).sum(dim=1).sqrt().amax(dim=(1, 2))
+    flows = flows / (largest + torch.finfo(torch.float32).eps)[:, None, None, None]
+    speed = flows.pow(2).sum(dim=1).sqrt()
+    position = (torch.atan2(-flows[:, 1], -flows[:, 0]) / torch.pi + 1) / 2 * (_COLUMNS - 1)
+    lower = position.floor()
+    weight = position - lower
+    column = lower.long()
+    images = torch.empty((len(flows), 3, *flows.shape[2:]), dtype=torch.uint8)
+    for channel, (here, following) in enumerate(_wheel_tables()):
+        colour = (1 - weight) * here[column] + weight * following[column]
+        images[:, channel] = (255 * (1 - speed * (1 - colour))).floor_()
+    return images
+
+
+def flow_to_image(flow: np.ndarray) -> np.ndarray:
+    """Colour picture of one flow field.
+
+    flow: (H, W, 2) float, pixels (x to the right, y down). Returns (H, W, 3) uint8 RGB, the bytes that
+    `torchvision.utils.flow_to_image` gives. Raises ValueError on another shape or on values that are not finite.
+    """
+    flow = np.asarray(flow)
+    if flow.ndim != 3 or flow.shape[2] != 2:
+        raise ValueError(f"flow should have shape (H, W, 2), got {flow.shape}")
+    channels_first = torch.from_numpy(np.ascontiguousarray(flow.transpose(2, 0, 1), dtype=np.float32))
+    return flows_to_images(channels_first[None])[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def image_to_flow(image: np.ndarray) -> np.ndarray:
+    """Flow that a colour picture shows, in units of the frame's largest speed (which the picture does not hold).
+
+    image: (..., 3) uint8 RGB. Returns (..., 2) float32 with speeds in [0, 1]. Colours off the wheel (JPEG, resizing)
+    are read by their hue and by the spread between their largest and smallest channel.
+    """
+    position, spread, _ = _decode(np.asarray(image, dtype=np.float32))
+    angle = (position / (_COLUMNS - 1) * 2 - 1) * math.pi
+    return np.stack([-np.cos(angle), -np.sin(angle)], axis=-1).astype(np.float32) * (spread / 255)[..., None]
+
+
+def _decode(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Position on the wheel in [0, 54], spread (max - min) and max of float RGB in [0, 255]; white is at position 0."""
+    largest, smallest = image.max(axis=-1), image.min(axis=-1)
+    spread = largest - smallest
+    ratio = (image - smallest[..., None]) / np.maximum(spread, 1e-6)[..., None]
+    position = np.zeros_like(spread)
+    start = 0
+    for length, full, moving, empty, rising in _ARCS:
+        here = (image[..., full] >= image[..., moving]) & (image[..., moving] >= image[..., empty]) & (spread > 0)
+        part = ratio[..., moving] if rising else 1 - ratio[..., moving]
+        position = np.where(here, start + length * part, position)
+        start += length
+    return np.minimum(position, _COLUMNS - 1), spread, largest
+
+
+@functools.lru_cache(maxsize=1)
+def _mirror_table() -> np.ndarray:
+    """Colour of the mirrored motion for every colour at 7 bits a channel, (2**21, 3) uint8; built once, 6 MB."""
+    levels = np.arange(128, dtype=np.float32) * 2 + 1  # so that white stays exactly white
+    # 128^3 colours, red slowest
+    image = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    position, spread, largest = _decode(image)
+    half = (_COLUMNS - 1) / 2
+    # u -> -u turns the angle a of the wheel into pi - a: 27 - k for the left half of the wheel, 81 - k for the right
+    mirrored = np.where(position < half, half - position, 3 * half - position)
+    wheel = np.concatenate([colour_wheel(), colour_wheel()[:1]])
+    lower = np.minimum(mirrored.astype(np.int64), _COLUMNS - 1)
+    weight = (mirrored - lower)[:, None]
+    colour = (1 - weight) * wheel[lower] + weight * wheel[lower + 1]
+    table = largest[:, None] - spread[:, None] * (1 - colour / 255)
+    return np.ascontiguousarray(np.clip(np.rint(table), 0, 255).astype(np.uint8))
+
+
+def mirror_colours(images: torch.Tensor) -> torch.Tensor:
+    """Flow pictures with every motion mirrored left to right (u -> -u), the pixels left where they are.
+
+    images: (T, 3, H, W) uint8 RGB; returns the same. A table of all colours at 7 bits a channel does it, so the result
+    is within about one grey level of colouring the mirrored flow. Flip the pixels as well to mirror a scene.
+    """
+    red, green, blue = ((images[:, c] >> 1).to(torch.int32) for c in range(3))
+    index = (red << 14) | (green << 7) | blue
+    mirrored = torch.from_numpy(_mirror_table().take(index.numpy(), axis=0))  # (T, H, W, 3)
+    return mirrored.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,48 @@
+"""Still images with an object mask, as salient-object data sets publish them: material for synthetic clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DataError
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+
+
+@dataclass(frozen=True)
+class StillImage:
+    """An image and the file of its object mask (object brighter than 128, same size)."""
+
+    name: str
+    image: Path
+    mask: Path
+
+
+def read_stills(data_dir: str | Path, name: str = "DUTS-TR") -> list[StillImage]:
+    """Pairs of a still-image set in its native layout: `<name>/<name>-Image/*.jpg`, `<name>/<name>-Mask/*.png`.
+
+    data_dir: a folder that holds `<name>`, or (as the official archive also unpacks) `DUTS/<name>`, or that is the set
+    itself. Pairs by file stem, sorted. Nothing is decoded. Raises DataError where the folders are not found, where an
+    image has no mask, or where there is no pair at all.
+    """
+    root = Path(data_dir)
+    candidates = [root / name, root / "DUTS" / name, root]
+    folder = next((c for c in candidates if (c / f"{name}-Image").is_dir()), None)
+    if folder is None:
+        looked = ", ".join(str(c / f"{name}-Image") for c in candidates)
+        raise DataError(f"{name}: no image folder; looked for {looked}. Give the folder that holds {name}/.")
+    image_dir, mask_dir = folder / f"{name}-Image", folder / f"{name}-Mask"
+    if not mask_dir.is_dir():
+        raise DataError(f"{name}: {mask_dir} is missing; the masks of {image_dir} are expected there")
+    masks = {p.stem: p for p in mask_dir.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES and p.name[0] != "."}
+    images = sorted(p for p in image_dir.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES and p.name[0] != ".")
+    without = [p for p in images if p.stem not in masks]
+    if without:
+        raise DataError(
+            f"{name}: {len(without)} of {len(images)} images have no mask of the same stem in {mask_dir}; "
+            f"the first is {without[0]}"
+        )
+    if not images:
+        raise DataError(f"{name}: no images in {image_dir}")
+    return [StillImage(p.stem, p, masks[p.stem]) for p in images]
