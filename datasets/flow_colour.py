@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-# Length of the six arcs of the wheel, and for each the channel that is full, the one that moves and the one that is empty.
+# The six arcs of the wheel: length; the channel that is full, the one that moves, the one that is empty; does it rise?
 _ARCS = (
     (15, 0, 1, 2, True),  # red to yellow: green rises
     (6, 1, 0, 2, False),  # yellow to green: red falls
@@ -64,10 +64,11 @@ def flows_to_images(flows: torch.Tensor) -> torch.Tensor:
     position = (torch.atan2(-flows[:, 1], -flows[:, 0]) / torch.pi + 1) / 2 * (_COLUMNS - 1)
     lower = position.floor()
     weight = position - lower
-    column = lower.long()
+    column = lower.to(torch.int32).view(-1)  # index_select is several times faster than indexing here
     images = torch.empty((len(flows), 3, *flows.shape[2:]), dtype=torch.uint8)
     for channel, (here, following) in enumerate(_wheel_tables()):
-        colour = (1 - weight) * here[column] + weight * following[column]
+        here, following = (table.index_select(0, column).view_as(weight) for table in (here, following))
+        colour = (1 - weight) * here + weight * following
         images[:, channel] = (255 * (1 - speed * (1 - colour))).floor_()
     return images
 
