@@ -1,0 +1,18 @@
+"""DBSNet's network and its inference."""
+
+from models.dbsnet import DBSNet, build_dbsnet
+from models.errors import CheckpointError
+from models.mobilevit import MobileViT
+from models.pretrained import build_backbone, load_pretrained
+from models.weights import load_dbsnet, save_weights
+
+__all__ = [
+    "CheckpointError",
+    "DBSNet",
+    "MobileViT",
+    "build_backbone",
+    "build_dbsnet",
+    "load_dbsnet",
+    "load_pretrained",
+    "save_weights",
+]

@@ -1,0 +1,111 @@
+"""Co-operative direction-aware graph attention (Co-DGA): fuses appearance and motion, frame by frame.
+
+The abstract: "co-operative direction-aware graph attention" that gives "attentional weights to neighboring points along the
+coordinate axis"; no formula is public. Our reading: every position of every stream is a node, joined to the nodes of its row
+and of its column, within its stream and in the other one. Edge weights are direction-aware (rows and columns have their own
+queries, keys and distance biases, and left differs from right, up from down), normalised jointly over row and column of one
+source, so that the node itself counts once (criss-cross attention, arXiv:1811.11721). A gate decides how much of both messages
+a node takes; the read-out fuses the streams under coordinate attention (arXiv:2103.02907) in its residual form. Two rounds
+reach every position.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.mobilevit import ConvNormAct
+
+
+class CoordinateGate(nn.Module):
+    """Coordinate attention as a residual gate: ``x * (1 + a_row * a_column)``, each in (0, 1), from axis-wise means.
+
+    Without the original's batch norm, whose statistics would mix row and column descriptors and change with the aspect ratio.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        middle = max(8, channels // 32)
+        self.squeeze = nn.Sequential(nn.Conv1d(channels, middle, 1), nn.SiLU())
+        self.row = nn.Conv1d(middle, channels, 1)
+        self.column = nn.Conv1d(middle, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        rows = self.row(self.squeeze(x.mean(3))).sigmoid().unsqueeze(3)  # (B, C, H) -> (B, C, H, 1)
+        columns = self.column(self.squeeze(x.mean(2))).sigmoid().unsqueeze(2)  # (B, C, W) -> (B, C, 1, W)
+        return x * (1 + rows * columns)
+
+
+class CoDGA(nn.Module):
+    """Graph attention along rows and columns, within and across the streams, then one fused map.
+
+    Args:
+        channels: feature width of each stream; the fused map has the same.
+        streams: 2 (appearance and motion); 1 in ablations.
+        rounds: message-passing rounds with shared weights; 0 leaves only the read-out.
+        heads: attention heads.
+
+    Input (B, S*C, H, W), output (B, C, H, W). The messages' scale starts at 0, so that `messages` is the identity then.
+    """
+
+    def __init__(self, channels: int, *, streams: int = 2, rounds: int = 2, heads: int = 2) -> None:
+        super().__init__()
+        self.channels, self.streams, self.rounds, self.heads = channels, streams, rounds, heads
+        if rounds:
+            if channels % heads:
+                raise ValueError(f"the feature width must be a multiple of the number of heads, got {channels} and {heads}")
+            self.key_dim = max(16, channels // 4) // heads
+            keys = heads * self.key_dim
+            # Per stream: queries and keys for each direction, (query, key) x (row, column) x heads x key_dim channels.
+            self.edges = nn.Conv2d(streams * channels, streams * 4 * keys, 1, groups=streams)
+            self.values = nn.Conv2d(streams * channels, streams * channels, 1, groups=streams)
+            # Per cell of distance, for (own or other stream, row or column, towards smaller or larger index, head).
+            self.distance = nn.Parameter(torch.zeros(2, 2, 2, heads))
+            self.gate = nn.Conv2d(streams * (1 + streams) * channels, streams * channels, 1, groups=streams)
+            self.mix = nn.Conv2d(streams * streams * channels, streams * channels, 1, groups=streams)
+            self.scale = nn.Parameter(torch.zeros(streams * channels, 1, 1))
+        self.readout = nn.Sequential(ConvNormAct(streams * channels, channels, 3), CoordinateGate(channels))
+
+    def _bias(self, length: int, direction: int) -> Tensor:
+        """Distance bias (S target, S source, heads, length, length) of one direction, [.., p, q] for the edge p <- q."""
+        index = torch.arange(length, device=self.distance.device, dtype=self.distance.dtype)
+        offset = (index[None, :] - index[:, None]) / 16  # q - p; a sixteenth, so that a step of the optimiser is a gentle slope
+        parts = torch.stack([(-offset).clamp(min=0), offset.clamp(min=0)])  # (2, length, length)
+        slopes = torch.einsum("osh,spq->ohpq", self.distance[:, direction], parts)  # (own or other, heads, length, length)
+        other = ~torch.eye(self.streams, dtype=torch.bool, device=slopes.device)
+        return slopes[other.long()]
+
+    def messages(self, x: Tensor) -> Tensor:
+        """One round: (B, S*C, H, W) -> (B, S*C, H, W)."""
+        b, _, height, width = x.shape
+        s, n, d = self.streams, self.heads, self.key_dim
+        edges = self.edges(x).view(b, s, 2, 2, n, d, height, width)
+        values = self.values(x).view(b, s, n, self.channels // n, height, width)
+        (q_row, q_column), (k_row, k_column) = ((edges[:, :, kind, 0], edges[:, :, kind, 1]) for kind in (0, 1))
+
+        # Below, m is the target's stream, s the source's, n the head; y, x a position, z the position along the axis.
+        row = torch.einsum("bmndyx,bsndyz->bmsnyxz", q_row * d**-0.5, k_row)  # (B, S, S, heads, H, W, W)
+        column = torch.einsum("bmndyx,bsndzx->bmsnyxz", q_column * d**-0.5, k_column)  # (B, S, S, heads, H, W, H)
+        row = row + self._bias(width, 0)[:, :, :, None].to(row.dtype)  # (S, S, heads, 1, W, W)
+        column = column + self._bias(height, 1)[:, :, :, :, None].to(row.dtype)  # (S, S, heads, H, 1, H)
+        # The node itself is in its row already: leave it out of its column. The row always remains, so no softmax is empty.
+        itself = torch.eye(height, dtype=torch.bool, device=x.device)[:, None]  # (H, 1, H)
+        column = column.masked_fill(itself, float("-inf"))
+        weights = torch.cat([row, column], -1).softmax(-1)
+        row, column = weights[..., :width], weights[..., width:]
+        message = torch.einsum("bmsnyxz,bsncyz->bmsncyx", row, values) + torch.einsum(
+            "bmsnyxz,bsnczx->bmsncyx", column, values
+        )  # (B, S target, S source, heads, C/heads, H, W)
+
+        # For each target its own message first, then the other stream's: both targets' weights see the same order.
+        order = [(target + shift) % s for target in range(s) for shift in range(s)]
+        message = message.flatten(3, 4).flatten(1, 2)  # (B, S*S, C, H, W)
+        message = message[:, [i // s * s + source for i, source in enumerate(order)]].view(b, s, s, self.channels, height, width)
+        nodes = x.view(b, s, 1, self.channels, height, width)
+        gate = self.gate(torch.cat([nodes, message], 2).flatten(1, 3)).sigmoid()  # (B, S*(1+S)*C, H, W) -> (B, S*C, H, W)
+        return x + self.scale * gate * self.mix(message.flatten(1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.rounds):
+            x = self.messages(x)
+        return self.readout(x)

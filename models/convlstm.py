@@ -1,0 +1,118 @@
+"""Dense bidirectional ConvLSTM: spatio-temporal feature propagation over all frames.
+
+The abstract names "dense bidirectional ConvLSTM"; the README thanks DenseNet (arXiv:1608.06993) and ConvLSTM
+(arXiv:1506.04214) and no code is public. Our reading: stacked bidirectional ConvLSTM layers with DenseNet's concatenation and
+growing dilation (1, 2, 4, after PDB-ConvLSTM, ECCV 2018), one block per backbone level and stream.
+
+Cost. The input projection of all frames is one convolution; only the hidden-to-hidden convolution is sequential, and both
+directions and all streams run in one grouped convolution per time step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+State = tuple[Tensor, Tensor]  # hidden and cell state, each (B, S*2*h, H, W): streams, then directions, then channels
+
+
+class BiConvLSTM(nn.Module):
+    """One bidirectional ConvLSTM layer for S streams that share a size but no weights.
+
+    Gates in the order i, f, g, o, each from a convolution of the input plus one of the hidden state, without peepholes; the
+    forget gate's bias starts at 1; the state starts at zero and is made for whatever size arrives.
+
+    Args:
+        channels: input channels per stream.
+        hidden: hidden channels per stream and direction.
+        streams: how many streams (appearance and motion: 2).
+        dilation: of both convolutions.
+    """
+
+    def __init__(self, channels: int, hidden: int, *, streams: int = 2, dilation: int = 1) -> None:
+        super().__init__()
+        self.hidden, self.streams = hidden, streams
+        gates = streams * 2 * 4 * hidden  # (stream, direction, gate, channel), the order of every map below
+        self.input_conv = nn.Conv2d(streams * channels, gates, 3, padding=dilation, dilation=dilation, groups=streams)
+        self.recurrent_conv = nn.Conv2d(streams * 2 * hidden, gates, 3, padding=dilation, dilation=dilation,
+                                        groups=streams * 2, bias=False)  # fmt: skip
+        with torch.no_grad():
+            self.input_conv.bias.zero_()
+            self.input_conv.bias.view(streams, 2, 4, hidden)[:, :, 1] = 1.0
+
+    def project(self, x: Tensor) -> Tensor:
+        """The gates' input part for all frames at once: (B, T, S*C, H, W) -> (B, T, S, 2, 4*h, H, W)."""
+        b, t = x.shape[:2]
+        z = self.input_conv(x.flatten(0, 1))  # (B*T, S*C, H, W) -> (B*T, S*2*4*h, H, W)
+        return z.view(b, t, self.streams, 2, 4 * self.hidden, *z.shape[-2:])
+
+    def scan(self, z: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Run both chains at once over projected gates (B, T, S, 2, 4*h, H, W) whose direction 1 is already reversed in time.
+
+        Returns the hidden states in the order they were made, (B, T, S, 2, h, H, W), and the last state.
+        """
+        b, t, s, _, _, height, width = z.shape
+        h, c = state if state is not None else (None, None)
+        # (B, T, S, 2, 4*h, H, W) -> T of (B, S*2, 4, h, H, W)
+        steps = z.view(b, t, s * 2, 4, self.hidden, height, width).unbind(1)
+        outputs = []
+        for gates in steps:
+            if h is not None:
+                gates = gates + self.recurrent_conv(h).view(b, s * 2, 4, self.hidden, height, width)
+            i, f, g, o = gates.unbind(2)  # each (B, S*2, h, H, W)
+            new = torch.sigmoid(i) * torch.tanh(g)
+            c = new if c is None else torch.sigmoid(f) * c.view_as(new) + new
+            output = torch.sigmoid(o) * torch.tanh(c)
+            outputs.append(output)
+            h = output.flatten(1, 2)  # (B, S*2, h, H, W) -> (B, S*2*h, H, W)
+        return torch.stack(outputs, 1).view(b, t, s, 2, self.hidden, height, width), (h, c.flatten(1, 2))
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """(B, T, S*C, H, W) -> hidden states in frame order (B, T, S, 2*h, H, W), forward then backward, and the last state.
+
+        With a carried `state`, a clip cut in two gives the same forward states as the whole (the backward chain of the first
+        piece has, of course, not seen the second: `models.predictor` feeds mirrored pieces for that).
+        """
+        z = self.project(x)
+        z = torch.cat([z[:, :, :, :1], z[:, :, :, 1:].flip(1)], 3)  # direction 1 reads the frames from the last to the first
+        y, state = self.scan(z, state)
+        y = torch.cat([y[:, :, :, :1], y[:, :, :, 1:].flip(1)], 3)
+        return y.flatten(3, 4), state  # (B, T, S, 2, h, H, W) -> (B, T, S, 2*h, H, W)
+
+
+class DenseBiConvLSTM(nn.Module):
+    """Stacked bidirectional ConvLSTMs, densely connected: layer l reads ``[F, H_1 … H_{l-1}]``; F + proj([F, H_1 … H_L]) comes out.
+
+    Args:
+        channels: feature width d of each stream.
+        hidden: hidden channels per direction (DenseNet's growth is twice that).
+        dilations: one layer for each.
+        streams: how many streams run side by side, each with its own weights.
+
+    Input and output: (B, T, S*d, H, W), any T >= 1, any size. No dilations: the identity.
+    """
+
+    def __init__(self, channels: int, hidden: int, *, dilations: tuple[int, ...] = (1, 2, 4), streams: int = 2) -> None:
+        super().__init__()
+        self.channels, self.streams = channels, streams
+        self.layers = nn.ModuleList(
+            BiConvLSTM(channels + 2 * hidden * index, hidden, streams=streams, dilation=dilation)
+            for index, dilation in enumerate(dilations)
+        )
+        total = channels + 2 * hidden * len(dilations)
+        self.proj = nn.Conv2d(streams * total, streams * channels, 1, groups=streams) if dilations else None
+
+    def merge(self, features: Tensor, dense: Tensor) -> Tensor:
+        """F + proj([F, H_1 … H_L]): (N, S*d, H, W) and (N, S*(d+2hL), H, W) -> (N, S*d, H, W)."""
+        return features + self.proj(dense)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.layers:
+            return x
+        b, t, _, h, w = x.shape
+        dense = x.view(b, t, self.streams, self.channels, h, w)
+        for layer in self.layers:
+            states, _ = layer(dense.flatten(2, 3))  # (B, T, S, C_l, H, W) -> (B, T, S*C_l, H, W)
+            dense = torch.cat([dense, states], 3)
+        # (B, T, S, C, H, W) -> (B*T, S*C, H, W) -> (B, T, S*d, H, W)
+        return self.merge(x.flatten(0, 1), dense.flatten(2, 3).flatten(0, 1)).view_as(x)

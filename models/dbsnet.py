@@ -1,0 +1,156 @@
+"""DBSNet: the whole network, assembled.
+
+"Bidirectionally Learning Dense Spatio-temporal Feature Propagation Network for Unsupervised Video Object Segmentation",
+ACM Multimedia 2022. The order of the parts is the abstract's: dense bidirectional ConvLSTM, spatio-temporal Transformer,
+Co-DGA, mask. What the public record leaves open is marked "our reading" in each part's file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.co_dga import CoDGA
+from models.convlstm import DenseBiConvLSTM
+from models.decoder import Decoder
+from models.mobilevit import ConvNormAct, MobileViT
+from models.pretrained import load_pretrained
+from models.refinement import SpatioTemporalTransformer
+
+STREAMS = ("appearance", "motion")
+
+
+class DBSNet(nn.Module):
+    """Two MobileViT streams, propagated over all frames, refined, fused and decoded to one mask per frame.
+
+    Args:
+        variant: size of both backbones, ``s``, ``xs`` or ``xxs``.
+        flavour: of both backbones, ``reference`` or ``wilile``.
+        width: feature width d after the lateral convolutions.
+        hidden: hidden channels of a ConvLSTM, per direction.
+        dilations: one ConvLSTM layer for each; empty: no propagation.
+        depth: layers of each spatio-temporal Transformer; 0: no refinement.
+        window: frames that a Transformer sees at once.
+        rounds: message-passing rounds of Co-DGA; 0: only its read-out.
+        streams: ``("appearance", "motion")``, or one of them in ablations.
+        dropout: of the backbones, in training.
+
+    Call: ``net(frames, flows)``, each (B, T, 3, H, W), RGB in [0, 1], gives logits (B, T, 1, H, W); any T >= 1 and any size
+    (padded to a multiple of 32, or 64 for ``wilile``, and cropped back).
+    """
+
+    levels = (8, 16, 32)  # strides that are propagated and fused
+
+    def __init__(self, *, variant: str = "s", flavour: str = "reference", width: int = 64, hidden: int = 16,
+                 dilations: tuple[int, ...] = (1, 2, 4), depth: int = 2, window: int = 8, rounds: int = 2,
+                 streams: tuple[str, ...] = STREAMS, dropout: float = 0.0) -> None:  # fmt: skip
+        super().__init__()
+        dilations, streams = tuple(dilations), tuple(streams)
+        if not streams or any(stream not in STREAMS for stream in streams) or len(set(streams)) != len(streams):
+            raise ValueError(f"streams must be one or both of {STREAMS}, got {streams}")
+        self.config: dict[str, Any] = {
+            "variant": variant, "flavour": flavour, "width": width, "hidden": hidden, "dilations": list(dilations),
+            "depth": depth, "window": window, "rounds": rounds, "streams": list(streams), "dropout": dropout,
+        }  # fmt: skip
+        self.streams, self.width, self.window = streams, width, window
+        count = len(streams)
+        self.encoders = nn.ModuleDict({stream: MobileViT(variant, flavour, dropout=dropout) for stream in streams})
+        encoder = self.encoders[streams[0]]
+        self.multiple = encoder.multiple
+        self.laterals = nn.ModuleDict(
+            {stream: nn.ModuleList(ConvNormAct(channels, width) for channels in encoder.channels[1:]) for stream in streams}
+        )
+        self.skip = ConvNormAct(count * encoder.channels[0], width)
+        self.propagation = nn.ModuleList(
+            DenseBiConvLSTM(width, hidden, dilations=dilations, streams=count) for _ in self.levels
+        )
+        self.refinement = nn.ModuleDict(
+            {
+                stream: nn.ModuleList(SpatioTemporalTransformer(width, depth=depth, window=window) for _ in self.levels[1:])
+                for stream in streams
+            }
+        )
+        self.fusion = nn.ModuleList(CoDGA(width, streams=count, rounds=rounds) for _ in self.levels)
+        self.decoder = Decoder(width)
+
+    # The four stages below are the network; `forward` chains them on a clip, `models.predictor` on a whole video.
+
+    def encode(self, frames: Tensor, flows: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Frames and flow images (N, 3, H, W), padded -> laterals (N, S*d, h, w) at strides 8, 16, 32 and the skip (N, d, H/4, W/4)."""
+        laterals, skips = [], []
+        for stream in self.streams:
+            maps = self.encoders[stream](frames if stream == "appearance" else flows)
+            skips.append(maps[0])
+            laterals.append([lateral(x) for lateral, x in zip(self.laterals[stream], maps[1:])])
+        return [torch.cat(level, 1) for level in zip(*laterals)], self.skip(torch.cat(skips, 1))
+
+    def refine(self, level: int, x: Tensor) -> Tensor:
+        """Spatio-temporal Transformer of one level (0, 1, 2 for strides 8, 16, 32) on (B, T, S*d, h, w); level 0 has none."""
+        if level == 0:
+            return x
+        parts = x.split(self.width, 2)
+        return torch.cat([self.refinement[stream][level - 1](part) for stream, part in zip(self.streams, parts)], 2)
+
+    def decode(self, levels: list[Tensor], skip: Tensor, *, return_aux: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Co-DGA per level and the decoder: maps (N, S*d, h, w) and the skip -> logits (N, 1, H/4, W/4), auxiliary logits."""
+        return self.decoder([fuse(x) for fuse, x in zip(self.fusion, levels)], skip, return_aux=return_aux)
+
+    def forward(self, frames: Tensor, flows: Tensor, return_aux: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Logits (B, T, 1, H, W); with `return_aux` also the list of logits at strides 8, 16, 32, each (B, T, 1, h, w)."""
+        if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape != flows.shape or not frames.shape[1]:
+            raise ValueError(
+                f"expected frames and flows of one shape (B, T, 3, H, W) with T >= 1, got {tuple(frames.shape)} and {tuple(flows.shape)}"
+            )
+        b, t, _, height, width = frames.shape
+        x, size = pad_to_multiple(frames.flatten(0, 1), self.multiple), (height, width)  # (B, T, …) -> (B*T, …)
+        levels, skip = self.encode(x, pad_to_multiple(flows.flatten(0, 1), self.multiple))
+        for index, level in enumerate(levels):
+            y = level.unflatten(0, (b, t))  # (B*T, S*d, h, w) -> (B, T, S*d, h, w)
+            y = self.refine(index, self.propagation[index](y))
+            levels[index] = y.flatten(0, 1)
+        logits, aux = self.decode(levels, skip, return_aux=return_aux)
+        logits = upsample_logits(logits, x.shape[-2:], size).unflatten(0, (b, t))  # (B*T, 1, H, W) -> (B, T, 1, H, W)
+        return (logits, [y.unflatten(0, (b, t)) for y in aux]) if return_aux else logits
+
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of both backbones."""
+        return self.encoders.parameters()
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """All other parameters."""
+        return (parameter for name, parameter in self.named_parameters() if not name.startswith("encoders."))
+
+    def load_backbones(self, path: str | Path) -> None:
+        """Fill both backbones from one public MobileViT checkpoint, strictly; raises CheckpointError."""
+        for stream in self.streams:
+            load_pretrained(self.encoders[stream], path)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Replicate the border of (N, C, H, W) to the next multiple, on the right and at the bottom."""
+    h, w = x.shape[-2:]
+    pad = (0, -w % multiple, 0, -h % multiple)
+    return F.pad(x, pad, mode="replicate") if any(pad) else x
+
+
+def upsample_logits(logits: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Logits at stride 4 of a padded input, bilinear to its size and cropped to the unpadded one."""
+    logits = F.interpolate(logits, size=tuple(padded), mode="bilinear", align_corners=False)
+    return logits[..., : size[0], : size[1]]
+
+
+# What a variant changes beside its backbones: (width, hidden). The budgets of both are kept by tests/test_budget.py.
+_WIDTHS = {"s": (64, 16), "xs": (64, 16), "xxs": (48, 8)}
+
+
+def build_dbsnet(variant: str = "s", flavour: str = "reference", **options: Any) -> DBSNet:
+    """Build a network by variant; any argument of `DBSNet` overrides. ``build_dbsnet(**net.config)`` rebuilds a network."""
+    if variant not in _WIDTHS:
+        raise ValueError(f"unknown variant {variant!r}: expected one of {', '.join(_WIDTHS)}")
+    width, hidden = _WIDTHS[variant]
+    return DBSNet(variant=variant, flavour=flavour, **{"width": width, "hidden": hidden, **options})

@@ -1,0 +1,49 @@
+"""Training loss: binary cross-entropy + soft IoU, of the logits and of the auxiliary ones.
+
+The paper does not state its loss; this is the one of the same authors' later public code, with an epsilon in the soft IoU
+(theirs is 0/0 for an empty mask under an empty prediction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _bce_and_iou(logits: Tensor, masks: Tensor, valid: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Means over the valid frames; logits and masks (B, T, 1, H, W), valid (B, T) float."""
+    count = valid.sum().clamp(min=1)
+    bce = F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((2, 3, 4))  # (B, T)
+    probability = logits.sigmoid()
+    intersection = (probability * masks).sum((2, 3, 4))
+    union = (probability + masks - probability * masks).sum((2, 3, 4))
+    iou = 1 - (intersection + epsilon) / (union + epsilon)  # (B, T)
+    return (bce * valid).sum() / count, (iou * valid).sum() / count
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None, aux: Sequence[Tensor] = (), *,
+                      aux_weight: float = 0.4, epsilon: float = 1.0) -> dict[str, Tensor]:  # fmt: skip
+    """BCE + soft IoU, plus `aux_weight` times the mean of the same on the auxiliary logits.
+
+    Args:
+        logits: (B, T, 1, H, W).
+        masks: (B, T, 1, H, W), 0 or 1, any dtype.
+        valid: (B, T); frames without a label carry no loss. A batch without any label has loss 0. None: all are valid.
+        aux: logits (B, T, 1, h, w) at coarser strides; the masks are averaged down to them.
+        epsilon: pixels added to intersection and union.
+
+    Returns scalars ``total``, ``bce``, ``iou`` and ``aux``.
+    """
+    if logits.shape != masks.shape:
+        raise ValueError(f"logits and masks must have one shape, got {tuple(logits.shape)} and {tuple(masks.shape)}")
+    logits, masks = logits.float(), masks.float()  # half precision would lose the sums
+    valid = torch.ones(logits.shape[:2], device=logits.device) if valid is None else valid.to(logits.dtype)
+    bce, iou = _bce_and_iou(logits, masks, valid, epsilon)
+    auxiliary = logits.new_zeros(())
+    for coarse in aux:
+        small = F.adaptive_avg_pool2d(masks.flatten(0, 1), coarse.shape[-2:]).view(coarse.shape)  # (B*T, …) -> (B, T, …)
+        auxiliary = auxiliary + sum(_bce_and_iou(coarse.float(), small, valid, epsilon)) / len(aux)
+    return {"total": bce + iou + aux_weight * auxiliary, "bce": bce, "iou": iou, "aux": auxiliary}

@@ -1,0 +1,154 @@
+"""Weights files of this network: read, check against a network, write.
+
+A published file is a ``.safetensors`` whose metadata holds the network's configuration (JSON under ``config``), so that the
+architecture and the normalisation come from the file. Training checkpoints (``.pt`` of main.py) are read too; of those the
+averaged weights (``ema``) are taken where there are any. Everything is read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import CheckpointError
+
+FORMAT = "dbsnet-1"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a ``.safetensors`` or a torch file to the CPU, whatever dict it holds; raises CheckpointError, naming the file.
+
+    A safetensors file gives ``{"state_dict": tensors, "metadata": {str: str}}``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: give the path of an existing .safetensors, .pt, .pth or .pth.tar file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+                return {"state_dict": state, "metadata": file.metadata() or {}}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file ({error}): copy or download it again") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds Python objects beside tensors, which are not read (weights_only=True): {str(error).splitlines()[0]} "
+            "Save its state dict alone and give that file"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable torch file ({error}): copy or download it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dict of tensors or a checkpoint dict")
+    return content
+
+
+def tensors_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint's content (``ema``, ``model`` or ``state_dict``, else the dict itself).
+
+    Prefixes that wrappers leave (``module.``, ``_orig_mod.``) are taken off.
+    """
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state = {}
+    for key, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {key!r} is a {type(tensor).__name__}, expected tensors only: not a state dict")
+        state[key.replace("_orig_mod.", "").removeprefix("module.")] = tensor
+    if not state:
+        raise CheckpointError(f"{path} holds no tensors")
+    return state
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of any checkpoint file, wrapper prefixes taken off."""
+    return tensors_of(read_checkpoint(path), path)
+
+
+def describe_mismatch(expected: dict[str, torch.Size], given: dict[str, torch.Size]) -> str:
+    """Say how a state dict's keys and shapes differ from a network's; empty where they agree."""
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    shapes = [key for key in expected if key in given and expected[key] != given[key]]
+    parts = []
+    for name, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            parts.append(f"{len(keys)} {name} (first: {', '.join(keys[:3])})")
+    if shapes:
+        first = ", ".join(f"{key}: expected {tuple(expected[key])}, got {tuple(given[key])}" for key in shapes[:3])
+        parts.append(f"{len(shapes)} of another shape (first: {first})")
+    return "; ".join(parts)
+
+
+def load_state(net: torch.nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Fill a network from a state dict, strictly; a CheckpointError counts and names what does not fit."""
+    problem = describe_mismatch(
+        {key: tensor.shape for key, tensor in net.state_dict().items()}, {key: tensor.shape for key, tensor in state.items()}
+    )
+    if problem:
+        raise CheckpointError(f"{path} does not fit this network: {problem}")
+    net.load_state_dict(state)
+
+
+def save_weights(path: str | Path, net: torch.nn.Module, *, half: bool = False, metadata: dict[str, str] | None = None) -> None:
+    """Write a network's weights and configuration as one safetensors file, atomically.
+
+    `half` stores floating-point tensors as float16 (half the size; loading widens them again).
+    """
+    from safetensors.torch import save
+
+    state = {
+        key: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for key, tensor in net.state_dict().items()
+    }
+    data = save(state, {"format": FORMAT, "config": json.dumps(net.config, sort_keys=True), **(metadata or {})})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.nn.Module:
+    """Build the network that a weights file describes, fill it, and put it in evaluation mode.
+
+    Args:
+        path: a ``.safetensors`` written by `save_weights`, or a training checkpoint of main.py.
+
+    Raises CheckpointError for a file that cannot be read, is of another network, or does not say its configuration.
+    """
+    from models.dbsnet import build_dbsnet
+
+    content = read_checkpoint(path)
+    metadata = content.get("metadata") or {}
+    config = json.loads(metadata["config"]) if "config" in metadata else content.get("config_model")
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{path} does not say which network it is of: expected a file written by this project (main.py's .pt, or "
+            ".safetensors with a 'config' in its metadata). A MobileViT checkpoint goes to main.py --pretrained"
+        )
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors_of(content, path).items()}
+    try:
+        net = build_dbsnet(**config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration does not describe a network of this version: {error}") from None
+    load_state(net, state, path)
+    return net.to(device).eval()
