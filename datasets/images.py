@@ -1,0 +1,190 @@
+"""Reading frames, flow images and masks from disk, with an error that names the file whatever is wrong with it.
+
+EXIF orientation is ignored: annotations and flow were made for the pixels as they are stored, and turning the frame
+alone would unpair them. Truncated files are errors; they are never filled up with grey.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets.errors import DataError
+
+MASK_RULES = ("nonzero", "above_128", "fbms")
+
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "WEBP", "TIFF")
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+
+
+def _open(path: Path | str, what: str) -> Image.Image:
+    """The decoded image, in the mode that it is stored in."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such {what}; expected an image file there")
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            image.load()
+            return image
+    except _DECODING_ERRORS as error:
+        size = path.stat().st_size if path.is_file() else 0
+        raise DataError(
+            f"{path}: cannot read this {what} ({size} bytes): {str(error) or type(error).__name__}. "
+            "Expected a whole JPEG, PNG, PPM/PGM, BMP, TIFF or WebP file; copy or unpack it again"
+        ) from error
+
+
+def _load_rgb(path: Path | str, what: str) -> np.ndarray:
+    image = _open(path, what)
+    if image.mode in _DEEP_MODES:
+        raise DataError(f"{path}: this {what} has more than 8 bits per channel (mode {image.mode}); expected 8-bit RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.array(image)
+
+
+def load_frame(path: Path | str) -> np.ndarray:
+    """A video frame as (H, W, 3) uint8 RGB; grey, palette, CMYK and alpha are converted. Raises DataError."""
+    return _load_rgb(path, "frame")
+
+
+def load_flow_image(path: Path | str) -> np.ndarray:
+    """A flow image (colour wheel) as (H, W, 3) uint8 RGB, at its own size. Raises DataError."""
+    return _load_rgb(path, "flow image")
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """(height, width) from the header of an image, without decoding it. Raises DataError."""
+    path = Path(path)
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return image.height, image.width
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except _DECODING_ERRORS as error:
+        raise DataError(f"{path}: not a readable image: {str(error) or type(error).__name__}") from error
+
+
+def require_size(path: Path | str, size: tuple[int, ...], expected: tuple[int, ...], reference: Path | str) -> None:
+    """Raise DataError unless an image has the height and width of the image that it belongs to.
+
+    Args:
+        path: the image in question.
+        size: its shape; the first two numbers are height and width.
+        expected: shape of the reference, likewise.
+        reference: the image that sets the size, in most cases the frame.
+    """
+    if tuple(size[:2]) != tuple(expected[:2]):
+        raise DataError(
+            f"{path}: {size[1]}×{size[0]} pixels (width × height); expected {expected[1]}×{expected[0]}, the size of "
+            f"{reference}. Take both from the same release and resolution of the data set"
+        )
+
+
+def load_mask_values(path: Path | str) -> tuple[np.ndarray, str]:
+    """The values that an annotation stores, before any rule.
+
+    Returns:
+        values: (H, W) or (H, W, 3), uint8, or int32 for 16-bit files; palette indices of indexed images, 0/1 of 1-bit
+            ones.
+        mode: "1", "P", "L", "RGB" or "I": 1-bit, indexed, grey, colour, more than 8 bits.
+    """
+    image = _open(path, "mask")
+    if image.mode in ("LA", "PA", "La"):
+        image = image.convert("L")
+    elif image.mode in ("RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "RGBa"):
+        image = image.convert("RGB")
+    if image.mode == "F":
+        raise DataError(f"{path}: a mask of floating-point values; expected 1-bit, 8-bit, 16-bit or indexed")
+    if image.mode in _DEEP_MODES:
+        return np.array(image).astype(np.int32), "I"
+    return np.array(image, dtype=np.uint8), image.mode
+
+
+def load_mask(path: Path | str, rule: str = "nonzero") -> np.ndarray:
+    """An annotation as (H, W) uint8 in {0, 1}; all objects merged into one foreground.
+
+    Rules:
+        "nonzero": DAVIS, YouTube-VOS. Any palette index, grey value or colour other than 0 is foreground.
+        "above_128": binary PNG of the VSOD releases. Grey value > 128, as their evaluation does. Three readings of
+            ours, where that would lose the mask: a 1-bit image is taken as it is, an image of a coloured palette by
+            its index > 0, and a grey image of only 0 and 1 as a 0/1 mask.
+        "fbms": native ground truth of FBMS-59 (.ppm, .pgm), see `_fbms_foreground`.
+
+    Raises:
+        DataError: the file is missing or unreadable, or has a form that the rule does not cover.
+    """
+    if rule not in MASK_RULES:
+        raise DataError(f"mask rule {rule!r} is unknown; expected one of {', '.join(MASK_RULES)}")
+    path = Path(path)
+    if rule == "fbms":
+        foreground = _fbms_foreground(path)
+    elif rule == "nonzero":
+        values, _ = load_mask_values(path)
+        foreground = values > 0 if values.ndim == 2 else (values > 0).any(axis=2)
+    else:
+        foreground = _above_128(path)
+    return foreground.astype(np.uint8)
+
+
+def _above_128(path: Path) -> np.ndarray:
+    values, mode = load_mask_values(path)
+    if mode == "I":
+        raise DataError(f"{path}: a 16-bit mask; expected 8 bits, foreground above 128")
+    if mode == "1":
+        return values > 0
+    if mode == "P":
+        palette = np.asarray(_open(path, "mask").convert("RGB"))  # (H, W, 3), colours instead of indices
+        coloured = (palette != palette[..., :1]).any()
+        return values > 0 if coloured else palette[..., 0] > 128
+    if mode == "RGB":
+        values = np.asarray(Image.fromarray(values).convert("L"))
+    return values > (0 if values.max(initial=0) == 1 else 128)
+
+
+@lru_cache(maxsize=256)
+def fbms_regions(definition: Path) -> tuple[int, ...]:
+    """Region colours of an FBMS definition file (`<sequence>Def.dat`), R·65536 + G·256 + B, the background's first.
+
+    Raises DataError where the file is not of that form.
+    """
+    text = definition.read_text(encoding="latin-1")
+    count = re.search(r"Total number of regions:\s*(\d+)", text)
+    scales = {int(region): int(colour) for region, colour in re.findall(r"Scale of region (\d+):\s*(\d+)", text)}
+    regions = range(int(count[1])) if count else range(0)
+    if len(regions) < 1 or any(region not in scales for region in regions):
+        raise DataError(
+            f"{definition}: not an FBMS definition file; expected 'Total number of regions:', the number, and then "
+            "'Scale of region 0:' and so on, each with a colour. Unpack the ground truth again"
+        )
+    return tuple(scales[region] for region in regions)
+
+
+def _fbms_foreground(path: Path) -> np.ndarray:
+    """Foreground of a native FBMS-59 annotation, as bool (H, W).
+
+    With the definition file beside it, what its table lists after the first region is foreground. A colour that the
+    table lacks (`cats04_0020_gt.ppm` has one) is background, as in the official evaluation. Without the file,
+    foreground is what is not the usual background: white in a .ppm, black in a .pgm.
+    """
+    values, mode = load_mask_values(path)
+    if mode == "P":
+        raise DataError(f"{path}: an indexed image; expected the native FBMS ground truth, .ppm or .pgm")
+    definitions = sorted(path.parent.glob("*.dat"))
+    if len(definitions) > 1:
+        raise DataError(f"{path.parent}: {len(definitions)} definition files (.dat); expected one per sequence")
+    if values.ndim == 3:
+        values = values.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)  # (H, W, 3) -> (H, W)
+        background = 0xFFFFFF
+    else:
+        background = 0
+    if not definitions:
+        return values != background
+    regions = fbms_regions(definitions[0])
+    return np.isin(values, regions[1:])

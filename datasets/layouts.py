@@ -1,0 +1,148 @@
+"""The layouts that data sets come in, one reader per data set. Each returns what it found, paired by stem, undecoded.
+
+A reader takes the root of the data set, the split, and a `Report`, which is told about each problem.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from datasets.errors import DataError
+from datasets.video_sequence import Report, VideoSequence, build_sequence, list_folders
+
+DAVIS_2016 = {
+    "train": (
+        "bear bmx-bumps boat breakdance-flare bus car-turn dance-jump dog-agility drift-turn elephant flamingo hike "
+        "hockey horsejump-low kite-walk lucia mallard-fly mallard-water motocross-bumps motorbike paragliding rhino "
+        "rollerblade scooter-gray soccerball stroller surf swing tennis train"
+    ).split(),
+    "val": (
+        "blackswan bmx-trees breakdance camel car-roundabout car-shadow cows dance-twirl dog drift-chicane "
+        "drift-straight goat horsejump-high kite-surf libby motocross-jump paragliding-launch parkour scooter-black soapbox"
+    ).split(),
+}
+DAVIS_SPLITS = {"train": ("train",), "val": ("val",), "trainval": ("train", "val")}
+
+
+def read_list(path: Path, report: Report) -> dict[str, list[str]]:
+    """Sequence names of a list file in its order, each with the frame stems that the list names, if any.
+
+    Two forms: a sequence name per line, or `/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png` per line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read this list of sequences: {error}") from error
+    sequences: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        entry = PurePosixPath(line.split()[0])
+        if len(entry.parts) == 1 and entry.name not in ("", ".", ".."):
+            sequences.setdefault(entry.name, [])
+        elif "JPEGImages" in entry.parts[:-2]:
+            sequences.setdefault(entry.parent.name, []).append(entry.stem)
+        else:
+            expected = "expected a sequence name, or /JPEGImages/480p/NAME/00000.jpg and its mask"
+            report(str(path), DataError(f"{path}, line {number}: {line.strip()!r}; {expected}"))
+    if not sequences:
+        report(str(path), DataError(f"{path}: names no sequence; expected one per line"))
+    return sequences
+
+
+SequenceList = tuple[Path | None, dict[str, list[str]]]  # the list file, and what `read_list` makes of it
+
+
+def _lists(root: Path, folders: tuple[str, ...], parts: tuple[str, ...], report: Report) -> list[SequenceList] | None:
+    """The list files of a split from the first of the ImageSets folders that exists; None where none of them does."""
+    folder = next((root / "ImageSets" / name for name in folders if (root / "ImageSets" / name).is_dir()), None)
+    if folder is None:
+        return None
+    found = []
+    for part in parts:
+        path = folder / f"{part}.txt"
+        if path.is_file():
+            found.append((path, read_list(path, report)))
+        else:
+            present = ", ".join(sorted(file.name for file in folder.glob("*.txt"))) or "nothing"
+            report(str(path), DataError(f"{path}: no such list; {folder} has {present}. Choose a split that it has"))
+    return found
+
+
+def _resolution(folder: Path) -> str:
+    """Resolution folder within JPEGImages: 480p where there is one, "" where the sequences lie directly in it."""
+    for name in ("480p", "1080p", "Full-Resolution"):
+        if (folder / name).is_dir():
+            return name
+    return ""
+
+
+def _davis_sequences(root: Path, dataset: str, lists: list[SequenceList], report: Report) -> list[VideoSequence]:
+    resolution = _resolution(root / "JPEGImages")
+    found = []
+    for path, names in lists:
+        for name, stems in names.items():
+            sequence = build_sequence(
+                name,
+                dataset,
+                frame_dir=root / "JPEGImages" / resolution / name,
+                flow_dirs=[root / folder / resolution / name for folder in ("Flows", "flows")],
+                masks=root / "Annotations" / resolution / name,
+                mask_rule="nonzero",
+                report=report,
+                listed_in=path,
+            )
+            if sequence is None:
+                continue
+            absent = sorted(set(stems) - set(sequence.stems))
+            if absent:
+                message = (
+                    f"{dataset}/{name}: {path} lists {len(absent)} frame(s) that {sequence.frames[0].parent} lacks, "
+                    f"the first is {absent[0]}; unpack the data again"
+                )
+                report(name, DataError(message))
+            found.append(sequence)
+    return found
+
+
+def read_davis_2016(root: Path, split: str, report: Report, dataset: str = "DAVIS-2016") -> list[VideoSequence]:
+    """DAVIS-2016, from its own release or from a DAVIS-2017 tree.
+
+    The list is `ImageSets/2016/<split>.txt` (names) or else `ImageSets/480p/<split>.txt` (pairs of files). In a tree of
+    neither, which is DAVIS-2017's, it is the 50 sequences of 2016; the indexed masks are merged by the rule "nonzero".
+    Flow: `Flows/480p/<sequence>/<stem>.png|.jpg` (or `flows/…`) beside `JPEGImages`.
+    """
+    parts = _parts(DAVIS_SPLITS, split, dataset)
+    lists = _lists(root, ("2016", "480p"), parts, report)
+    if lists is None:
+        lists = [(None, {name: [] for name in DAVIS_2016[part]}) for part in parts]
+    return _davis_sequences(root, dataset, lists, report)
+
+
+def read_davis_2017(root: Path, split: str, report: Report, dataset: str = "DAVIS-2017") -> list[VideoSequence]:
+    """DAVIS-2017 by `ImageSets/2017/<split>.txt`: train, val, trainval, test-dev, test-challenge. Objects are merged.
+
+    Flow: as in DAVIS-2016.
+    """
+    splits = {**DAVIS_SPLITS, "test-dev": ("test-dev",), "test-challenge": ("test-challenge",)}
+    parts = _parts(splits, split, dataset)
+    lists = _lists(root, ("2017",), parts, report)
+    if lists is None:
+        raise DataError(f"{root}: no ImageSets/2017; expected the DAVIS-2017 lists there. Ask for DAVIS-2016 instead?")
+    return _davis_sequences(root, dataset, lists, report)
+
+
+def _parts(splits: dict[str, tuple[str, ...]], split: str, dataset: str) -> tuple[str, ...]:
+    if split not in splits:
+        raise DataError(f"{dataset}: no split {split!r}; expected one of {', '.join(splits)}")
+    return splits[split]
+
+
+def has_davis_2016(root: Path) -> bool:
+    """Whether a folder is a DAVIS tree that DAVIS-2016 can be read from."""
+    return bool(list_folders(root / "JPEGImages"))
+
+
+def has_davis_2017(root: Path) -> bool:
+    """Whether a folder is a DAVIS-2017 tree."""
+    return (root / "JPEGImages").is_dir() and (root / "ImageSets" / "2017").is_dir()

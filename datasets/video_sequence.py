@@ -1,0 +1,203 @@
+"""One video of a data set, its files paired by stem and not decoded; and the walking of folders that readers share."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.errors import DataError
+
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
+FLOW_SUFFIXES = (".png", ".jpg", ".jpeg")
+MASK_SUFFIXES = (".png", ".bmp")
+
+# What a reader calls with (sequence name, problem). It may raise; if it returns, reading goes on without the broken part.
+Report = Callable[[str, DataError], None]
+
+
+def raise_problem(sequence: str, error: DataError) -> None:
+    """The default `Report`: the first problem ends the reading."""
+    raise error
+
+
+@dataclass(frozen=True)
+class VideoSequence:
+    """The files of one video.
+
+    Attributes:
+        name: folder name of the video, unique within its data set.
+        dataset: name of the data set, as the results folder spells it.
+        frames: frame images in time order (natural order of their names).
+        flows: flow image by frame stem; only those that exist.
+        masks: annotation by frame stem; only those that exist (FBMS, MCL and YouTube-VOS annotate some frames only).
+        mask_rule: how `datasets.images.load_mask` reads them: "nonzero", "above_128" or "fbms".
+        flow_dir: folder where the flow images are, or where `tool.py --tools flow` writes them.
+    """
+
+    name: str
+    dataset: str
+    frames: tuple[Path, ...]
+    flows: dict[str, Path]
+    masks: dict[str, Path]
+    mask_rule: str
+    flow_dir: Path
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Frame names without suffix, in time order; the keys of `flows` and `masks`, and the names of result files."""
+        return tuple(frame.stem for frame in self.frames)
+
+    @property
+    def annotated(self) -> tuple[str, ...]:
+        """Stems of the frames that have a mask, in time order."""
+        return tuple(stem for stem in self.stems if stem in self.masks)
+
+    def flow_path(self, stem: str) -> Path:
+        """The flow image of a frame. Raises DataError where there is none."""
+        if stem in self.flows:
+            return self.flows[stem]
+        raise DataError(
+            f"{self.dataset}/{self.name}: frame {stem} has no flow image; expected {self.flow_dir / stem}.png "
+            f"or .jpg. Make the flow first: python tool.py --tools flow --datasets {self.dataset} --data_dir DATA_DIR"
+        )
+
+    def mask_path(self, stem: str) -> Path:
+        """The annotation of a frame. Raises DataError where there is none."""
+        if stem in self.masks:
+            return self.masks[stem]
+        raise DataError(
+            f"{self.dataset}/{self.name}: frame {stem} has no mask; {len(self.masks)} of its {len(self.frames)} frames "
+            "have one"
+        )
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that reads runs of digits as numbers: 2 before 10, whether or not the names are zero-padded."""
+    parts = re.findall(r"\d+|\D+", name)
+    return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts)
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """Sub-folders in natural order, without hidden ones; empty where `folder` does not exist."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__"))]
+    return [folder / name for name in sorted(names, key=natural_key)]
+
+
+def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Files with one of the suffixes (any case) in natural order, without hidden ones; empty where there is no folder.
+
+    Hidden files are left out because archives made on macOS hold a `._00000.jpg` beside each `00000.jpg`.
+    """
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = [
+            entry.name
+            for entry in entries
+            if not entry.name.startswith(".") and entry.name.lower().endswith(tuple(suffixes)) and entry.is_file()
+        ]
+    return [folder / name for name in sorted(names, key=natural_key)]
+
+
+def by_stem(files: Iterable[Path], sequence: str, report: Report) -> dict[str, Path]:
+    """Files keyed by stem. Two files of one stem are a problem: either could be meant. The first one is kept."""
+    found: dict[str, Path] = {}
+    for file in files:
+        first = found.setdefault(file.stem, file)
+        if first is not file:
+            report(
+                sequence,
+                DataError(
+                    f"{file.parent}: {first.name} and {file.name} share the stem {file.stem}, and files are paired by "
+                    "stem; expected one file per frame. Remove one of the two"
+                ),
+            )
+    return found
+
+
+def first_folder(candidates: Sequence[Path]) -> Path:
+    """The first candidate that exists, otherwise the first."""
+    return next((folder for folder in candidates if folder.is_dir()), candidates[0])
+
+
+def build_sequence(
+    name: str,
+    dataset: str,
+    frame_dir: Path,
+    flow_dirs: Sequence[Path],
+    masks: Path | dict[str, Path] | None,
+    mask_rule: str,
+    report: Report = raise_problem,
+    listed_in: Path | None = None,
+    keep_every: int = 1,
+) -> VideoSequence | None:
+    """Pair the frames, flows and masks of one video by stem.
+
+    Args:
+        frame_dir: folder of the frames.
+        flow_dirs: where its flow may lie; the first that exists is read, and the first of all is where flow is written.
+        masks: folder of the masks, or masks by frame stem, or None.
+        listed_in: the list file that names this sequence, for the error.
+        keep_every: keep every so-maniest frame, beginning with the first.
+
+    Returns:
+        None where there is no frame at all and `report` returned.
+
+    Raises:
+        DataError: through `report`: no folder or no frame; two files of one stem; a mask of no frame.
+    """
+    origin = f" (listed in {listed_in})" if listed_in else ""
+    if not frame_dir.is_dir():
+        report(
+            name,
+            DataError(
+                f"{dataset}/{name}{origin}: no folder {frame_dir}; expected its frames there. Unpack them, or take the "
+                "sequence off the list"
+            ),
+        )
+        return None
+    frames = by_stem(list_files(frame_dir, FRAME_SUFFIXES), name, report)
+    if not frames:
+        report(
+            name,
+            DataError(
+                f"{dataset}/{name}{origin}: {frame_dir} holds no frame; expected image files "
+                f"({', '.join(FRAME_SUFFIXES)}). Unpack the data again"
+            ),
+        )
+        return None
+
+    if masks is None:
+        masks = {}
+    elif isinstance(masks, Path):
+        masks = by_stem(list_files(masks, MASK_SUFFIXES), name, report)
+    for stem in [stem for stem in masks if stem not in frames]:
+        report(
+            name,
+            DataError(
+                f"{masks[stem]}: a mask without its frame; expected a frame {stem} in {frame_dir} "
+                f"(it has {next(iter(frames))} … {next(reversed(frames))}). Masks and frames are paired by stem"
+            ),
+        )
+
+    flow_dir = first_folder(flow_dirs)
+    flows = by_stem(list_files(flow_dir, FLOW_SUFFIXES), name, report)
+    kept = list(frames)[::keep_every]
+    return VideoSequence(
+        name=name,
+        dataset=dataset,
+        frames=tuple(frames[stem] for stem in kept),
+        flows={stem: flows[stem] for stem in kept if stem in flows},
+        masks={stem: masks[stem] for stem in kept if stem in masks},
+        mask_rule=mask_rule,
+        flow_dir=flow_dir,
+    )
