@@ -1,7 +1,7 @@
 """Region similarity J and contour accuracy F of DAVIS, and their statistics over a sequence.
 
-The definitions are those of the official DAVIS-16 code (Perazzi et al., CVPR 2016; `davis-matlab`), equal to it in every
-published per-frame value; `docs/evaluation.md` says how that was checked. Masks are `(H, W)`, boolean or anything whose
+The definitions are those of the official DAVIS-16 code (Perazzi et al., CVPR 2016; `davis-matlab`); the values equal
+its published ones (`docs/evaluation.md` says how that was checked). Masks are `(H, W)`, boolean or anything whose
 non-zero values are foreground. `jaccard` needs NumPy only, so that training can validate without OpenCV.
 """
 
@@ -30,8 +30,9 @@ def boundary_f(pred: np.ndarray, gt: np.ndarray, tolerance: float = BOUNDARY_TOL
 
     A contour pixel counts as found when the other contour has a pixel within a distance of `tolerance`: below 1 a
     fraction of the image's diagonal (rounded up to whole pixels), from 1 on a number of pixels. Two masks without any
-    contour score 1, one without a contour against one with scores 0. The frame of the image is no contour, so a mask that
-    fills the image has none: this is DAVIS's rule, and F = 1 for an empty ground truth and a full prediction follows from it.
+    contour score 1, one without a contour against one with scores 0. The frame of the image is no contour, so a mask
+    that fills the image has none; this is DAVIS's rule, and F = 1 for an empty ground truth and a full prediction
+    follows from it.
 
     Raises `ValueError` when the masks are not of one shape or the tolerance is negative.
     """
@@ -66,9 +67,9 @@ def boundary_map(mask: np.ndarray) -> np.ndarray:
 def sequence_statistics(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     """`mean`, `recall` (the share above 0.5) and `decay` of the per-frame values of one sequence, in order of time.
 
-    Decay is the mean of the first quarter minus that of the last: positive where quality is lost over time. Neighbouring
-    quarters share a frame, as in the official code. Frame numbers stay whole integers here; the Python ports of that code
-    keep them in 8 bits, which is wrong from 257 frames on.
+    Decay is the mean of the first quarter minus that of the last: positive where quality is lost over time.
+    Neighbouring quarters share a frame, as in the official code. Frame numbers stay whole integers here; the Python
+    ports of that code keep them in 8 bits, which is wrong from 257 frames on.
 
     Raises `ValueError` when there are no values, or one of them is not finite.
     """
@@ -119,7 +120,7 @@ def _boundary_f(pred: np.ndarray, gt: np.ndarray, tolerance: float) -> float:
 
 
 def _window(pred: np.ndarray, gt: np.ndarray) -> tuple[slice, slice] | None:
-    """The smallest window that holds both masks and one pixel around them, within the image; None when both are empty."""
+    """The smallest window with both masks and one pixel around them, within the image; None when both are empty."""
     either = pred | gt
     rows, columns = np.flatnonzero(either.any(axis=1)), np.flatnonzero(either.any(axis=0))
     if rows.size == 0:
