@@ -1,0 +1,796 @@
+"""Trains DBSNet.
+
+    # two GPUs (or, where there are none, two CPU processes)
+    CUDA_VISIBLE_DEVICES=0,1 python -m torch.distributed.launch --nproc_per_node=2 main.py
+    CUDA_VISIBLE_DEVICES=0,1 python -m torch.distributed.launch --nproc_per_node=2 main.py \\
+        --finetune first_stage_weight_path
+    torchrun --nproc-per-node=2 main.py
+    # one process
+    python main.py --data_dir data --datasets DAVIS-2016 --variant xxs --size 192 320
+
+Options come from configs/stage1.yaml (configs/finetune.yaml with --finetune, or the file given by --config), then
+from the flags below. The run's folder, --save_dir, gets config.yaml, log.jsonl, last.pt (to resume), best.pt (best J
+on val_sequences) and weights.safetensors (weights only, for tool.py --checkpoint). The same command again goes on
+from last.pt.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datasets.clips import MixedClips, VideoClips
+from datasets.images import load_flow_image, load_frame, load_mask
+from datasets.sequences import VideoSequence, read_dataset
+from datasets.stills import read_stills
+from datasets.synthetic import SyntheticClips
+from datasets.transforms import Augment
+from models import Predictor, build_dbsnet, load_dbsnet
+from models.errors import CheckpointError
+from models.losses import segmentation_loss
+from models.weights import load_state, save_weights
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.config import TrainConfig, nearest, parse_args
+from utils.distributed import Processes, freeze_batch_norm, set_batch_norm, start_processes, stop_processes
+from utils.ema import WeightAverage
+from utils.errors import UserError, exit_on_user_error
+from utils.files import write_text
+from utils.metrics import jaccard
+from utils.runlog import RunLog
+
+INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM, as shells have it
+RUN_FILES = ("last.pt", "best.pt", "weights.safetensors", "log.jsonl", "config.yaml")
+# Options that say how this call runs, not what is trained: a resumed run may change them without a word.
+CALL_OPTIONS = ("resume", "save_dir", "stop_after", "max_minutes", "workers", "cache", "device", "log_every")
+
+
+@dataclass
+class Run:
+    """Everything that one training run carries along."""
+
+    config: TrainConfig
+    processes: Processes
+    net: nn.Module  # the plain network, whose names the checkpoints have
+    model: nn.Module  # the same, compiled and distributed
+    average: WeightAverage | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    log: RunLog
+    stop: StopRequest
+    validation: list[VideoSequence]
+    steps_per_epoch: int
+    total_steps: int
+    step: int = 0  # optimiser steps done
+    first_step: int = 0  # where this call began
+    best: dict[str, Any] | None = None  # {"J": …, "step": …}
+    pending_validation: bool = False  # a validation that the last call had no time for
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.save_dir)
+
+    @property
+    def tested_net(self) -> nn.Module:
+        """The network whose weights are validated and handed out."""
+        return self.average.net if self.average else self.net
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM or the end of the time given: noticed at once, obeyed between two steps."""
+
+    def __init__(self, max_minutes: float) -> None:
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # twice: the user does not want to wait for the checkpoint
+        self.signal = signal.Signals(number)
+
+    @property
+    def wanted(self) -> bool:
+        return self.signal is not None or time.monotonic() >= self.deadline
+
+
+# ---------------------------------------------------------------------------------------------------------- building
+
+
+def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.Module:
+    """The network with the weights it starts from: a checkpoint's, ``--finetune``'s, ``--pretrained``'s or random ones.
+
+    Raises:
+        CheckpointError: weights of another network, or an unreadable file.
+    """
+    torch.manual_seed(config.seed)
+    if checkpoint is not None:
+        path = resume_path(config)
+        net = build_dbsnet(**checkpoint["config_model"])
+        load_state(net, checkpoint["model"], path)
+    elif config.finetune is not None:
+        path = Path(config.finetune)
+        net = load_dbsnet(path)
+    else:
+        net = build_dbsnet(variant=config.variant, flavour=config.flavour, **config.network)
+        if config.pretrained is not None:
+            net.load_backbones(config.pretrained)
+        return net
+    asked = {"variant": config.variant, "flavour": config.flavour, **config.network}
+    other = {key: net.config[key] for key in asked if key in net.config and net.config[key] != asked[key]}
+    if other:
+        words = ", ".join(f"{key} {value}, not {asked[key]}" for key, value in other.items())
+        flags = " ".join(f"--{key} {value}" for key, value in other.items() if key in ("variant", "flavour"))
+        raise CheckpointError(
+            f"{path}: weights of another network ({words}); "
+            + (f"give {flags}, or " if flags else "")
+            + ("another --save_dir, or --resume none" if checkpoint is not None else "another checkpoint")
+        )
+    return net
+
+
+def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]], list[VideoSequence]]:
+    """Sequences of the video data sets to train on, by data set, and those held out for validation.
+
+    Raises:
+        DataError: a data set that is not there.
+        UserError: a validation sequence that no data set has, or nothing left to train on.
+    """
+    data_dir = Path(config.data_dir)
+    held_out = set(config.val_sequences)
+    training: dict[str, list[VideoSequence]] = {}
+    validation: list[VideoSequence] = []
+    names = [name for name in config.datasets if name not in ("DUTS-TR", "synthetic")]
+    sources = (config.val_datasets or names) if held_out else []
+    known: set[str] = set()
+    for name in dict.fromkeys([*names, *sources]):
+        sequences = read_dataset(name, data_dir, split="train", num_frames=config.num_frames)
+        if name in sources:
+            known.update(sequence.name for sequence in sequences)
+            validation += [sequence for sequence in sequences if sequence.name in held_out]
+        if name in names:
+            training[name] = [sequence for sequence in sequences if sequence.name not in held_out]
+            if not training[name]:
+                raise UserError(f"datasets: {name} has no training sequence left beside val_sequences")
+    missing = sorted(held_out - known)
+    if missing:
+        where = ", ".join(sources) or "no video data set (give val_datasets)"
+        near = nearest(missing[0], known)
+        raise UserError(f"val_sequences: {missing[0]!r} is not in the train split of {where}; {near}")
+    return training, validation
+
+
+def build_clips(config: TrainConfig, training: dict[str, list[VideoSequence]], step_clips: int) -> tuple[Dataset, int]:
+    """The clips of an epoch, a whole number of steps, and that number.
+
+    Args:
+        step_clips: clips of one optimiser step, over all processes.
+    """
+    stills = read_stills(Path(config.data_dir), "DUTS-TR") if "DUTS-TR" in config.datasets else []
+    samples = config.samples_per_epoch or max(step_clips, sum(
+        len(stills) if name == "DUTS-TR"
+        else 1000 if name == "synthetic"
+        else sum(len(sequence.masks) for sequence in training[name]) // config.clip_len
+        for name in config.datasets
+    ))  # fmt: skip
+    steps = config.steps_per_epoch or samples // step_clips
+    if steps == 0:
+        raise UserError(f"samples_per_epoch: {samples} clips are less than the {step_clips} of one step; give more")
+    length = steps * step_clips
+    augment = build_augment(config)
+    parts: list[tuple[Dataset, float]] = []
+    for name, weight in config.datasets.items():
+        part: Dataset
+        if name in ("DUTS-TR", "synthetic"):
+            images = stills if name == "DUTS-TR" else None
+            part = SyntheticClips(images, length, config.clip_len, config.size, config.seed)
+        else:
+            part = VideoClips(
+                training[name], config.clip_len, config.size, augment=augment, cache=config.cache,
+                samples_per_epoch=length, seed=config.seed, flow_drop=config.flow_drop, strides=tuple(config.strides),
+            )  # fmt: skip
+        parts.append((part, weight))
+    return (parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)), steps
+
+
+def build_augment(config: TrainConfig) -> Augment:
+    """The augmentations at the strengths asked for."""
+    return Augment(
+        flip=config.flip,
+        scale=config.scale,
+        rotation=config.rotation,
+        rotation_p=config.rotation_p,
+        colour=config.colour,
+    )
+
+
+class EpochItems(Dataset):
+    """Clips addressed by (epoch, index), so that workers which live on for the next epoch know which one it is."""
+
+    def __init__(self, clips: Dataset) -> None:
+        self.clips = clips
+
+    def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = address
+        self.clips.set_epoch(epoch)  # type: ignore[attr-defined]
+        return self.clips[index]
+
+
+class ClipOrder(Sampler):
+    """Which clips each process loads: a function of seed, epoch and step alone.
+
+    Step k takes the same clips, whatever the number of processes that share them. An epoch may begin at any step.
+    """
+
+    def __init__(self, config: TrainConfig, processes: Processes, steps_per_epoch: int) -> None:
+        self.seed, self.batch, self.accumulate = config.seed, config.batch_size, config.accumulate
+        self.rank, self.world_size = processes.rank, processes.world_size
+        self.steps = steps_per_epoch
+        self.epoch, self.first_step = 0, 0
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        samples = self.steps * self.accumulate * self.world_size * self.batch
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(samples)
+        for part in range(self.first_step * self.accumulate, self.steps * self.accumulate):
+            start = (part * self.world_size + self.rank) * self.batch
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch]]
+
+
+def build_loader(config: TrainConfig, processes: Processes, clips: Dataset, order: ClipOrder) -> DataLoader:
+    """Batches of uint8 clips, in the order of ``order``."""
+    return DataLoader(
+        EpochItems(clips),
+        batch_sampler=order,
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        worker_init_fn=_start_worker,
+        pin_memory=processes.device.type == "cuda",
+        generator=torch.Generator().manual_seed(config.seed),  # else each epoch would draw from the global generator
+    )
+
+
+def _start_worker(_: int) -> None:
+    """A worker leaves signals to the training process, keeps to one thread, and has seeds of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the checkpoint needs live workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the loader ends its workers
+    torch.set_num_threads(1)
+    np.random.seed(torch.initial_seed() % 2**32)  # noqa: NPY002 - for libraries that draw from it; the clips do not
+
+
+def build_optimizer(config: TrainConfig, net: nn.Module) -> torch.optim.Optimizer:
+    """Four groups: encoders and the rest, each with and without weight decay (norms, biases, all that is 1-d)."""
+    groups: list[dict[str, Any]] = []
+    for factor, parameters in (
+        (config.backbone_lr_factor, list(net.encoder_parameters())),
+        (1.0, list(net.head_parameters())),
+    ):
+        for decay, chosen in (
+            (config.weight_decay, [parameter for parameter in parameters if parameter.ndim > 1]),
+            (0.0, [parameter for parameter in parameters if parameter.ndim <= 1]),
+        ):
+            lr = config.lr * factor
+            groups.append({"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": decay})
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def lr_factor(config: TrainConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
+    """Multiple of the base learning rate for the step after ``step`` finished ones."""
+    # 1. Linear warm-up, from 1/n to 1.
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    # 2. Cosine from the end of the warm-up to 0 at the end of training.
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    # 3. Or a tenth every few epochs; or as it is.
+    if config.schedule == "step":
+        return 0.1 ** (step // (config.step_epochs * steps_per_epoch))
+    return 1.0
+
+
+def distribute(config: TrainConfig, processes: Processes, net: nn.Module) -> nn.Module:
+    """``net`` compiled and wrapped for the processes, sharing its parameters."""
+    model: Any = torch.compile(net) if config.compile else net
+    if processes.world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+        # Synchronised and frozen statistics are equal everywhere by themselves.
+        broadcast_buffers=config.bn == "local",
+        # Without their loss the auxiliary heads get no gradient; with one frame neither does the recurrence.
+        find_unused_parameters=config.aux_weight == 0 or config.clip_len == 1,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
+    """Steps to the end of the epoch, or of training; False if asked to stop before."""
+    config, processes = run.config, run.processes
+    run.net.train()
+    if config.bn == "frozen":
+        freeze_batch_norm(run.net)
+    order.epoch, order.first_step = divmod(run.step, run.steps_per_epoch)
+    meter = Meter(run)
+    batches = iter(loader)
+    while run.step < run.total_steps:
+        waiting = time.monotonic()
+        parts = [batch for _, batch in zip(range(config.accumulate), batches)]
+        if not parts:
+            break  # end of the epoch
+        meter.waited += time.monotonic() - waiting
+        labelled = sum(int(part["valid"].sum()) for part in parts)
+        total_labelled, stopping = processes.reduce([labelled, float(run.stop.wanted)])
+        if stopping:
+            return False
+        losses, norm, logits = train_step(run, parts, total_labelled)
+        meter.add(losses, norm)
+        run.log.advance()
+        last = run.step == run.total_steps
+        if run.step % config.log_every == 0 or last:
+            meter.report()
+        if config.panels_every and run.step % config.panels_every == 0 and processes.is_main:
+            run.log.picture("train", picture(parts[-1], logits), run.step)
+        if config.val_every and run.step % config.val_every == 0 and not last:
+            if not validate_and_save(run):
+                return False
+            meter = Meter(run)
+        elif config.save_every and run.step % config.save_every == 0 and not last:
+            save(run)
+        if config.stop_after and run.step - run.first_step >= config.stop_after and not last:
+            return False
+    return True
+
+
+def train_step(
+    run: Run, parts: list[dict[str, Any]], total_labelled: float
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """One optimiser step on the batches ``parts``; returns losses, gradient norm and the last batch's logits.
+
+    The losses are this process's share: summed over the processes they are the means over all labelled frames.
+    """
+    config, processes = run.config, run.processes
+    # Dropout and the like are a function of the step, too: nothing but the step has to be kept to go on exactly.
+    torch.manual_seed(_seed(config.seed, run.step, processes.rank))
+    factor = lr_factor(config, run.step, run.total_steps, run.steps_per_epoch)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    losses: dict[str, Tensor] = {}
+    logits = torch.empty(0)
+    for number, part in enumerate(parts):
+        batch = to_device(part, processes.device)
+        # Mean over the labelled frames of all parts and processes, however they are spread.
+        share = int(part["valid"].sum()) / max(1.0, total_labelled)
+        wait_for_others = number == len(parts) - 1
+        if isinstance(run.model, DistributedDataParallel):
+            run.model.require_backward_grad_sync = wait_for_others
+        with autocast(config, processes.device):
+            logits, aux = run.model(batch["frames"], batch["flows"], return_aux=True)
+        part_losses = segmentation_loss(
+            logits, batch["masks"], batch["valid"], aux, aux_weight=config.aux_weight
+        )
+        # Distributed gradients are averaged over the processes, hence the factor.
+        run.scaler.scale(part_losses["total"] * (share * processes.world_size)).backward()
+        for name, value in part_losses.items():
+            losses[name] = losses.get(name, 0.0) + value.detach() * share
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.net.parameters(), config.grad_clip or math.inf)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    if run.average is not None:
+        run.average.update(run.net, run.step)
+    return losses, norm, logits
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """uint8 travels, floats are made where they are used: frames and flows in [0, 1], masks 0/1, valid bool."""
+    moved = {name: batch[name].to(device, non_blocking=True) for name in ("frames", "flows", "masks", "valid")}
+    for name in ("frames", "flows"):
+        moved[name] = moved[name].float().div_(255)
+    moved["masks"] = moved["masks"].float()
+    return moved
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Mixed precision as the options ask for it."""
+    dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=config.amp != "none")
+
+
+def _seed(*words: int) -> int:
+    """One well mixed seed from several numbers."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Meter:
+    """Sums up the steps between two lines of the log; numbers stay on the device until then."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._reset()
+
+    def _reset(self) -> None:
+        self.losses: dict[str, Tensor] = {}
+        self.norm = torch.zeros(())
+        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
+
+    def add(self, losses: dict[str, Tensor], norm: Tensor) -> None:
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+        self.norm, self.steps = norm, self.steps + 1
+
+    def report(self) -> None:
+        """Writes a line; raises UserError if the loss is no longer a number."""
+        run, config = self.run, self.run.config
+        names = list(self.losses)
+        values = run.processes.reduce([float(self.losses[name]) / self.steps for name in names])
+        losses = dict(zip(names, values))
+        elapsed = max(1e-9, time.monotonic() - self.since)
+        frames = self.steps * config.batch_size * config.accumulate * run.processes.world_size * config.clip_len
+        line = {
+            "step": run.step,
+            "epoch": (run.step - 1) // run.steps_per_epoch,
+            "loss": losses.pop("total"),
+            **losses,
+            "lr": run.optimizer.param_groups[-1]["lr"],
+            "grad_norm": float(self.norm),
+            "frames_per_s": frames / elapsed,
+            "data_wait": self.waited / elapsed,
+            "minutes": (time.monotonic() - run.started) / 60,
+        }
+        run.log.record("train", line)
+        left = (run.total_steps - run.step) * elapsed / self.steps / 60
+        run.log.say(
+            f"step {run.step}/{run.total_steps} epoch {line['epoch']} loss {line['loss']:.4f} "
+            + " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            + f" lr {line['lr']:.2e} norm {line['grad_norm']:.2f} {line['frames_per_s']:.1f} frames/s "
+            f"wait {line['data_wait']:.0%} left {left:.0f} min"
+        )
+        if not math.isfinite(line["loss"]):
+            raise UserError(
+                f"the loss is {line['loss']} at step {run.step}. Try a lower lr, longer warmup_steps, grad_clip or amp "
+                "none; with them the same command goes on from last.pt, which is from before"
+            )
+        self._reset()
+
+
+def picture(batch: dict[str, Any], logits: Tensor) -> np.ndarray:
+    """Frame, flow, mask and prediction of the first clip's first frame, side by side; (H, W, 3) uint8."""
+    from utils.visualise import panel
+
+    # (B, T, 3, H, W) -> (H, W, 3)
+    frame, flow = (batch[name][0, 0].permute(1, 2, 0).cpu().numpy() for name in ("frames", "flows"))
+    probability = logits[0, 0, 0].detach().float().sigmoid().cpu().numpy()
+    return panel(frame, flow, batch["masks"][0, 0, 0].cpu().numpy(), probability)
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+
+class Images(Sequence):
+    """Pictures of a video, decoded when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path], load: Any) -> None:
+        self.paths, self.load = paths, load
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        return self.load(self.paths[index])
+
+
+def validate(run: Run) -> dict[str, float] | None:
+    """Mean J of each sequence by the DAVIS rule (first and last frame dropped, > 127 of uint8); None if stopped.
+
+    The processes share the sequences.
+    """
+    config, processes = run.config, run.processes
+    net = run.tested_net.eval()
+    amp = None if config.amp == "none" else config.amp
+    predictor = Predictor(net, device=processes.device, size=config.val_size or config.size, amp=amp)
+    mine: dict[str, float] | None = {}
+    for sequence in run.validation[processes.rank :: processes.world_size]:
+        stems = sequence.stems[: config.val_frames or None]
+        frames = Images(sequence.frames[: len(stems)], load_frame)
+        flows = Images([sequence.flow_path(stem) for stem in stems], load_flow_image)
+        scores = []
+        for index, probability in predictor(frames, flows):
+            if run.stop.wanted:
+                mine = None
+                break
+            if 0 < index < len(stems) - 1 and stems[index] in sequence.masks:
+                truth = load_mask(sequence.masks[stems[index]], sequence.mask_rule)
+                scores.append(jaccard(np.rint(probability * 255) > 127, truth > 0))
+        if mine is None:
+            break
+        if not scores:
+            raise UserError(f"val_sequences: {sequence.name} has no labelled frame between its first and its last")
+        mine[sequence.name] = float(np.mean(scores))
+    shares = processes.gather(mine)
+    if any(share is None for share in shares):
+        return None
+    return {name: score for share in shares for name, score in sorted(share.items())}
+
+
+def validate_and_save(run: Run) -> bool:
+    """Saves, validates, keeps the best; False if asked to stop meanwhile: the validation waits for the next call."""
+    run.pending_validation = bool(run.validation)
+    save(run)
+    if not run.validation:
+        return True
+    began = time.monotonic()
+    scores = validate(run)
+    if scores is None:
+        return False
+    run.net.train()
+    if run.config.bn == "frozen":
+        freeze_batch_norm(run.net)
+    mean = float(np.mean(list(scores.values())))
+    improved = run.best is None or mean > run.best["J"]
+    if improved:
+        run.best = {"J": mean, "step": run.step}
+    run.pending_validation = False
+    save(run, best=improved)
+    values = {"step": run.step, "epoch": (run.step - 1) // run.steps_per_epoch, "J": mean, "best_J": run.best["J"]}
+    run.log.record("val", {**values, "seconds": time.monotonic() - began, "sequences": scores})
+    words = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    run.log.say(f"validation at step {run.step}: J {mean:.4f}{' (best)' if improved else ''}: {words}")
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ saving and resuming
+
+
+def save(run: Run, best: bool = False) -> None:
+    """Writes last.pt; best.pt too if this is the best; and the weights to test with."""
+    if not run.processes.is_main:
+        return
+    checkpoint = {
+        "model": run.net.state_dict(),
+        "ema": run.average.net.state_dict() if run.average else None,
+        "config_model": run.net.config,
+        "config": run.config.to_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": position(run),
+        "scaler": run.scaler.state_dict(),
+        "step": run.step,
+        "epoch": run.step // run.steps_per_epoch,
+        "best": run.best,
+        # Each step draws from generators seeded by these and the rank, so they are all the random state there is.
+        "rng": {"seed": run.config.seed, "step": run.step},
+        "pending_validation": run.pending_validation,
+    }
+    save_checkpoint(run.folder / "last.pt", checkpoint)
+    if best:
+        save_checkpoint(run.folder / "best.pt", checkpoint)
+    if best or run.best is None:  # without validation the last weights are the ones to test
+        facts = {"step": str(run.step), "J": f"{run.best['J']:.4f}" if run.best else "not validated"}
+        save_weights(run.folder / "weights.safetensors", run.tested_net, metadata=facts)
+
+
+def position(run: Run) -> dict[str, int]:
+    """What the order of the data and the learning rate hang on."""
+    clips = run.config.batch_size * run.config.accumulate * run.processes.world_size
+    return {"clips_per_step": clips, "steps_per_epoch": run.steps_per_epoch, "total_steps": run.total_steps}
+
+
+def resume_path(config: TrainConfig) -> Path:
+    """The checkpoint that --resume means."""
+    return Path(config.save_dir) / "last.pt" if config.resume == "auto" else Path(config.resume)
+
+
+def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if any. ``--resume none`` moves an older run's files into ``previous-N/``."""
+    folder = Path(config.save_dir)
+    if config.resume == "none":
+        old = [folder / name for name in RUN_FILES if (folder / name).exists()]
+        if old and processes.is_main:
+            number = 1
+            while (folder / f"previous-{number}").exists():
+                number += 1
+            (folder / f"previous-{number}").mkdir()
+            for path in old:
+                os.replace(path, folder / f"previous-{number}" / path.name)
+        return None
+    if config.resume == "auto" and not resume_path(config).is_file():
+        return None
+    checkpoint = load_checkpoint(resume_path(config))
+    started_from = checkpoint["config"].get("finetune")
+    if config.finetune is not None and started_from != config.finetune:
+        raise UserError(
+            f"{resume_path(config)} is of a run that started from {started_from or 'no other weights'}, not from "
+            f"{config.finetune}; give another --save_dir, or --resume none to start anew"
+        )
+    return checkpoint
+
+
+def restore(run: Run, checkpoint: dict[str, Any]) -> None:
+    """Puts the run where the checkpoint was made (its network has its weights already)."""
+    path = resume_path(run.config)
+    saved, now = checkpoint["scheduler"], position(run)
+    for name, words in (("clips_per_step", "clips per step (processes × batch_size × accumulate)"),
+                        ("steps_per_epoch", "steps per epoch")):  # fmt: skip
+        if saved[name] != now[name]:
+            raise UserError(
+                f"{path}: the run has {saved[name]} {words}, this call {now[name]}, so its data cannot go on in order; "
+                f"make them equal, or start anew from the weights: --finetune {path} --save_dir another"
+            )
+    if (checkpoint["ema"] is None) != (run.average is None):
+        raise UserError(f"{path}: the run was made with --ema {checkpoint['config']['ema']}; keep it on or off")
+    if run.average is not None:
+        load_state(run.average.net, checkpoint["ema"], path)
+    if checkpoint["config"]["optimizer"] != run.config.optimizer:
+        raise UserError(f"{path}: the run was made with --optimizer {checkpoint['config']['optimizer']}; keep it")
+    base = [group["base_lr"] for group in run.optimizer.param_groups]
+    decay = [group["weight_decay"] for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, lr, weight_decay in zip(run.optimizer.param_groups, base, decay):
+        group["base_lr"], group["weight_decay"] = lr, weight_decay  # those of this call, if they were changed
+    if checkpoint["scaler"] and run.scaler.is_enabled():
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    run.step, run.best = checkpoint["step"], checkpoint["best"]
+    run.pending_validation = checkpoint.get("pending_validation", False)
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def train(config: TrainConfig, processes: Processes) -> int:
+    """A whole run, or the part of it that this call has time for; returns the exit code."""
+    with StopRequest(config.max_minutes) as stop:
+        run, loader, order = build_run(config, processes, stop)
+        try:
+            finished = not run.pending_validation or validate_and_save(run)
+            while finished and run.step < run.total_steps:
+                finished = train_one_epoch(run, loader, order)
+                if finished and (not config.val_every or run.step == run.total_steps):
+                    finished = validate_and_save(run)
+                elif finished:
+                    save(run)
+            return finish(run, finished)
+        finally:
+            run.log.close()
+
+
+def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> tuple[Run, DataLoader, ClipOrder]:
+    """All parts of a run, put where its checkpoint was made if there is one, and announced."""
+    check_machine(config, processes)
+    checkpoint = find_checkpoint(config, processes)
+    net = build_network(config, checkpoint).to(processes.device)
+    if config.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    average = WeightAverage(net, config.ema) if config.ema else None
+    net = set_batch_norm(net, config.bn, processes)
+    training, validation = build_sequences(config)
+    clips_per_step = config.batch_size * config.accumulate * processes.world_size
+    clips, steps_per_epoch = build_clips(config, training, clips_per_step)
+    total_steps = config.max_steps or config.epochs * steps_per_epoch
+    order = ClipOrder(config, processes, steps_per_epoch)
+    loader = build_loader(config, processes, clips, order)
+    log = RunLog(
+        Path(config.save_dir),
+        step=checkpoint["step"] if checkpoint else 0,
+        total=total_steps,
+        tensorboard=config.tensorboard,
+        active=processes.is_main,
+    )
+    run = Run(
+        config=config,
+        processes=processes,
+        net=net,
+        model=distribute(config, processes, net),
+        average=average,
+        optimizer=build_optimizer(config, net),
+        scaler=torch.amp.GradScaler(processes.device.type, enabled=config.amp == "fp16"),
+        log=log,
+        stop=stop,
+        validation=validation,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+    )
+    if checkpoint is not None:
+        restore(run, checkpoint)
+    run.first_step = run.step
+    announce(run, checkpoint, {name: len(sequences) for name, sequences in training.items()})
+    return run, loader, order
+
+
+def check_machine(config: TrainConfig, processes: Processes) -> None:
+    """Kernels as the options want them; raises UserError for what this machine cannot do."""
+    if config.amp == "fp16" and processes.device.type != "cuda":
+        raise UserError("amp: fp16 needs a GPU; use bf16 or none on the CPU")
+    if config.amp == "bf16" and processes.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"amp: {torch.cuda.get_device_name()} has no bf16; use fp16 or none")
+    if config.deterministic:
+        # cuBLAS reads this when it is first used, which is later than here.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, int]) -> None:
+    """Prints and saves the resolved options, and prints the quantities that follow from them."""
+    if not run.processes.is_main:
+        return
+    config, processes = run.config, run.processes
+    text = config.to_yaml()
+    write_text(run.folder / "config.yaml", text)
+    run.log.say(text.rstrip())
+    parameters = sum(parameter.numel() for parameter in run.net.parameters())
+    machine = f"CPU with {torch.get_num_threads()} threads"
+    if processes.device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    run.log.say(f"PyTorch {torch.__version__}, {processes.world_size} x {machine}; {parameters:,} parameters")
+    sizes = ", ".join(f"{name} {count} sequences" for name, count in sequences.items())
+    run.log.say(f"{sizes + '; ' if sizes else ''}{len(run.validation)} sequences held out for validation")
+    clips = position(run)["clips_per_step"]
+    run.log.say(f"{clips} clips per step, {run.steps_per_epoch} steps per epoch, {run.total_steps} steps in all")
+    if checkpoint is not None:
+        run.log.say(f"resuming {resume_path(config)} at step {run.step}")
+        before = checkpoint["config"]
+        for key, value in config.to_dict().items():
+            if key not in CALL_OPTIONS and before.get(key) != value:
+                run.log.say(f"changed since: {key} {before.get(key)} -> {value}")
+
+
+def finish(run: Run, finished: bool) -> int:
+    """Says how it ended, saves if it ended early; returns the exit code."""
+    if finished:
+        weights = run.folder / "weights.safetensors"
+        score = f", best J {run.best['J']:.4f} at step {run.best['step']}" if run.best else ""
+        run.log.say(f"done: {run.total_steps} steps{score}; weights to test with: {weights}")
+        return 0
+    save(run)
+    caught = [name for name in run.processes.gather(run.stop.signal and run.stop.signal.name) if name]
+    why = caught[0] if caught else "as asked by max_minutes or stop_after"
+    how = "" if run.config.resume == "auto" else " with --resume auto"
+    run.log.say(
+        f"stopped at step {run.step} of {run.total_steps} ({why}); saved {run.folder / 'last.pt'}; "
+        f"to go on, run the same command again{how}"
+    )
+    return INTERRUPTED if caught else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    with exit_on_user_error():
+        config, local_rank = parse_args(arguments, __doc__ or "")
+        processes = start_processes(config.device, local_rank)
+        try:
+            return train(config, processes)
+        finally:
+            stop_processes()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""The options of `main.py`: one dataclass, from which the flags, the YAML keys, their checks and their help are made.
+
+Order of precedence: the dataclass's defaults, then the YAML file, then the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def _option(
+    default: Any, text: str, *, choices: Sequence[str] = (), low: float = -math.inf, high: float = math.inf
+) -> Any:
+    """A field with its help, its legal words or its range, both ends included."""
+    metadata = {"help": text, "choices": tuple(choices), "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a training run. Every field is a YAML key and a flag of the same name."""
+
+    # Network
+    variant: str = _option("s", "size of the MobileViT encoders", choices=("s", "xs", "xxs"))
+    flavour: str = _option(
+        "reference",
+        "which MobileViT: the paper's (cvnets, timm) or that of wilile26811249/MobileViT; their weights do not mix",
+        choices=("reference", "wilile"),
+    )
+    network: dict[str, Any] = _option({}, "other arguments of build_dbsnet, as key:value")
+    pretrained: str | None = _option(None, "public MobileViT checkpoint (wilile, cvnets or timm) for both encoders")
+    finetune: str | None = _option(None, "start from the weights of this checkpoint (.pt or .safetensors), step 0")
+
+    # Data
+    data_dir: str = _option("data", "root folder of the data sets, or the data set itself")
+    datasets: dict[str, float] = _option(
+        {"YouTube-VOS-2018": 1.0, "DAVIS-2016": 1.0, "FBMS": 1.0},
+        "data sets and the share of samples that each gives, as NAME:WEIGHT; DUTS-TR is synthetic clips made from its "
+        "stills, synthetic is procedural clips, which need no data",
+    )
+    num_frames: int = _option(5, "keep every n-th frame of a YouTube-VOS video", low=1)
+    clip_len: int = _option(5, "frames of a clip", low=1)
+    size: tuple[int, int] = _option((384, 640), "height and width of a clip in pixels", low=32)
+    samples_per_epoch: int = _option(
+        0, "clips of an epoch, all processes together; 0: labelled frames / clip_len", low=0
+    )
+    cache: str = _option("none", "keep decoded frames in memory as uint8", choices=("none", "ram"))
+    workers: int = _option(4, "loader processes for each training process; 0: load in the training process", low=0)
+
+    # Augmentation, alike for all frames, flows and masks of a clip
+    flip: float = _option(0.5, "probability of a horizontal flip", low=0, high=1)
+    scale: tuple[float, float] = _option((1.0, 1.5), "range of the enlargement before the random crop", low=1e-3)
+    rotation: float = _option(10.0, "largest rotation in degrees", low=0, high=180)
+    rotation_p: float = _option(0.5, "probability of a rotation", low=0, high=1)
+    colour: float = _option(0.3, "strength of brightness, contrast and saturation changes, RGB only", low=0, high=1)
+    flow_drop: float = _option(0.0, "probability that a clip's flow is replaced by no motion", low=0, high=1)
+    strides: list[int] = _option([1], "steps between the frames of a clip that may be drawn", low=1)
+
+    # Length
+    batch_size: int = _option(2, "clips of one process at one time", low=1)
+    accumulate: int = _option(1, "batches whose gradients make one step", low=1)
+    epochs: int = _option(30, "passes over samples_per_epoch clips", low=1)
+    steps_per_epoch: int = _option(0, "optimiser steps of an epoch; 0: as many as samples_per_epoch gives", low=0)
+    max_steps: int = _option(0, "total optimiser steps, in place of epochs; 0: epochs decide", low=0)
+    stop_after: int = _option(0, "stop with a checkpoint after this many steps of this call; 0: never", low=0)
+    max_minutes: float = _option(0.0, "stop with a checkpoint after this wall time of this call; 0: never", low=0)
+
+    # Optimisation
+    lr: float = _option(1e-4, "highest learning rate", low=0)
+    backbone_lr_factor: float = _option(1.0, "the encoders' learning rate as a multiple of lr", low=0)
+    optimizer: str = _option("adamw", "optimiser", choices=("adamw", "sgd"))
+    momentum: float = _option(0.9, "of sgd", low=0, high=1)
+    weight_decay: float = _option(1e-2, "not applied to norms, biases and other 1-d parameters", low=0)
+    schedule: str = _option("cosine", "learning rate over the steps", choices=("cosine", "step", "constant"))
+    step_epochs: int = _option(10, "of the step schedule: epochs between two drops by 10", low=1)
+    warmup_steps: int = _option(100, "steps of linear warm-up", low=0)
+    grad_clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping", low=0)
+    aux_weight: float = _option(0.4, "weight of the auxiliary heads' loss", low=0)
+    ema: float = _option(0.999, "decay of the running average of weights; 0: none is kept", low=0, high=0.999999)
+    bn: str = _option(
+        "sync", "batch norm over all processes, over one, or with fixed statistics", choices=("sync", "local", "frozen")
+    )
+
+    # Machine
+    device: str = _option("auto", "auto takes CUDA where there is one", choices=("auto", "cuda", "cpu"))
+    amp: str = _option("none", "mixed precision", choices=("none", "bf16", "fp16"))
+    channels_last: bool = _option(False, "channels-last memory format")
+    compile: bool = _option(False, "torch.compile the network")
+    seed: int = _option(0, "of weights, data order and augmentation", low=0)
+    deterministic: bool = _option(False, "deterministic kernels wherever PyTorch has them")
+
+    # Run
+    save_dir: str = _option("runs/stage1", "folder of checkpoints and logs")
+    resume: str = _option("auto", "auto: the last checkpoint of save_dir if there is one; none: start anew; or a path")
+    save_every: int = _option(0, "steps between two writings of last.pt; 0: at the end of each epoch", low=0)
+    log_every: int = _option(20, "steps between two lines of the log", low=1)
+    tensorboard: bool = _option(True, "write TensorBoard scalars and pictures")
+    panels_every: int = _option(500, "steps between two pictures of frame, flow, mask and prediction; 0: none", low=0)
+
+    # Validation
+    val_datasets: list[str] = _option([], "data sets whose train split holds val_sequences; empty: the training sets")
+    val_sequences: list[str] = _option([], "sequences kept out of training for validation; empty: no validation")
+    val_every: int = _option(0, "steps between two validations; 0: at the end of each epoch", low=0)
+    val_size: tuple[int, int] | None = _option(None, "height and width that the network sees; none: size", low=32)
+    val_frames: int = _option(0, "frames of each validation sequence to use, from its start; 0: all", low=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of numbers, strings, lists and dicts, as YAML, JSON and a weights-only checkpoint can hold."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+    def to_yaml(self) -> str:
+        """The resolved options as YAML, which `--config` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
+
+
+_TYPES = typing.get_type_hints(TrainConfig)
+_FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
+
+
+def load_config(path: str | os.PathLike[str] | None = None, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """Defaults, then the YAML file, then ``overrides``; all checked.
+
+    Raises:
+        UserError: a file that is missing or no YAML mapping, an unknown key, a wrong type or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        for key, value in _read_yaml(Path(path)).items():
+            if key not in _FIELDS:
+                raise UserError(f"{path}: unknown key {key!r}; {nearest(str(key), _FIELDS)}")
+            values[key] = _convert(key, value, f"{path}: {key}")
+    for key, value in (overrides or {}).items():
+        if key not in _FIELDS:
+            raise UserError(f"unknown option {key!r}; {nearest(key, _FIELDS)}")
+        values[key] = _convert(key, value, f"--{key}")
+    config = TrainConfig(**values)
+    _check(config)
+    return config
+
+
+def parse_args(arguments: Sequence[str] | None = None, description: str = "") -> tuple[TrainConfig, int]:
+    """The command line of `main.py` -> its configuration and the local rank.
+
+    ``--config`` is configs/stage1.yaml where nothing is given, configs/finetune.yaml where ``--finetune`` is.
+    The local rank comes as ``--local_rank`` (launchers before PyTorch 2.0), ``--local-rank`` (since) or LOCAL_RANK.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", metavar="YAML", help="default: configs/stage1.yaml, or configs/finetune.yaml with --finetune"
+    )
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        default=int(os.environ.get("LOCAL_RANK", 0)),
+        help="set by the launcher",
+    )
+    for name, item in _FIELDS.items():
+        _add_flag(parser, name, item)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        known = ["config", *_FIELDS]
+        raise UserError(f"unknown argument {word!r}; {nearest(word.lstrip('-').replace('-', '_'), known, '--')}")
+    options = vars(given)
+    path, local_rank = options.pop("config"), options.pop("local_rank")
+    if path is None:
+        path = CONFIGS / ("finetune.yaml" if options.get("finetune") else "stage1.yaml")
+    return load_config(path, options), local_rank
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, item: dataclasses.Field) -> None:
+    """One flag; what is not given stays out of the namespace, so that the YAML file's value holds."""
+    kind, default = _TYPES[name], _default(item)
+    shown = " ".join(f"{k}:{v:g}" for k, v in default.items()) if isinstance(default, dict) else default
+    shown = " ".join(str(part) for part in shown) if isinstance(shown, (tuple, list)) else shown
+    text = f"{item.metadata['help']} (default: {'none' if shown in (None, '') else shown})".replace("%", "%%")
+    if kind is bool:
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        return
+    several = typing.get_origin(_required(kind)) in (list, tuple, dict)
+    metavar = "{" + ",".join(item.metadata["choices"]) + "}" if item.metadata["choices"] else name.upper()
+    parser.add_argument(
+        f"--{name}", nargs="*" if several else None, default=argparse.SUPPRESS, metavar=metavar, help=text
+    )
+
+
+def _default(item: dataclasses.Field) -> Any:
+    return item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+
+
+def _required(kind: Any) -> Any:
+    """``X | None`` -> ``X``."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return kind
+
+
+def _convert(key: str, value: Any, where: str) -> Any:
+    """A YAML value or the words of a flag -> the field's type, with its range and choices checked."""
+    kind, metadata = _TYPES[key], _FIELDS[key].metadata
+    if isinstance(value, list) and [str(part).lower() for part in value] in (["none"], ["null"]):
+        value = None
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and kind is not str):
+        if _required(kind) is not kind:
+            return None
+        if typing.get_origin(kind) in (list, dict):
+            return typing.get_origin(kind)()
+        if kind is not str or not metadata["choices"] and key != "resume":
+            raise UserError(f"{where}: expected {_name(kind)}, got nothing")
+        value = "none"
+    result = _cast(_required(kind), value, where)
+    parts = result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else [result]
+    for part in parts:
+        if metadata["choices"] and part not in metadata["choices"]:
+            raise UserError(f"{where}: expected one of {', '.join(metadata['choices'])}, got {part!r}")
+        number = isinstance(part, (int, float)) and not isinstance(part, bool)
+        low, high = metadata["low"], metadata["high"]
+        if number and not low <= part <= high:
+            limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+            raise UserError(f"{where}: expected {limits}, got {part:g}")
+    return result
+
+
+def _cast(kind: Any, value: Any, where: str) -> Any:
+    wrong = UserError(f"{where}: expected {_name(kind)}, got {value!r}")
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict:
+        if isinstance(value, list):
+            value = dict(_pair(word, inner[1], where) for word in value)
+        if not isinstance(value, dict):
+            raise wrong
+        return {str(key): _cast(inner[1], part, f"{where}: {key}") for key, part in value.items()}
+    if origin in (list, tuple):
+        if isinstance(value, str) and origin is list:
+            value = [value]
+        if not isinstance(value, (list, tuple)) or (origin is tuple and len(value) != len(inner)):
+            raise wrong
+        kinds = inner if origin is tuple else inner * len(value)
+        return origin(_cast(kind, part, where) for kind, part in zip(kinds, value))
+    if kind is Any:
+        return value
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise wrong
+    if kind is str:
+        # A YAML path such as 2018 is a number to the parser; a list or mapping is a slip.
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise wrong
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise wrong
+    try:
+        # YAML 1.1 reads 1e-4 as a string, since it has no point: such strings are numbers too.
+        number = float(value)
+    except ValueError:
+        raise wrong from None
+    if math.isnan(number) or (kind is int and not number.is_integer()):
+        raise wrong
+    return int(number) if kind is int else number
+
+
+def _pair(word: Any, kind: Any, where: str) -> tuple[str, Any]:
+    """``NAME`` or ``NAME:VALUE`` of a flag."""
+    name, colon, value = str(word).rpartition(":")
+    if not colon:
+        if kind is Any:
+            raise UserError(f"{where}: expected key:value, got {word!r}")
+        return str(word), 1.0
+    if kind is Any:
+        return name, yaml.safe_load(value)
+    return name, value
+
+
+def _name(kind: Any) -> str:
+    """A type in the words of a user."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if _required(kind) is not kind:
+        return f"{_name(_required(kind))} or none"
+    if origin is dict:
+        return "a mapping of names to numbers" if inner[1] is float else "a mapping"
+    if origin is list:
+        return f"a list, each {_name(inner[0])}"
+    if origin is tuple:
+        return f"{len(inner)} values, each {_name(inner[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    return names.get(kind, str(kind))
+
+
+def nearest(word: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    """``did you mean …`` with the nearest names, or all names where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(prefix + name for name in near) + "?"
+    return "the valid names are " + ", ".join(prefix + name for name in known)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        names = ", ".join(sorted(f"configs/{item.name}" for item in CONFIGS.glob("*.yaml")))
+        raise UserError(f"{path}: no such file; the project has {names}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of options (lr: 1e-4), got {type(content).__name__}")
+    return content
+
+
+def _check(config: TrainConfig) -> None:
+    """What one field alone cannot tell."""
+    if not config.datasets:
+        raise UserError("datasets: no training data named; give for instance --datasets DAVIS-2016 (or synthetic)")
+    bad = {name: weight for name, weight in config.datasets.items() if not 0 < weight < math.inf}
+    if bad:
+        raise UserError(f"datasets: expected weights above 0, got {bad}; leave out what is not wanted")
+    if config.scale[0] > config.scale[1]:
+        raise UserError(f"scale: expected the smaller number first, got {config.scale[0]:g} {config.scale[1]:g}")
+    if not config.strides:
+        raise UserError("strides: expected at least one step, for instance 1")
+    if config.steps_per_epoch and config.samples_per_epoch:
+        raise UserError("steps_per_epoch and samples_per_epoch both give the length of an epoch; give one of them")
+    if config.pretrained and config.finetune:
+        raise UserError("pretrained and finetune both give the encoders' weights; give one of them")

@@ -1,0 +1,164 @@
+"""One or several training processes: start, agree, gather, and batch norm over all of them.
+
+Without a launcher there is one process and no process group, and every function here is then a plain local one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of this run as one of them sees it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    # Host-side agreement goes through gloo even where gradients go through nccl, so that it never waits for the GPU.
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that writes files and talks."""
+        return self.rank == 0
+
+    def reduce(self, values: Sequence[float], operation: Literal["sum", "max"] = "sum") -> list[float]:
+        """Sum or maximum of each value over the processes, the same in all of them (float64)."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank, in all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+
+def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
+    """Joins the launcher's process group (nccl on CUDA, gloo on the CPU), or stays alone where there is no launcher.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cuda" or "cpu".
+        local_rank: number of this process on its machine; picks its GPU.
+
+    Raises:
+        UserError: no CUDA though asked for, or more processes on this machine than GPUs.
+    """
+    world_size, rank = _environment("WORLD_SIZE", 1), _environment("RANK", 0)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
+    if device == "cpu" or not torch.cuda.is_available():
+        where = torch.device("cpu")
+    else:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; start at most "
+                "that many (--nproc_per_node), or widen CUDA_VISIBLE_DEVICES, or use --device cpu"
+            )
+        where = torch.device("cuda", local_rank)
+        torch.cuda.set_device(where)
+    if world_size == 1:
+        return Processes(0, local_rank, 1, where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    control = dist.new_group(backend="gloo") if where.type == "cuda" else dist.group.WORLD
+    return Processes(rank, local_rank, world_size, where, control)
+
+
+def stop_processes() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"environment variable {name}: expected a whole number, got {text!r}") from None
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics are those of all processes' batches together; for the CPU, through gloo.
+
+    PyTorch's own `SyncBatchNorm` is for GPUs only. In training mode the result and the gradients equal those of
+    `BatchNorm2d` on the concatenated batch. Two passes (mean, then squared distance from it), so that nothing cancels.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        channels = x.shape[1]
+        size = x.new_tensor([x.numel() / channels], dtype=torch.float64)
+        dist.all_reduce(size)
+        count = size.item()  # values of one channel over all processes; batches may differ in size
+        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean = all_reduce(values.sum((0, 2, 3))) / count  # (C,)
+        centred = values - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count  # (C,), biased
+        self._update(mean.detach(), variance.detach(), count)
+        scale = torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        result = centred * scale[:, None, None]
+        if self.bias is not None:
+            result = result + self.bias[:, None, None]
+        return result.to(x.dtype)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor, count: float) -> None:
+        """Running statistics as `BatchNorm2d` keeps them: the variance unbiased."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        self.num_batches_tracked += 1
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        unbiased = variance * (count / max(count - 1, 1))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def set_batch_norm(net: nn.Module, mode: str, processes: Processes) -> nn.Module:
+    """Makes the batch norms of ``net`` what ``mode`` says: "sync", "local" or "frozen" (see `freeze_batch_norm`).
+
+    Names of parameters and buffers stay, so checkpoints do not depend on the mode. With one process, "sync" is "local".
+    """
+    if mode == "sync" and processes.world_size > 1:
+        if processes.device.type == "cuda":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        for module in net.modules():
+            # The subclass adds no state, so the module itself can take its forward; no copy, no renamed key.
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SyncBatchNorm2d
+    return net
+
+
+def freeze_batch_norm(net: nn.Module) -> None:
+    """Puts batch norms into evaluation mode: running statistics are used and kept; scale and shift still train.
+
+    To be called after each ``net.train()``, which undoes it.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
