@@ -1,0 +1,252 @@
+"""DenseCRF on the probability maps, with the image (Krähenbühl & Koltun, NeurIPS 2011, https://arxiv.org/abs/1210.5644).
+
+The defaults, and the unary of `unary_energy`, are those of dss_crf, which DBSNet's README names; all are options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasets.errors import DataError
+from datasets.images import load_frame, require_size
+from utils.errors import UserError
+from utils.files import write_bytes
+from utils.parallel import parallel_map
+
+if TYPE_CHECKING:
+    from datasets.sequences import VideoSequence
+
+EPSILON = 1e-8  # keeps the logarithm finite at probabilities 0 and 1
+# Text field of the PNGs written here, holding the settings, so that a later run knows what it may keep.
+FIELD = "dbsnet-crf"
+
+
+@dataclass(frozen=True)
+class CrfSettings:
+    """Settings of the CRF; the defaults are dss_crf's.
+
+    Attributes:
+        iters: mean-field iterations; their number matters more than any other setting.
+        gaussian_sxy, gaussian_compat: width in pixels, and weight, of the smoothness kernel.
+        bilateral_sxy, bilateral_srgb, bilateral_compat: widths in pixels and in grey levels, and weight, of the
+            appearance kernel.
+        scale: divisor of the unary, together with the sigmoid of the probability.
+    """
+
+    iters: int = 1
+    gaussian_sxy: float = 3
+    gaussian_compat: float = 3
+    bilateral_sxy: float = 60
+    bilateral_srgb: float = 5
+    bilateral_compat: float = 5
+    scale: float = 1.05
+
+    def __post_init__(self) -> None:
+        if self.iters < 1:
+            raise UserError(f"--crf_iters {self.iters}: expected 1 or more")
+        for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb", "scale"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"--crf_{name} {value}: expected a number above 0")
+        for name in ("gaussian_compat", "bilateral_compat"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"--crf_{name} {value}: expected 0 or more")
+
+
+def unary_energy(probability: np.ndarray, scale: float = 1.05) -> np.ndarray:
+    """dss_crf's unary, (2, H * W) float32: row 0 background, row 1 foreground.
+
+    U_fg = -ln(p + 1e-8) / (scale * sigmoid(p)) and U_bg the same of 1 - p; the sigmoid is taken of the probability
+    itself, so it lies between 0.5 and 0.73.
+
+    Args:
+        probability: (H, W), uint8 in 0…255 or float in [0, 1].
+
+    Raises:
+        ValueError: another shape, dtype or range.
+    """
+    probability = np.asarray(probability)
+    if probability.ndim != 2 or probability.size == 0:
+        raise ValueError(f"expected a probability map (H, W), got shape {probability.shape}")
+    if probability.dtype == np.uint8:
+        p = probability.astype(np.float64) / 255
+    elif np.issubdtype(probability.dtype, np.floating):
+        p = probability.astype(np.float64)
+        if not (p.min() >= 0 and p.max() <= 1):  # so written that NaN fails too
+            raise ValueError(f"expected probabilities in [0, 1], got {p.min()} … {p.max()}")
+    else:
+        raise ValueError(f"expected a uint8 or float probability map, got {probability.dtype}")
+
+    def energy(q: np.ndarray) -> np.ndarray:
+        return -np.log(q + EPSILON) / (scale / (1 + np.exp(-q)))
+
+    return np.stack([energy(1 - p), energy(p)]).reshape(2, -1).astype(np.float32)  # (2, H, W) -> (2, H * W)
+
+
+def refine(image_rgb: np.ndarray, probability: np.ndarray, settings: CrfSettings | None = None) -> np.ndarray:
+    """The probability map after the CRF, still soft: (H, W) uint8, 255 times the foreground's probability, cut off.
+
+    Args:
+        image_rgb: the frame, (H, W, 3) uint8 RGB.
+        probability: (H, W), uint8 in 0…255 or float in [0, 1].
+
+    Raises:
+        UserError: pydensecrf is not installed.
+        ValueError: arrays of other shapes, dtypes or ranges. The library itself would not notice all of them.
+    """
+    densecrf = _import_densecrf()
+    settings = settings or CrfSettings()
+    image_rgb = np.asarray(image_rgb)
+    if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8:
+        raise ValueError(f"expected an image (H, W, 3) of uint8, got {image_rgb.dtype} of shape {image_rgb.shape}")
+    if image_rgb.shape[:2] != np.shape(probability):
+        raise ValueError(
+            f"expected a probability map of the image's size {image_rgb.shape[:2]}, got {np.shape(probability)}"
+        )
+    height, width = image_rgb.shape[:2]
+    crf = densecrf.DenseCRF2D(width, height, 2)
+    crf.setUnaryEnergy(np.ascontiguousarray(unary_energy(probability, settings.scale)))
+    crf.addPairwiseGaussian(sxy=settings.gaussian_sxy, compat=settings.gaussian_compat)
+    # BGR, as dss_crf reads its images: the exact CRF would not mind, its fast approximation does a little. The copy
+    # makes the array contiguous and writable, which the library insists on.
+    bgr = np.array(image_rgb[:, :, ::-1], order="C", copy=True)
+    crf.addPairwiseBilateral(
+        sxy=settings.bilateral_sxy, srgb=settings.bilateral_srgb, rgbim=bgr, compat=settings.bilateral_compat
+    )
+    q = np.array(crf.inference(settings.iters), dtype=np.float32).reshape(2, height, width)
+    # Rounding of the filters can leave [0, 1] by an ulp, and a negative number would wrap around in uint8.
+    return np.clip(q[1] * 255, 0, 255).astype(np.uint8)
+
+
+def _import_densecrf() -> Any:
+    try:
+        import pydensecrf.densecrf as densecrf
+    except ImportError as error:
+        raise UserError(
+            f"the CRF needs pydensecrf, which is not installed here ({error}): pip install pydensecrf2. That needs a C++ "
+            "compiler and Python 3.10 to 3.12; it does not build on 3.13 and later. All other tools work without it"
+        ) from error
+    return densecrf
+
+
+def load_probability(path: str | Path) -> np.ndarray:
+    """A probability map as `test` writes it, (H, W) uint8.
+
+    Raises:
+        DataError: a file that is missing or unreadable, or is not an 8-bit grey image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode != "L":
+                raise DataError(f"{path}: expected an 8-bit grey image, got mode {image.mode}")
+            return np.array(image)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: no such probability map; make it first: python tool.py --checkpoint WEIGHTS --tools test …"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: no readable image ({error}); remove it and run --tools test again") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the ``--crf_…`` options; ``--workers`` and ``--overwrite`` come from `utils.parallel.add_arguments`."""
+    group = parser.add_argument_group("crf", "DenseCRF; the defaults are dss_crf's")
+    helps = {
+        "iters": "mean-field iterations",
+        "gaussian_sxy": "width of the smoothness kernel, pixels",
+        "gaussian_compat": "its weight",
+        "bilateral_sxy": "width of the appearance kernel, pixels",
+        "bilateral_srgb": "width of the appearance kernel, grey levels",
+        "bilateral_compat": "its weight",
+        "scale": "divisor of the unary",
+    }
+    for field in fields(CrfSettings):
+        group.add_argument(
+            f"--crf_{field.name}",
+            type=int if field.name == "iters" else float,
+            default=field.default,
+            help=f"{helps[field.name]}; default: %(default)s",
+        )
+
+
+def settings_from(args: argparse.Namespace) -> CrfSettings:
+    """The settings that the ``--crf_…`` options say."""
+    return CrfSettings(**{field.name: getattr(args, f"crf_{field.name}") for field in fields(CrfSettings)})
+
+
+def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], save_dir: str | Path) -> int:
+    """``--tools crf``: refines ``<save_dir>/probability/<dataset>/<video>/<stem>.png`` into ``<save_dir>/crf/…``.
+
+    A result that is newer than its probability map and was made with the same settings is kept, unless
+    ``--overwrite``. Returns the number of maps made.
+
+    Raises:
+        UserError: pydensecrf is not installed.
+        DataError: a map or frame that is missing, unreadable, or of another size.
+    """
+    from tqdm import tqdm
+
+    _import_densecrf()  # now rather than in a worker
+    settings = settings_from(args)
+    save_dir = Path(save_dir)
+    tasks, missing = [], []
+    for sequence in sequences:
+        for frame in sequence.frames:
+            place = Path(sequence.dataset, sequence.name, f"{frame.stem}.png")
+            source, target = save_dir / "probability" / place, save_dir / "crf" / place
+            if not source.is_file():
+                missing.append(source)
+            elif args.overwrite or not _is_current(target, source, settings):
+                tasks.append((frame, source, target, settings))
+    if missing:
+        raise DataError(
+            f"{len(missing)} probability maps are missing, the first one {missing[0]}; make them first, with the same "
+            "--save_dir: python tool.py --checkpoint WEIGHTS --tools test …"
+        )
+    done = parallel_map(_refine_file, tasks, args.workers)
+    for _ in tqdm(done, total=len(tasks), desc="crf", unit="frame"):
+        pass
+    return len(tasks)
+
+
+def _refine_file(frame: Path, source: Path, target: Path, settings: CrfSettings) -> None:
+    from PIL import Image, PngImagePlugin
+
+    image, probability = load_frame(frame), load_probability(source)
+    require_size(source, probability.shape, image.shape, frame)
+    text = PngImagePlugin.PngInfo()
+    text.add_text(FIELD, _settings_text(settings))
+    buffer = io.BytesIO()
+    Image.fromarray(refine(image, probability, settings)).save(buffer, format="PNG", pnginfo=text)
+    write_bytes(target, buffer.getvalue())
+
+
+def _is_current(target: Path, source: Path, settings: CrfSettings) -> bool:
+    from PIL import Image
+
+    if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        return False
+    try:
+        with Image.open(target) as image:
+            image.load()
+            return getattr(image, "text", {}).get(FIELD) == _settings_text(settings)
+    except (OSError, SyntaxError, ValueError):
+        return False  # damaged: it is made again
+
+
+def _settings_text(settings: CrfSettings) -> str:
+    return json.dumps({name: float(value) for name, value in asdict(settings).items()})

@@ -1,0 +1,74 @@
+"""Many small independent jobs on several processes, in order, with a bounded number in flight."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from utils.errors import UserError
+
+# Tasks handed out before their results are collected, per process: enough to keep every process busy while the
+# parent reads the next inputs, few enough that a long video is never in memory.
+IN_FLIGHT_PER_WORKER = 3
+
+
+def default_workers() -> int:
+    """The processors that this process may use, which in a container are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--workers`` and ``--overwrite``, which `utils.flow.run` and `utils.crf.run` share."""
+    parser.add_argument(
+        "--workers", type=int, default=None, metavar="N", help="processes for flow and crf; default: one per processor"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="make results again that exist already, instead of going on from them"
+    )
+
+
+def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: int | None = None) -> Iterator[Any]:
+    """Yields ``function(*task)`` for every task, in the order of the tasks.
+
+    Args:
+        function: a function at the top level of a module, since it is sent to other processes by name.
+        tasks: tuples of arguments that can be pickled; drawn from lazily, never more than a few per process ahead.
+        workers: processes; 0 or 1 runs in this one. Default: one per processor.
+
+    An exception of a job is raised here, with its type, and no further job starts.
+
+    Raises:
+        UserError: ``workers`` below 0, or a process that was killed.
+    """
+    workers = default_workers() if workers is None else workers
+    if workers < 0:
+        raise UserError(f"--workers {workers}: expected 0 (no extra process) or more")
+    if workers <= 1:
+        for task in tasks:
+            yield function(*task)
+        return
+
+    # "spawn", since forking a process in which torch or OpenCV already runs threads can deadlock.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    waiting: deque[Future] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(function, *task))
+            if len(waiting) >= IN_FLIGHT_PER_WORKER * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"one of {workers} worker processes was killed, most often for want of memory: try a smaller --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,275 @@
+"""A user's own video: frames read one by one from a file or a folder, and video files written.
+
+Both readers look like a list of ``(H, W, 3)`` uint8 RGB arrays and hold only a few frames, whatever the length.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from datasets.errors import DataError
+from datasets.images import load_frame
+from datasets.video_sequence import FRAME_SUFFIXES, by_stem, list_files, raise_problem
+from utils.errors import UserError
+
+# Frames kept decoded. Callers go through a video in batches, and flow looks one frame ahead or behind.
+WINDOW = 16
+DEFAULT_FPS = 25.0
+
+
+class LazyFrames(Sequence[np.ndarray]):
+    """Frames of one video that are decoded when asked for; the last ``window`` of them are kept.
+
+    Two callers may get the same array: copy it before writing into it.
+
+    Attributes:
+        stems: one name per frame, under which its results are stored.
+        size: (H, W) of every frame.
+        fps: frames per second, for a video made from the results.
+    """
+
+    def __init__(self, stems: Sequence[str], size: tuple[int, int], fps: float, window: int = WINDOW) -> None:
+        self.stems = tuple(stems)
+        self.size = size
+        self.fps = fps
+        self.window = window
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"frame {index} of a video of {len(self)} frames")
+        index = int(index) % len(self)
+        if index not in self._kept:
+            # A decoder may pass other frames on its way and keep them, so the window is cut afterwards.
+            self._keep(index, self._decode(index))
+        self._kept.move_to_end(index)
+        return self._kept[index]
+
+    def _keep(self, index: int, frame: np.ndarray) -> None:
+        self._kept[index] = frame
+        while len(self._kept) > self.window:
+            self._kept.popitem(last=False)
+
+    def _decode(self, index: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": OrderedDict()}
+
+
+class FolderFrames(LazyFrames):
+    """Frames that lie in image files, given by their paths in order.
+
+    Raises:
+        DataError: an unreadable image, or one of another size than the first.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]], window: int = WINDOW, fps: float = DEFAULT_FPS) -> None:
+        self.paths = tuple(Path(path) for path in paths)
+        if not self.paths:
+            raise DataError("a video of no frames: expected at least one image")
+        first = load_frame(self.paths[0])
+        super().__init__([path.stem for path in self.paths], first.shape[:2], fps, window)
+        self._keep(0, first)
+
+    def _decode(self, index: int) -> np.ndarray:
+        frame = load_frame(self.paths[index])
+        if frame.shape[:2] != self.size:
+            raise DataError(
+                f"{self.paths[index]}: size {_size(frame.shape[:2])}, but {self.paths[0].name} of the same video has "
+                f"{_size(self.size)} (width x height): all frames of a video need one size"
+            )
+        return frame
+
+
+class VideoFrames(LazyFrames):
+    """Frames of a video file, decoded by OpenCV in their order.
+
+    The number of frames is counted by decoding the file once, as the number that a container states is often an
+    estimate. Going back further than the window starts decoding again at the first frame, since seeking by frame number
+    is not exact in many formats.
+
+    Raises:
+        UserError: no such file, or one that cannot be decoded; the message holds an ffmpeg command.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], window: int = WINDOW) -> None:
+        import cv2
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such video file (for a folder of frames use --frames)")
+        self._capture = None
+        self._next = 0
+
+        capture = self._open()
+        stated = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        decoded, first = capture.read()
+        if not decoded or first is None:
+            raise self._undecodable("not one frame of it can be decoded")
+        count = 1
+        while capture.grab():
+            count += 1
+        capture.release()
+        if math.isfinite(stated) and stated > count + 1:
+            warnings.warn(
+                f"{self.path}: its header promises {stated:.0f} frames, but only the first {count} can be decoded; "
+                "the file may be cut short",
+                stacklevel=3,
+            )
+        usable_fps = math.isfinite(fps) and 0 < fps <= 1000
+        super().__init__(
+            [f"{i:05d}" for i in range(count)], first.shape[:2], float(fps) if usable_fps else DEFAULT_FPS, window
+        )
+
+    def _decode(self, index: int) -> np.ndarray:
+        if self._capture is None or index < self._next:
+            self.close()
+            self._capture = self._open()
+            self._next = 0
+        frame = None
+        # Frames just before the wanted one may be wanted next; earlier ones are only passed over.
+        while self._next <= index:
+            position = self._next
+            self._next += 1
+            if not self._capture.grab():
+                raise self._undecodable(f"frame {position} of {len(self)} cannot be decoded")
+            if position != index and (position in self._kept or index - position >= self.window // 2):
+                continue
+            decoded, bgr = self._capture.retrieve()
+            if not decoded or bgr is None:
+                raise self._undecodable(f"frame {position} of {len(self)} cannot be decoded")
+            if bgr.shape[:2] != self.size:
+                raise self._undecodable(
+                    f"frame {position} has size {_size(bgr.shape[:2])}, the first one {_size(self.size)}"
+                )
+            frame = np.ascontiguousarray(bgr[:, :, ::-1])  # BGR -> RGB
+            if position != index:
+                self._keep(position, frame)
+        return frame
+
+    def _open(self):  # -> cv2.VideoCapture
+        import cv2
+
+        capture = cv2.VideoCapture(str(self.path))
+        if not capture.isOpened():
+            raise self._undecodable("it cannot be opened as a video")
+        return capture
+
+    def _undecodable(self, what: str) -> UserError:
+        source, target = shlex.quote(str(self.path)), shlex.quote(f"{self.path.stem}_h264.mp4")
+        return UserError(
+            f"{self.path}: {what}. Convert it first, and give the new file:\n"
+            f"  ffmpeg -i {source} -c:v libx264 -crf 18 -pix_fmt yuv420p -an {target}"
+        )
+
+    def close(self) -> None:
+        """Closes the file; the next frame asked for opens it again."""
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_capture": None, "_next": 0}
+
+
+def open_video(path: str | os.PathLike[str]) -> VideoFrames:
+    """The frames of a video file, (H, W, 3) uint8 RGB; see `VideoFrames`."""
+    return VideoFrames(path)
+
+
+def open_folder(path: str | os.PathLike[str]) -> FolderFrames:
+    """The frames of a folder of images, ordered by the numbers in their names (2 before 10); see `FolderFrames`.
+
+    Raises:
+        DataError: no such folder, no image in it, or two images of one stem.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of frames (for a video file use --video)")
+    paths = list_files(folder, FRAME_SUFFIXES)
+    if not paths:
+        raise DataError(f"{folder}: no frames in it; expected images ({', '.join(FRAME_SUFFIXES)})")
+    by_stem(paths, folder.name, raise_problem)
+    return FolderFrames(paths)
+
+
+def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps: float = DEFAULT_FPS) -> int:
+    """Writes frames, (H, W, 3) uint8 RGB of one size, as an MPEG-4 file, and returns their number.
+
+    The file appears only when it is complete. An odd height or width gets one more row or column, a copy of the last
+    one, because the codec knows only even sizes and would cut the last one off.
+
+    Raises:
+        UserError: no frames, a file name that does not end in .mp4, or an OpenCV that cannot write MPEG-4.
+        ValueError: a frame of another shape or dtype.
+    """
+    import cv2
+
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise UserError(f"{path}: videos are written as MPEG-4; expected a name ending in .mp4")
+    if not (math.isfinite(fps) and fps > 0):
+        raise UserError(f"{path}: {fps} frames per second; expected a number above 0")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:64]}.", suffix=".mp4")
+    os.close(handle)
+    temporary = Path(name)
+    # OpenCV makes the file itself, with the permissions that a new file has; mkstemp would leave it to its owner alone.
+    temporary.unlink()
+    writer, shape, count = None, None, 0
+    try:
+        for frame in frames:
+            frame = np.asarray(frame)
+            if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+                raise ValueError(f"{path}: frame {count}: expected uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
+            if writer is None:
+                shape = frame.shape
+                height, width = (side + side % 2 for side in shape[:2])
+                writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), float(fps), (width, height))
+                if not writer.isOpened():
+                    raise UserError(f"{path}: this OpenCV cannot write MPEG-4 of size {width} x {height}")
+            if frame.shape != shape:
+                raise ValueError(f"{path}: frame {count} has shape {frame.shape}, the first one {shape}")
+            bottom, right = shape[0] % 2, shape[1] % 2
+            if bottom or right:
+                frame = np.pad(frame, ((0, bottom), (0, right), (0, 0)), mode="edge")
+            writer.write(np.ascontiguousarray(frame[:, :, ::-1]))  # RGB -> BGR
+            count += 1
+        if writer is None:
+            raise UserError(f"{path}: there are no frames to write")
+        writer.release()
+        writer = None
+        if not temporary.is_file() or temporary.stat().st_size == 0:
+            raise UserError(f"{path}: OpenCV wrote nothing; is the disk full?")
+        os.replace(temporary, path)
+    finally:
+        if writer is not None:
+            writer.release()
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _size(shape: tuple[int, int]) -> str:
+    """(H, W) as people write it: width x height."""
+    return f"{shape[1]} x {shape[0]}"
