@@ -57,20 +57,26 @@ def flows_to_images(flows: torch.Tensor) -> torch.Tensor:
     flows = flows.to(torch.float32)
     if not bool(torch.isfinite(flows.sum())) and not bool(torch.isfinite(flows).all()):
         raise ValueError("flow has values that are not finite: it cannot be coloured")
-    # The order of operations is torchvision's, so that rounding is the same to the bit.
-    largest = flows.pow(2).sum(dim=1).sqrt().amax(dim=(1, 2))
-    flows = flows / (largest + torch.finfo(torch.float32).eps)[:, None, None, None]
-    speed = flows.pow(2).sum(dim=1).sqrt()
-    position = (torch.atan2(-flows[:, 1], -flows[:, 0]) / torch.pi + 1) / 2 * (_COLUMNS - 1)
-    lower = position.floor()
-    weight = position - lower
-    column = lower.to(torch.int32).view(-1)  # index_select is several times faster than indexing here
     images = torch.empty((len(flows), 3, *flows.shape[2:]), dtype=torch.uint8)
-    for channel, (here, following) in enumerate(_wheel_tables()):
-        here, following = (table.index_select(0, column).view_as(weight) for table in (here, following))
-        colour = (1 - weight) * here + weight * following
-        images[:, channel] = (255 * (1 - speed * (1 - colour))).floor_()
+    for flow, image in zip(flows, images):  # a frame at a time stays in the cache: twice as fast as a clip at once
+        _colour(flow, image)
     return images
+
+
+def _colour(flow: torch.Tensor, image: torch.Tensor) -> None:
+    """Colour flow (2, H, W) into image (3, H, W). Operations in torchvision's order, for the same bytes."""
+    u, v = flow / (flow.pow(2).sum(dim=0).sqrt_().max() + torch.finfo(torch.float32).eps)
+    speed = (u.pow(2) + v.pow(2)).sqrt_()
+    position = torch.atan2(v.neg_(), u.neg_()).div_(torch.pi).add_(1).div_(2).mul_(_COLUMNS - 1)
+    lower = position.floor()
+    weight = position.sub_(lower)
+    rest = 1 - weight
+    column = lower.to(torch.int32).view(-1)  # index_select is several times faster than indexing here
+    for channel, tables in enumerate(_wheel_tables()):
+        here, following = (table.index_select(0, column).view_as(weight) for table in tables)
+        colour = here.mul_(rest).add_(following.mul_(weight))
+        # 255 * (1 - speed * (1 - colour)); the conversion to uint8 rounds down
+        image[channel] = colour.neg_().add_(1).mul_(speed).neg_().add_(1).mul_(255).to(torch.uint8)
 
 
 def flow_to_image(flow: np.ndarray) -> np.ndarray:
