@@ -133,8 +133,8 @@ def _import_densecrf() -> Any:
         import pydensecrf.densecrf as densecrf
     except ImportError as error:
         raise UserError(
-            f"the CRF needs pydensecrf, which is not installed here ({error}): pip install pydensecrf2. That needs a C++ "
-            "compiler and Python 3.10 to 3.12; it does not build on 3.13 and later. All other tools work without it"
+            f"the CRF needs pydensecrf, which is not installed here ({error}): pip install pydensecrf2. That needs a "
+            "C++ compiler and Python 3.10 to 3.12; it does not build on 3.13 and later. All other tools work without it"
         ) from error
     return densecrf
 

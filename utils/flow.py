@@ -304,7 +304,7 @@ class FlowEstimator:
 
 
 def padding(size: tuple[int, int], multiple: int, least: int) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) that brings ``size`` to multiples of ``multiple``, at least ``least``; both sides alike."""
+    """(top, bottom, left, right) that brings ``size`` to multiples of ``multiple`` and to ``least``; both sides alike."""
     amounts = []
     for side in size:
         missing = max(least, math.ceil(side / multiple) * multiple) - side

@@ -1,0 +1,455 @@
+"""Flow: weights in every key format, padding, direction, files, resuming; and the look of the supplied images."""
+
+from __future__ import annotations
+
+import argparse
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
+
+from datasets.errors import DataError
+from datasets.flow_colour import flow_to_image
+from datasets.video_sequence import VideoSequence
+from models.errors import CheckpointError
+from utils import flow as flow_module
+from utils import parallel
+from utils.errors import UserError
+from utils.flow import (
+    FlowEstimator,
+    FlowFiles,
+    FlowSettings,
+    compute_flows,
+    convert_raft_state,
+    dis_flow,
+    frame_pairs,
+    load_raft,
+    padding,
+    read_raw_flow,
+    torchvision_key,
+    write_raw_flow,
+)
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def texture(height: int, width: int, shift: tuple[int, int] = (0, 0), seed: int = 0) -> np.ndarray:
+    """A smooth random picture whose content is moved by ``shift`` = (right, down) pixels, without a border."""
+    noise = np.random.default_rng(seed).random((height + 64, width + 64, 3))
+    for _ in range(3):  # a box blur, so that matching has gradients to follow
+        noise = (noise + np.roll(noise, 1, 0) + np.roll(noise, 1, 1) + np.roll(noise, (1, 1), (0, 1))) / 4
+    noise = (noise - noise.min()) / (noise.max() - noise.min())
+    top, left = 32 - shift[1], 32 - shift[0]
+    return (noise[top : top + height, left : left + width] * 255).astype(np.uint8)
+
+
+def make_sequence(root: Path, count: int = 3, size: tuple[int, int] = (40, 56), name: str = "clip") -> VideoSequence:
+    folder = root / "JPEGImages" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for t in range(count):
+        Image.fromarray(texture(*size, shift=(2 * t, -t))).save(folder / f"{t:05d}.png")
+    frames = tuple(sorted(folder.iterdir()))
+    return VideoSequence(name, "made", frames, {}, {}, "nonzero", root / "Flows" / name)
+
+
+def arguments(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    flow_module.add_arguments(parser)
+    parallel.add_arguments(parser)
+    return parser.parse_args(list(options))
+
+
+def dis(*options: str) -> argparse.Namespace:
+    return arguments("--flow_method", "dis", "--workers", "0", *options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def princeton_large_keys() -> list[str]:
+    """The keys of princeton-vl's RAFT, listed from its structure: two basic encoders, a SepConvGRU, an upsampling mask."""
+
+    def conv(name: str) -> list[str]:
+        return [f"{name}.weight", f"{name}.bias"]
+
+    def norm(name: str) -> list[str]:
+        return [f"{name}.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+
+    keys = []
+    for encoder, batch_norm in (("fnet", False), ("cnet", True)):  # fnet's instance norm has no parameters
+        keys += conv(f"{encoder}.conv1") + conv(f"{encoder}.conv2")
+        keys += norm(f"{encoder}.norm1") if batch_norm else []
+        for layer in (1, 2, 3):
+            for block in (0, 1):
+                prefix = f"{encoder}.layer{layer}.{block}"
+                keys += conv(f"{prefix}.conv1") + conv(f"{prefix}.conv2")
+                keys += norm(f"{prefix}.norm1") + norm(f"{prefix}.norm2") if batch_norm else []
+                if layer > 1 and block == 0:
+                    keys += conv(f"{prefix}.downsample.0")
+                    keys += norm(f"{prefix}.norm3") + norm(f"{prefix}.downsample.1") if batch_norm else []
+    keys += [k for n in ("convc1", "convc2", "convf1", "convf2", "conv") for k in conv(f"update_block.encoder.{n}")]
+    keys += [k for gate in "zrq" for n in "12" for k in conv(f"update_block.gru.conv{gate}{n}")]
+    keys += conv("update_block.flow_head.conv1") + conv("update_block.flow_head.conv2")
+    return keys + conv("update_block.mask.0") + conv("update_block.mask.2")
+
+
+def test_every_princeton_key_of_the_large_network_has_its_place_in_torchvision():
+    keys = [key for key in princeton_large_keys() if ".norm3." not in key]
+    assert sorted(map(torchvision_key, keys)) == sorted(raft_large(weights=None).state_dict())
+
+
+@pytest.mark.parametrize(
+    "princeton, torchvision",
+    [
+        ("fnet.conv1.weight", "feature_encoder.convnormrelu.0.weight"),
+        ("fnet.conv2.bias", "feature_encoder.conv.bias"),
+        ("cnet.norm1.running_mean", "context_encoder.convnormrelu.1.running_mean"),
+        ("cnet.layer3.1.conv2.weight", "context_encoder.layer3.1.convnormrelu2.0.weight"),
+        ("cnet.layer2.0.norm2.bias", "context_encoder.layer2.0.convnormrelu2.1.bias"),
+        ("cnet.layer2.0.downsample.1.bias", "context_encoder.layer2.0.downsample.1.bias"),
+        ("fnet.layer1.0.conv3.bias", "feature_encoder.layer1.0.convnormrelu3.0.bias"),
+        ("update_block.encoder.convc1.weight", "update_block.motion_encoder.convcorr1.0.weight"),
+        ("update_block.encoder.convf2.bias", "update_block.motion_encoder.convflow2.0.bias"),
+        ("update_block.encoder.conv.weight", "update_block.motion_encoder.conv.0.weight"),
+        ("update_block.gru.convz1.weight", "update_block.recurrent_block.convgru1.convz.weight"),
+        ("update_block.gru.convq2.bias", "update_block.recurrent_block.convgru2.convq.bias"),
+        ("update_block.gru.convr.weight", "update_block.recurrent_block.convgru1.convr.weight"),
+        ("update_block.flow_head.conv1.weight", "update_block.flow_head.conv1.weight"),
+        ("update_block.mask.0.weight", "mask_predictor.convrelu.0.weight"),
+        ("update_block.mask.2.bias", "mask_predictor.conv.bias"),
+    ],
+)
+def test_key_map(princeton: str, torchvision: str):
+    assert torchvision_key(princeton) == torchvision
+
+
+def princeton_large_state() -> dict[str, torch.Tensor]:
+    """Random weights of the large network under princeton-vl's keys, every tensor different."""
+    torch.manual_seed(0)
+    target = raft_large(weights=None).state_dict()
+    state = {}
+    for key in princeton_large_keys():
+        source = torchvision_key(key.replace(".norm3.", ".downsample.1."))
+        state[f"module.{key}"] = target[source] if target[source].ndim == 0 else torch.randn_like(target[source])
+        if ".downsample.1." in key:
+            state[f"module.{key.replace('.downsample.1.', '.norm3.')}"] = state[f"module.{key}"].clone()
+    return state
+
+
+def test_large_weights_load_from_all_key_formats_and_containers(tmp_path: Path):
+    state = princeton_large_state()
+    torch.save(state, tmp_path / "raft-things.pth")
+    model = load_raft("raft", str(tmp_path / "raft-things.pth"))
+    assert not model.training
+    assert sum(p.numel() for p in model.parameters()) == 5_257_536  # both implementations, research record
+    loaded = model.state_dict()
+    assert torch.equal(loaded["mask_predictor.conv.bias"], state["module.update_block.mask.2.bias"])
+    assert torch.equal(
+        loaded["context_encoder.layer3.0.downsample.1.running_var"], state["module.cnet.layer3.0.norm3.running_var"]
+    )
+    torch.save({"model": loaded}, tmp_path / "torchvision.pth")  # as torchvision's own training script nests it
+    again = load_raft("raft", str(tmp_path / "torchvision.pth")).state_dict()
+    assert all(torch.equal(loaded[key], again[key]) for key in loaded)
+
+
+def test_a_shortcut_norm_that_is_stored_twice_must_be_the_same_twice():
+    state = princeton_large_state()
+    state["module.cnet.layer2.0.norm3.weight"] += 1
+    with pytest.raises(CheckpointError, match="norm3.weight and .*downsample.1.weight"):
+        convert_raft_state(state)
+
+
+def test_weights_of_something_else_are_refused(tmp_path: Path):
+    small = raft_small(weights=None).state_dict()
+    cases = {
+        "other.pth": ({"conv.weight": torch.zeros(1)}, "not weights of RAFT"),
+        "missing.pth": ({k: v for k, v in small.items() if "convgru" not in k}, "6 missing"),
+        "more.pth": ({**small, "extra": torch.zeros(1)}, "1 unexpected .*extra"),
+        "shape.pth": ({**small, "context_encoder.conv.bias": torch.zeros(3)}, r"1 mis-shaped .*\(3,\) for \(160,\)"),
+        "list.pth": ([1, 2], "expected a dictionary of tensors"),
+    }
+    for name, (content, message) in cases.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(CheckpointError, match=message):
+            load_raft("raft_small", str(tmp_path / name))
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "more.pth").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="is it complete"):
+        load_raft("raft_small", str(tmp_path / "cut.pth"))
+    torch.save(small, tmp_path / "small.pth")
+    with pytest.raises(CheckpointError, match="add --flow_method raft_small"):
+        load_raft("raft", str(tmp_path / "small.pth"))
+
+
+def test_missing_weights_say_what_to_do_and_nothing_is_computed_instead(tmp_path: Path, monkeypatch):
+    with pytest.raises(UserError, match="no such file.*C_T_V1"):
+        load_raft("raft", str(tmp_path / "nowhere.pth"))
+
+    def offline(self, *args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(Raft_Large_Weights, "get_state_dict", offline)
+    monkeypatch.setattr(Raft_Small_Weights, "get_state_dict", offline)
+    sequence = make_sequence(tmp_path)
+    for method in ("raft", "raft_small"):
+        with pytest.raises(UserError, match=r"could not be downloaded.*--flow_weights FILE.*--flow_method dis"):
+            flow_module.run(arguments("--flow_method", method, "--workers", "0"), [sequence])
+    assert not sequence.flow_dir.exists()
+
+
+@pytest.mark.data
+def test_the_public_small_weights_load_to_the_last_tensor(real_data: Path):
+    path = real_data / "weights" / "raft-small.pth"
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    model = load_raft("raft_small", str(path))
+    loaded = model.state_dict()
+    assert len(stored) == len(loaded) == 106
+    assert sum(p.numel() for p in model.parameters()) == 990_162
+    # Both files list the network in the same order, which says independently of names what belongs where.
+    assert all(torch.equal(a, b) for a, b in zip(stored.values(), loaded.values()))
+
+
+@pytest.mark.data
+def test_raft_small_reproduces_the_look_of_the_supplied_images(real_data: Path):
+    """Mean absolute difference in grey levels; the frames here went through JPEG once more than those used there."""
+    davis = real_data / "DAVIS"
+    differences = []
+    for name, t in (("dog", 20), ("libby", 3), ("libby", 48)):  # libby's frame 48 is its last: backward flow
+        folder = davis / "JPEGImages" / "480p" / name
+        frames = [np.array(Image.open(folder / f"{i:05d}.jpg").convert("RGB")) for i in (t - 1, t, t + 1) if i < 49]
+        flows = compute_flows(
+            frames,
+            method="raft_small",
+            weights=str(real_data / "weights" / "raft-small.pth"),
+            size=(288, 512),
+            iters=12,
+            indices=[1],
+        )
+        [(index, flow)] = flows
+        assert index == 1 and flow.shape == (288, 512, 2) and flow.dtype == np.float32
+        supplied = np.array(Image.open(davis / "Flows" / "480p" / name / f"{t:05d}.jpg").convert("RGB"))
+        differences.append(np.abs(flow_to_image(flow).astype(int) - supplied).mean())
+    assert max(differences) < 5, differences
+
+
+# ---------------------------------------------------------------------------------------------------- pairs and padding
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [((480, 854), (0, 0, 1, 1)), ((480, 856), (0, 0, 0, 0)), ((100, 131), (14, 14, 2, 3)), ((1, 1), (63, 64, 63, 64))],
+)
+def test_padding(size, expected):
+    assert padding(size, 8, 128) == expected
+
+
+class Echo(torch.nn.Module):
+    """Instead of RAFT: its flow is the first frame's red and green, so that misplaced pixels show."""
+
+    def forward(self, first, second, num_flow_updates):
+        assert first.shape == second.shape and first.shape[2] % 8 == 0 and first.shape[3] % 8 == 0
+        assert min(first.shape[2:]) >= 128
+        # replicate padding: the corner continues the picture's corner
+        return [torch.full_like(first[:, :2], torch.nan)] * (num_flow_updates - 1) + [first[:, :2]]
+
+
+@pytest.mark.parametrize("size", [(136, 128), (100, 131), (3, 200)])
+def test_padding_is_taken_off_at_the_right_place_and_the_last_update_is_used(size, monkeypatch):
+    monkeypatch.setattr(flow_module, "load_raft", lambda method, weights: Echo())
+    estimator = FlowEstimator(FlowSettings("raft_small"))
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 256, (2, 2, *size, 3), dtype=np.uint8)
+    flow = estimator(first, second)
+    assert flow.dtype == np.float32
+    np.testing.assert_allclose(flow, first[..., :2] / 127.5 - 1, atol=1e-6)
+
+
+def test_batches_do_not_change_raft(monkeypatch):
+    torch.manual_seed(0)
+    model = raft_small(weights=None).eval()
+    monkeypatch.setattr(flow_module, "load_raft", lambda method, weights: model)
+    frames = [texture(128, 136, (t, 0)) for t in range(4)]
+    one = dict(compute_flows(frames, "raft_small", batch_size=1, iters=2))
+    three = dict(compute_flows(frames, "raft_small", batch_size=3, iters=2))
+    assert list(one) == list(three) == [0, 1, 2, 3]
+    for t in one:
+        np.testing.assert_allclose(one[t], three[t], atol=1e-4)
+
+
+def test_pairs_look_ahead_and_the_last_one_back_and_every_frame_is_read_once():
+    class Counting(list):
+        reads: list[int] = []
+
+        def __getitem__(self, index):
+            self.reads.append(index)
+            return super().__getitem__(index)
+
+    frames = Counting(np.full((4, 5, 3), t, np.uint8) for t in range(6))
+    pairs = [(t, int(a[0, 0, 0]), int(b[0, 0, 0])) for t, a, b in frame_pairs(frames)]
+    assert pairs == [(0, 0, 1), (1, 1, 2), (2, 2, 3), (3, 3, 4), (4, 4, 5), (5, 5, 4)]
+    assert frames.reads == [0, 1, 2, 3, 4, 5]
+    frames.reads.clear()
+    assert [t for t, _, _ in frame_pairs(frames, indices=[1, 5])] == [1, 5]
+    assert frames.reads == [1, 2, 4, 5]
+
+
+def test_flow_of_one_frame_is_zero_and_its_image_white():
+    [(index, flow)] = compute_flows([texture(20, 30)], "dis")
+    assert index == 0 and flow.shape == (20, 30, 2) and not flow.any()
+    assert (flow_to_image(flow) == 255).all()
+
+
+def test_frames_of_different_sizes_are_an_error():
+    with pytest.raises(DataError, match="frames 1 and 2 have different shapes"):
+        list(compute_flows([texture(40, 40), texture(40, 40), texture(40, 48)], "dis"))
+
+
+def test_size_is_height_then_width_and_flow_is_in_its_pixels():
+    frames = [texture(80, 120, (0, 0)), texture(80, 120, (8, 4))]
+    full = dict(compute_flows(frames, "dis"))[0]
+    half = dict(compute_flows(frames, "dis", size=(40, 60)))[0]
+    assert half.shape == (40, 60, 2)
+    np.testing.assert_allclose(np.median(full, (0, 1)), (8, 4), atol=0.3)
+    np.testing.assert_allclose(np.median(half, (0, 1)), (4, 2), atol=0.3)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (20, 70), (5, 9), (1, 1)])
+def test_dis_finds_a_shift_and_takes_any_size(size):
+    flow = dis_flow(texture(*size), texture(*size, shift=(3, -2)))
+    assert flow.shape == (*size, 2) and flow.dtype == np.float32 and np.isfinite(flow).all()
+    if min(size) > 32:
+        np.testing.assert_allclose(np.median(flow, (0, 1)), (3, -2), atol=0.2)
+        back = dis_flow(texture(*size, shift=(3, -2)), texture(*size))
+        np.testing.assert_allclose(np.median(back, (0, 1)), (-3, 2), atol=0.2)
+
+
+def test_settings_are_checked():
+    for wrong in (
+        {"method": "farneback"},
+        {"method": "dis", "weights": "x.pth"},
+        {"size": (0, 10)},
+        {"iters": 0},
+    ):
+        with pytest.raises(UserError):
+            FlowSettings(**wrong)
+    with pytest.raises(UserError, match="--flow_batch 0"):
+        list(compute_flows([texture(20, 20)] * 2, "dis", batch_size=0))
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_raw_flow_files(tmp_path: Path):
+    import cv2
+
+    flow = np.random.default_rng(0).normal(0, 20, (7, 9, 2)).astype(np.float32)
+    write_raw_flow(tmp_path / "a.flo", flow)
+    np.testing.assert_array_equal(cv2.readOpticalFlow(str(tmp_path / "a.flo")), flow)  # another reader of the format
+    np.testing.assert_array_equal(read_raw_flow(tmp_path / "a.flo"), flow)
+    write_raw_flow(tmp_path / "a.npz", flow)
+    np.testing.assert_array_equal(read_raw_flow(tmp_path / "a.npz"), flow.astype(np.float16).astype(np.float32))
+    for name in ("a.flo", "a.npz"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5])
+        with pytest.raises(DataError, match=name):
+            read_raw_flow(tmp_path / name)
+    with pytest.raises(DataError):
+        read_raw_flow(tmp_path / "nothing.npz")
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpg"])
+def test_images_are_the_flow_coloured_under_the_frames_stems(tmp_path: Path, image_format: str):
+    sequence = make_sequence(tmp_path)
+    assert flow_module.run(dis("--flow_format", image_format, "--flow_raw"), [sequence]) == 3
+    assert sorted(p.name for p in sequence.flow_dir.iterdir()) == sorted(
+        [f"{t:05d}.{suffix}" for t in range(3) for suffix in (image_format, "npz")] + ["flow.json"]
+    )
+    frames = [np.array(Image.open(path)) for path in sequence.frames]
+    for t, (a, b) in enumerate([(0, 1), (1, 2), (2, 1)]):
+        flow = dis_flow(frames[a], frames[b])
+        np.testing.assert_allclose(read_raw_flow(sequence.flow_dir / f"{t:05d}.npz"), flow, atol=0.01)
+        image = np.array(Image.open(sequence.flow_dir / f"{t:05d}.{image_format}")).astype(int)
+        difference = np.abs(image - flow_to_image(flow)).mean()
+        assert difference == 0 if image_format == "png" else difference < 4
+
+
+def test_going_on_keeps_what_is_good_and_makes_what_is_missing_or_damaged(tmp_path: Path):
+    sequence = make_sequence(tmp_path, count=4)
+    flow_module.run(dis("--flow_raw", "flo"), [sequence])
+    before = contents(sequence.flow_dir)
+    assert flow_module.run(dis("--flow_raw", "flo"), [sequence]) == 0
+
+    (sequence.flow_dir / "00000.png").unlink()
+    cut = sequence.flow_dir / "00001.png"
+    cut.write_bytes(before["00001.png"][:200])
+    (sequence.flow_dir / "00002.flo").unlink()
+    untouched = (sequence.flow_dir / "00003.png").stat().st_mtime_ns
+    assert flow_module.run(dis("--flow_raw", "flo"), [sequence]) == 3
+    assert contents(sequence.flow_dir) == before
+    assert (sequence.flow_dir / "00003.png").stat().st_mtime_ns == untouched
+
+
+def test_supplied_images_count_whatever_their_format_and_overwrite_leaves_one_image_per_stem(tmp_path: Path):
+    sequence = make_sequence(tmp_path)
+    sequence.flow_dir.mkdir(parents=True)
+    for stem in sequence.stems:
+        Image.new("RGB", (8, 8)).save(sequence.flow_dir / f"{stem}.jpg")
+    assert flow_module.run(dis(), [sequence]) == 0
+    assert flow_module.run(dis("--overwrite"), [sequence]) == 3
+    assert sorted(p.name for p in sequence.flow_dir.iterdir()) == ["00000.png", "00001.png", "00002.png", "flow.json"]
+
+
+def test_other_settings_are_not_mixed_in(tmp_path: Path):
+    sequence = make_sequence(tmp_path)
+    flow_module.run(dis(), [sequence])
+    before = contents(sequence.flow_dir)
+    with pytest.raises(UserError, match=r"size None, now \[20, 30\].*--overwrite"):
+        flow_module.run(dis("--flow_size", "20", "30"), [sequence])
+    assert contents(sequence.flow_dir) == before
+    flow_module.run(dis("--flow_size", "20", "30", "--overwrite"), [sequence])
+    assert Image.open(sequence.flow_dir / "00000.png").size == (30, 20)
+
+
+def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path):
+    sequences = [make_sequence(tmp_path / "one", name=name) for name in ("a", "b")]
+    assert flow_module.run(dis(), sequences) == 6
+    others = [make_sequence(tmp_path / "two", name=name) for name in ("a", "b")]
+    assert flow_module.run(arguments("--flow_method", "dis", "--workers", "2"), others) == 6
+    for sequence, other in zip(sequences, others):
+        assert contents(sequence.flow_dir) == contents(other.flow_dir)
+
+
+def test_flow_of_a_thinned_out_video_is_that_of_neighbours_in_the_folder(tmp_path: Path):
+    whole = make_sequence(tmp_path / "whole", count=5)
+    flow_module.run(dis(), [whole])
+    thin = make_sequence(tmp_path / "thin", count=5)
+    thin = VideoSequence(thin.name, thin.dataset, thin.frames[::2], {}, {}, "nonzero", thin.flow_dir)
+    assert flow_module.run(dis(), [thin]) == 3
+    made = contents(thin.flow_dir)
+    assert sorted(made) == ["00000.png", "00002.png", "00004.png", "flow.json"]
+    assert all(made[name] == data for name, data in contents(whole.flow_dir).items() if name in made)
+
+
+def test_two_sets_that_share_a_video_make_its_flow_once(tmp_path: Path):
+    sequence = make_sequence(tmp_path)
+    assert flow_module.run(dis(), [sequence, sequence]) == 3
+
+
+def test_an_unreadable_frame_is_named(tmp_path: Path):
+    sequence = make_sequence(tmp_path)
+    sequence.frames[1].write_bytes(b"not an image")
+    with pytest.raises(DataError, match="00001.png"):
+        flow_module.run(dis(), [sequence])
+
+
+def test_files_settings_are_checked():
+    with pytest.raises(UserError, match="--flow_format gif"):
+        FlowFiles("gif")
+    with pytest.raises(UserError, match="--flow_raw txt"):
+        FlowFiles("png", "txt")
