@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from datasets.clips import MixedClips, VideoClips
 from datasets.images import load_flow_image, load_frame, load_mask
@@ -48,8 +47,10 @@ from utils.distributed import Processes, freeze_batch_norm, set_batch_norm, star
 from utils.ema import WeightAverage
 from utils.errors import UserError, exit_on_user_error
 from utils.files import write_text
+from utils.loading import ClipOrder, build_loader
 from utils.metrics import jaccard
 from utils.runlog import RunLog
+from utils.stopping import StopRequest
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM, as shells have it
 RUN_FILES = ("last.pt", "best.pt", "weights.safetensors", "log.jsonl", "config.yaml")
@@ -87,32 +88,6 @@ class Run:
     def tested_net(self) -> nn.Module:
         """The network whose weights are validated and handed out."""
         return self.average.net if self.average else self.net
-
-
-class StopRequest:
-    """Ctrl-C, SIGTERM or the end of the time given: noticed at once, obeyed between two steps."""
-
-    def __init__(self, max_minutes: float) -> None:
-        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, _: object) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # twice: the user does not want to wait for the checkpoint
-        self.signal = signal.Signals(number)
-
-    @property
-    def wanted(self) -> bool:
-        return self.signal is not None or time.monotonic() >= self.deadline
 
 
 # ---------------------------------------------------------------------------------------------------------- building
@@ -223,62 +198,6 @@ def build_augment(config: TrainConfig) -> Augment:
         rotation_p=config.rotation_p,
         colour=config.colour,
     )
-
-
-class EpochItems(Dataset):
-    """Clips addressed by (epoch, index), so that workers which live on for the next epoch know which one it is."""
-
-    def __init__(self, clips: Dataset) -> None:
-        self.clips = clips
-
-    def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = address
-        self.clips.set_epoch(epoch)  # type: ignore[attr-defined]
-        return self.clips[index]
-
-
-class ClipOrder(Sampler):
-    """Which clips each process loads: a function of seed, epoch and step alone.
-
-    Step k takes the same clips, whatever the number of processes that share them. An epoch may begin at any step.
-    """
-
-    def __init__(self, config: TrainConfig, processes: Processes, steps_per_epoch: int) -> None:
-        self.seed, self.batch, self.accumulate = config.seed, config.batch_size, config.accumulate
-        self.rank, self.world_size = processes.rank, processes.world_size
-        self.steps = steps_per_epoch
-        self.epoch, self.first_step = 0, 0
-
-    def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        samples = self.steps * self.accumulate * self.world_size * self.batch
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(samples)
-        for part in range(self.first_step * self.accumulate, self.steps * self.accumulate):
-            start = (part * self.world_size + self.rank) * self.batch
-            yield [(self.epoch, int(index)) for index in order[start : start + self.batch]]
-
-
-def build_loader(config: TrainConfig, processes: Processes, clips: Dataset, order: ClipOrder) -> DataLoader:
-    """Batches of uint8 clips, in the order of ``order``."""
-    return DataLoader(
-        EpochItems(clips),
-        batch_sampler=order,
-        num_workers=config.workers,
-        persistent_workers=config.workers > 0,
-        worker_init_fn=_start_worker,
-        pin_memory=processes.device.type == "cuda",
-        generator=torch.Generator().manual_seed(config.seed),  # else each epoch would draw from the global generator
-    )
-
-
-def _start_worker(_: int) -> None:
-    """A worker leaves signals to the training process, keeps to one thread, and has seeds of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the checkpoint needs live workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the loader ends its workers
-    torch.set_num_threads(1)
-    np.random.seed(torch.initial_seed() % 2**32)  # noqa: NPY002 - for libraries that draw from it; the clips do not
 
 
 def build_optimizer(config: TrainConfig, net: nn.Module) -> torch.optim.Optimizer:
@@ -485,13 +404,11 @@ class Meter:
 
 
 def picture(batch: dict[str, Any], logits: Tensor) -> np.ndarray:
-    """Frame, flow, mask and prediction of the first clip's first frame, side by side; (H, W, 3) uint8."""
-    from utils.visualise import panel
+    """Frames, flow, masks and predictions of a batch's first clip; (H, W, 3) uint8."""
+    from utils.visualise import clip_panel
 
-    # (B, T, 3, H, W) -> (H, W, 3)
-    frame, flow = (batch[name][0, 0].permute(1, 2, 0).cpu().numpy() for name in ("frames", "flows"))
-    probability = logits[0, 0, 0].detach().float().sigmoid().cpu().numpy()
-    return panel(frame, flow, batch["masks"][0, 0, 0].cpu().numpy(), probability)
+    probability = logits[0].detach().float().sigmoid().cpu()
+    return clip_panel(batch["frames"][0], batch["flows"][0], batch["masks"][0], probability, batch["valid"][0])
 
 
 # -------------------------------------------------------------------------------------------------------- validation
@@ -696,8 +613,15 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
     clips_per_step = config.batch_size * config.accumulate * processes.world_size
     clips, steps_per_epoch = build_clips(config, training, clips_per_step)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
-    order = ClipOrder(config, processes, steps_per_epoch)
-    loader = build_loader(config, processes, clips, order)
+    order = ClipOrder(
+        batch=config.batch_size,
+        accumulate=config.accumulate,
+        steps=steps_per_epoch,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        seed=config.seed,
+    )
+    loader = build_loader(clips, order, workers=config.workers, pin_memory=processes.device.type == "cuda")
     log = RunLog(
         Path(config.save_dir),
         step=checkpoint["step"] if checkpoint else 0,

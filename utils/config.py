@@ -248,7 +248,7 @@ def _cast(kind: Any, value: Any, where: str) -> Any:
     wrong = UserError(f"{where}: expected {_name(kind)}, got {value!r}")
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict:
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(word, str) for word in value):
             value = dict(_pair(word, inner[1], where) for word in value)
         if not isinstance(value, dict):
             raise wrong
@@ -283,13 +283,13 @@ def _cast(kind: Any, value: Any, where: str) -> Any:
     return int(number) if kind is int else number
 
 
-def _pair(word: Any, kind: Any, where: str) -> tuple[str, Any]:
+def _pair(word: str, kind: Any, where: str) -> tuple[str, Any]:
     """``NAME`` or ``NAME:VALUE`` of a flag."""
-    name, colon, value = str(word).rpartition(":")
+    name, colon, value = word.rpartition(":")
     if not colon:
         if kind is Any:
             raise UserError(f"{where}: expected key:value, got {word!r}")
-        return str(word), 1.0
+        return word, 1.0
     if kind is Any:
         return name, yaml.safe_load(value)
     return name, value

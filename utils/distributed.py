@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from utils.errors import UserError
 
@@ -100,6 +99,22 @@ def _environment(name: str, default: int) -> int:
         raise UserError(f"environment variable {name}: expected a whole number, got {text!r}") from None
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over the processes; its gradient is the sum of theirs, since each one's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose statistics are those of all processes' batches together; for the CPU, through gloo.
 
@@ -115,9 +130,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         dist.all_reduce(size)
         count = size.item()  # values of one channel over all processes; batches may differ in size
         values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean = all_reduce(values.sum((0, 2, 3))) / count  # (C,)
+        mean = _SumOverProcesses.apply(values.sum((0, 2, 3))) / count  # (C,)
         centred = values - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count  # (C,), biased
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count  # (C,), biased
         self._update(mean.detach(), variance.detach(), count)
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:

@@ -1,0 +1,130 @@
+"""Options: precedence, types, and errors that name the key and what is valid."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from utils.config import CONFIGS, TrainConfig, load_config, parse_args
+from utils.errors import UserError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "options.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "lr: 0.5\nepochs: 7\n")
+    config, _ = parse_args(["--config", str(path), "--epochs", "9"])
+    assert (config.lr, config.epochs, config.batch_size) == (0.5, 9, TrainConfig().batch_size)
+
+
+def test_the_file_is_chosen_by_finetune() -> None:
+    first, _ = parse_args([])
+    second, _ = parse_args(["--finetune", "weights.pt"])
+    assert (first.epochs, first.save_dir, set(first.datasets)) == (
+        30, "runs/stage1", {"YouTube-VOS-2018", "DAVIS-2016", "FBMS"},
+    )  # fmt: skip
+    assert (second.epochs, second.save_dir, set(second.datasets)) == (25, "runs/finetune", {"DAVIS-2016"})
+    assert second.finetune == "weights.pt"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_of_the_project_loads(path: Path) -> None:
+    load_config(path)
+
+
+@pytest.mark.parametrize(
+    "path", [None, *sorted(CONFIGS.glob("*.yaml"))], ids=lambda path: path.stem if path else "none"
+)
+def test_the_saved_options_read_back_as_they_were(tmp_path: Path, path: Path | None) -> None:
+    config = load_config(path, {"scale": ["1.1", "1.3"], "val_size": (64, 96), "network": {"depth": 1}})
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+
+
+def test_numbers_that_yaml_takes_for_strings(tmp_path: Path) -> None:
+    text = "lr: 1e-4\nweight_decay: 5e-2\n"
+    assert isinstance(yaml.safe_load(text)["lr"], str)  # YAML 1.1 wants a point before the exponent
+    config = load_config(write(tmp_path, text))
+    assert (config.lr, config.weight_decay) == (1e-4, 5e-2)
+
+
+def test_flags_of_every_kind() -> None:
+    words = (
+        "--size 64 96 --datasets DUTS-TR:2 DAVIS-2016 --val_sequences bear --no-tensorboard --compile --val_size none"
+    )
+    config, _ = parse_args([*words.split(), "--network", "width:32", "streams:[appearance]", "--pretrained", "a b.pt"])
+    assert config.size == (64, 96)
+    assert config.datasets == {"DUTS-TR": 2.0, "DAVIS-2016": 1.0}
+    assert config.val_sequences == ["bear"]
+    assert (config.tensorboard, config.compile, config.val_size) == (False, True, None)
+    assert config.network == {"width": 32, "streams": ["appearance"]}
+    assert config.pretrained == "a b.pt"
+    assert parse_args(["--val_sequences", "none"])[0].val_sequences == []
+    assert parse_args(["--resume", "none"])[0].resume == "none"
+
+
+@pytest.mark.parametrize("words", [["--local_rank=1"], ["--local-rank=1"], ["--local-rank", "1"]])
+def test_local_rank_of_old_and_new_launchers(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert parse_args([*words, "--epochs", "3"])[1] == 1
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert parse_args([])[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bach_size: 2", ["bach_size", "batch_size"]),
+        ("zzzzzz: 2", ["zzzzzz", "lr", "epochs", "val_sequences"]),
+        ("lr: fast", ["lr", "a number", "'fast'"]),
+        ("epochs: 2.5", ["epochs", "a whole number", "2.5"]),
+        ("epochs: true", ["epochs", "a whole number"]),
+        ("epochs:", ["epochs", "a whole number"]),
+        ("epochs: 0", ["epochs", "at least 1", "0"]),
+        ("flip: 1.5", ["flip", "0 to 1", "1.5"]),
+        ("amp: fp8", ["amp", "none, bf16, fp16", "fp8"]),
+        ("size: 64", ["size", "2 values", "64"]),
+        ("size: [64, 96, 3]", ["size", "2 values"]),
+        ("compile: 1", ["compile", "true or false"]),
+        ("datasets: [1, [2]]", ["datasets", "names to numbers"]),
+        ("datasets: {DAVIS-2016: 0}", ["datasets", "above 0"]),
+        ("datasets: {}", ["datasets", "--datasets"]),
+        ("scale: [2, 1]", ["scale", "smaller number first"]),
+        ("lr: 1\nlr: 2", ["lr", "twice"]),
+        ("- lr", ["expected a mapping"]),
+        ("lr: [", ["not valid YAML"]),
+        ("pretrained: a\nfinetune: b", ["pretrained", "finetune"]),
+        ("steps_per_epoch: 1\nsamples_per_epoch: 1", ["steps_per_epoch", "samples_per_epoch"]),
+    ],
+)
+def test_errors_of_the_file(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_errors_of_the_flags(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--batch_szie.*--batch_size"):
+        parse_args(["--batch_szie", "2"])
+    with pytest.raises(UserError, match=r"--lr: expected a number, got 'high'"):
+        parse_args(["--lr", "high"])
+    with pytest.raises(UserError, match=r"nowhere.yaml: no such file.*configs/stage1.yaml"):
+        parse_args(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+def test_every_option_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for item in dataclasses.fields(TrainConfig):
+        assert f"--{item.name}" in text
+        assert item.metadata["help"].split()[0] in text

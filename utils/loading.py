@@ -1,0 +1,74 @@
+"""Clips in an order that is a function of seed, epoch and step, so that a run can go on exactly where it stopped."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class EpochItems(Dataset):
+    """Clips addressed by (epoch, index), so that workers which live on for the next epoch know which one it is."""
+
+    def __init__(self, clips: Dataset) -> None:
+        self.clips = clips
+
+    def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = address
+        self.clips.set_epoch(epoch)  # type: ignore[attr-defined]
+        return self.clips[index]
+
+
+class ClipOrder(Sampler):
+    """Which clips a process loads; one batch of (epoch, index) at a time.
+
+    Step k takes the same clips, whatever the number of processes that share them. Set ``epoch`` and ``first_step``
+    before iterating: an epoch may begin at any of its steps.
+
+    Args:
+        batch: clips that this process takes at one time.
+        accumulate: batches of one step.
+        steps: of an epoch.
+    """
+
+    def __init__(self, *, batch: int, accumulate: int, steps: int, rank: int, world_size: int, seed: int) -> None:
+        self.batch, self.accumulate, self.steps = batch, accumulate, steps
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.epoch, self.first_step = 0, 0
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        clips = self.steps * self.accumulate * self.world_size * self.batch
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(clips)
+        for part in range(self.first_step * self.accumulate, self.steps * self.accumulate):
+            start = (part * self.world_size + self.rank) * self.batch
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch]]
+
+
+def build_loader(clips: Dataset, order: ClipOrder, *, workers: int, pin_memory: bool) -> DataLoader:
+    """Batches of uint8 clips in the order of ``order``, made by ``workers`` processes (0: by this one)."""
+    return DataLoader(
+        EpochItems(clips),
+        batch_sampler=order,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        # Workers are seeded from this; without it each epoch would draw from the global generator.
+        generator=torch.Generator().manual_seed(order.seed),
+    )
+
+
+def _start_worker(_: int) -> None:
+    """A worker leaves signals to the training process and keeps to one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the last steps still need the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the loader ends its workers
+    torch.set_num_threads(1)
+    # For libraries that draw from the global generator; our clips have generators of their own.
+    np.random.seed(torch.initial_seed() % 2**32)  # noqa: NPY002

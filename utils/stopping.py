@@ -1,0 +1,38 @@
+"""Asking a long run to stop without losing work."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from typing import Any
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM or the end of the time given: noticed at once, obeyed where the run looks at ``wanted``.
+
+    Use as a context manager, in the main thread. A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self, max_minutes: float = 0) -> None:
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    @property
+    def wanted(self) -> bool:
+        """True from the moment that somebody, or the clock, asks to stop."""
+        return self.signal is not None or time.monotonic() >= self.deadline
