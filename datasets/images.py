@@ -18,7 +18,9 @@ from datasets.errors import DataError
 
 MASK_RULES = ("nonzero", "above_128", "fbms")
 
+_MARPLE2_BACKGROUND = 102  # 0.4 · 255
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "WEBP", "TIFF")
+_NETPBM_HEADER = re.compile(rb"P([2356])" + 3 * rb"(?:\s+|#[^\n]*\n)+(\d+)" + rb"\s")  # width, height, maximum
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
@@ -148,6 +150,32 @@ def _above_128(path: Path) -> np.ndarray:
     return values > (0 if values.max(initial=0) == 1 else 128)
 
 
+def _read_netpbm(path: Path) -> np.ndarray:
+    """The stored values of a .pgm (H, W) or .ppm (H, W, 3), int32.
+
+    PIL stretches the values to 0 … 255 where the header states another maximum, which would change region colours.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: no such mask, or not to be read: {error}") from error
+    header = _NETPBM_HEADER.match(data)
+    if header is None:
+        raise DataError(f"{path}: not a .pgm or .ppm image; expected FBMS-59's own ground truth. Unpack it again")
+    kind, width, height, maximum = (int(header[group]) for group in (1, 2, 3, 4))
+    shape = (height, width, 3) if kind in (3, 6) else (height, width)
+    body = data[header.end() :]
+    if kind in (2, 3):  # as text
+        numbers = body.split()
+        values = np.array([int(number) for number in numbers if number.isdigit()], dtype=np.int32)
+    else:
+        depth = 2 if maximum > 255 else 1  # bytes per value
+        values = np.frombuffer(body, dtype=f">u{depth}", count=len(body) // depth)
+    if len(values) < np.prod(shape):
+        raise DataError(f"{path}: truncated: {len(values)} of {np.prod(shape)} values. Copy or unpack it again")
+    return values[: np.prod(shape)].astype(np.int32).reshape(shape)
+
+
 @lru_cache(maxsize=256)
 def fbms_regions(definition: Path) -> tuple[int, ...]:
     """Region colours of an FBMS definition file (`<sequence>Def.dat`), R·65536 + G·256 + B, the background's first.
@@ -171,20 +199,23 @@ def _fbms_foreground(path: Path) -> np.ndarray:
 
     With the definition file beside it, what its table lists after the first region is foreground. A colour that the
     table lacks (`cats04_0020_gt.ppm` has one) is background, as in the official evaluation. Without the file,
-    foreground is what is not the usual background: white in a .ppm, black in a .pgm.
+    foreground is what is not the usual background: white in a .ppm, black in a .pgm. Public
+    binarisations of the set take the grey values of marple2 up to 0.4 of white as background, and so does this one, to
+    be comparable with them.
     """
-    values, mode = load_mask_values(path)
-    if mode == "P":
-        raise DataError(f"{path}: an indexed image; expected the native FBMS ground truth, .ppm or .pgm")
+    values = _read_netpbm(path)
     definitions = sorted(path.parent.glob("*.dat"))
     if len(definitions) > 1:
         raise DataError(f"{path.parent}: {len(definitions)} definition files (.dat); expected one per sequence")
     if values.ndim == 3:
-        values = values.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)  # (H, W, 3) -> (H, W)
+        values = values @ np.array([65536, 256, 1], dtype=np.int32)  # (H, W, 3) -> (H, W)
         background = 0xFFFFFF
     else:
         background = 0
-    if not definitions:
-        return values != background
-    regions = fbms_regions(definitions[0])
-    return np.isin(values, regions[1:])
+    if definitions:
+        foreground = np.isin(values, fbms_regions(definitions[0])[1:])
+    else:
+        foreground = values != background
+    if path.name.startswith("marple2_"):
+        foreground &= values > _MARPLE2_BACKGROUND
+    return foreground

@@ -1,14 +1,24 @@
 """The layouts that data sets come in, one reader per data set. Each returns what it found, paired by stem, undecoded.
 
-A reader takes the root of the data set, the split, and a `Report`, which is told about each problem.
+A reader takes the root of the data set, the split, a `Report`, which is told about each problem, the name that the
+sequences shall carry, and `num_frames`, which only YouTube-VOS heeds. `vsod_layouts` has FBMS-59, DAVSOD and MCL.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path, PurePosixPath
 
 from datasets.errors import DataError
-from datasets.video_sequence import Report, VideoSequence, build_sequence, list_folders
+from datasets.video_sequence import (
+    FRAME_SUFFIXES,
+    Report,
+    VideoSequence,
+    build_sequence,
+    list_files,
+    list_folders,
+    raise_problem,
+)
 
 DAVIS_2016 = {
     "train": (
@@ -18,10 +28,11 @@ DAVIS_2016 = {
     ).split(),
     "val": (
         "blackswan bmx-trees breakdance camel car-roundabout car-shadow cows dance-twirl dog drift-chicane "
-        "drift-straight goat horsejump-high kite-surf libby motocross-jump paragliding-launch parkour scooter-black soapbox"
+        "drift-straight goat horsejump-high kite-surf libby motocross-jump paragliding-launch parkour "
+        "scooter-black soapbox"
     ).split(),
 }
-DAVIS_SPLITS = {"train": ("train",), "val": ("val",), "trainval": ("train", "val")}
+_SPLITS = {"train": ("train",), "val": ("val",), "test": ("val",), "trainval": ("train", "val")}
 
 
 def read_list(path: Path, report: Report) -> dict[str, list[str]]:
@@ -105,26 +116,30 @@ def _davis_sequences(root: Path, dataset: str, lists: list[SequenceList], report
     return found
 
 
-def read_davis_2016(root: Path, split: str, report: Report, dataset: str = "DAVIS-2016") -> list[VideoSequence]:
+def read_davis_2016(
+    root: Path, split: str, report: Report, dataset: str = "DAVIS-2016", num_frames: int = 5
+) -> list[VideoSequence]:
     """DAVIS-2016, from its own release or from a DAVIS-2017 tree.
 
     The list is `ImageSets/2016/<split>.txt` (names) or else `ImageSets/480p/<split>.txt` (pairs of files). In a tree of
     neither, which is DAVIS-2017's, it is the 50 sequences of 2016; the indexed masks are merged by the rule "nonzero".
     Flow: `Flows/480p/<sequence>/<stem>.png|.jpg` (or `flows/…`) beside `JPEGImages`.
     """
-    parts = _parts(DAVIS_SPLITS, split, dataset)
+    parts = _parts(_SPLITS, split, dataset)
     lists = _lists(root, ("2016", "480p"), parts, report)
     if lists is None:
         lists = [(None, {name: [] for name in DAVIS_2016[part]}) for part in parts]
     return _davis_sequences(root, dataset, lists, report)
 
 
-def read_davis_2017(root: Path, split: str, report: Report, dataset: str = "DAVIS-2017") -> list[VideoSequence]:
+def read_davis_2017(
+    root: Path, split: str, report: Report, dataset: str = "DAVIS-2017", num_frames: int = 5
+) -> list[VideoSequence]:
     """DAVIS-2017 by `ImageSets/2017/<split>.txt`: train, val, trainval, test-dev, test-challenge. Objects are merged.
 
     Flow: as in DAVIS-2016.
     """
-    splits = {**DAVIS_SPLITS, "test-dev": ("test-dev",), "test-challenge": ("test-challenge",)}
+    splits = {**_SPLITS, "test-dev": ("test-dev",), "test-challenge": ("test-challenge",)}
     parts = _parts(splits, split, dataset)
     lists = _lists(root, ("2017",), parts, report)
     if lists is None:
@@ -146,3 +161,138 @@ def has_davis_2016(root: Path) -> bool:
 def has_davis_2017(root: Path) -> bool:
     """Whether a folder is a DAVIS-2017 tree."""
     return (root / "JPEGImages").is_dir() and (root / "ImageSets" / "2017").is_dir()
+
+
+# --- YouTube-VOS ------------------------------------------------------------------------------------------------------
+
+_YOUTUBE_PARTS = {
+    "train": ("train", "train_all_frames"),
+    "val": ("valid", "valid_all_frames", "val"),
+    "test": ("test",),
+}
+
+
+def has_youtube_vos(root: Path) -> bool:
+    """Whether a folder is a YouTube-VOS tree."""
+    return any((root / part / "JPEGImages").is_dir() for parts in _YOUTUBE_PARTS.values() for part in parts)
+
+
+def read_youtube_vos(
+    root: Path, split: str, report: Report, dataset: str = "YouTube-VOS-2018", num_frames: int = 5
+) -> list[VideoSequence]:
+    """YouTube-VOS-2018: `train/JPEGImages/<video>/*.jpg` with `train/Annotations/<video>/*.png` (indexed, merged).
+
+    The videos are those of `train/meta.json`, or all folders where that is missing. Of each training video
+    every `num_frames`-th frame is kept, beginning with the first; frames may lack a mask. The split val is `valid/`,
+    which publishes the masks of first appearances only. Flow: `train/Flows/<video>/<stem>.png|.jpg` (or
+    `train/flows/…`). It is to be made with `num_frames=1`, between neighbouring frames of the download, whatever is
+    kept of it later.
+    """
+    if split not in _YOUTUBE_PARTS:
+        raise DataError(f"{dataset}: no split {split!r}; expected one of {', '.join(_YOUTUBE_PARTS)}")
+    if num_frames < 1:
+        raise DataError(f"num_frames is {num_frames}; expected 1 (every frame) or more")
+    parts = [root / part for part in _YOUTUBE_PARTS[split]]
+    part = next((part for part in parts if (part / "JPEGImages").is_dir()), None)
+    if part is None:
+        raise DataError(f"{root}: no {parts[0].name}/JPEGImages, the {split} part of {dataset}; unpack it there")
+    annotations = part / "Annotations"
+    if not annotations.is_dir():
+        annotations = parts[0] / "Annotations"  # train_all_frames has frames only
+    meta = next((file for file in (part / "meta.json", parts[0] / "meta.json") if file.is_file()), None)
+    names = _youtube_videos(meta) if meta else [folder.name for folder in list_folders(part / "JPEGImages")]
+    found = [
+        build_sequence(
+            name,
+            dataset,
+            frame_dir=part / "JPEGImages" / name,
+            flow_dirs=[part / "Flows" / name, part / "flows" / name],
+            masks=annotations / name,
+            mask_rule="nonzero",
+            report=report,
+            listed_in=meta,
+            keep_every=num_frames if split == "train" else 1,
+        )
+        for name in names
+    ]
+    return [sequence for sequence in found if sequence is not None]
+
+
+def _youtube_videos(meta: Path) -> list[str]:
+    """Video names of a `meta.json`: `{"videos": {name: {"objects": …}}}`."""
+    try:
+        videos = json.loads(meta.read_text(encoding="utf-8"))["videos"]
+        return sorted(videos)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{meta}: not the list of videos of YouTube-VOS ({type(error).__name__}: {error})"
+        raise DataError(f'{message}; expected {{"videos": {{name: …}}}}. Unpack it again') from error
+
+
+# --- The authors' own layout, and a folder of frames ------------------------------------------------------------------
+
+
+def has_authors_layout(root: Path) -> bool:
+    """Whether a folder has `train/images` or `val/images` (or `test/images`) with videos in it."""
+    return any(list_folders(root / part / "images") for part in ("train", "val", "test"))
+
+
+def read_authors_layout(
+    root: Path, split: str, report: Report, dataset: str, num_frames: int = 5, mask_rule: str = "nonzero"
+) -> list[VideoSequence]:
+    """The layout that DBSNet's authors use for every set: `<train|val>/<images|flows|labels>/<video>/<stem>`.
+
+    Flow: `<train|val>/flows/<video>/<stem>.jpg|.png`, where `tool.py --tools flow` writes it too (`Flows/` is read as
+    well). Of YouTube-VOS, every `num_frames`-th frame of a training video is kept, as in the native layout.
+    """
+    found = []
+    for part in _parts(_SPLITS, split, dataset):
+        folder = root / part
+        if part == "val" and not (folder / "images").is_dir():
+            folder = root / "test"
+        names = {video.name: None for kind in ("images", "labels") for video in list_folders(folder / kind)}
+        if not names:
+            raise DataError(f"{dataset}: no video in {root / part / 'images'}; expected a folder of frames per video")
+        for name in names:
+            sequence = build_sequence(
+                name,
+                dataset,
+                frame_dir=folder / "images" / name,
+                flow_dirs=[folder / "flows" / name, folder / "Flows" / name],
+                masks=folder / "labels" / name,
+                mask_rule=mask_rule,
+                report=report,
+                keep_every=num_frames if part == "train" and dataset.startswith("YouTube-VOS") else 1,
+            )
+            if sequence is not None:
+                found.append(sequence)
+    return found
+
+
+def read_folder(
+    folder: Path | str, dataset: str = "frames", flow_dir: Path | None = None, report: Report | None = None
+) -> VideoSequence:
+    """A folder of frames as one sequence without masks, called as the folder is.
+
+    Flow: in `flow_dir` where it is given. Else, where a folder called JPEGImages (or images) is above the frames, in
+    `Flows` (or `flows`) in its place; otherwise in `Flows/<folder>` beside the folder.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+    """
+    folder = Path(folder).resolve()
+    if folder.is_dir() and not list_files(folder, FRAME_SUFFIXES) and list_folders(folder):
+        raise DataError(f"{folder}: no frame in it, only folders; expected a folder of frames, so name one of these")
+    if flow_dir is not None:
+        flow_dirs = [Path(flow_dir)]
+    else:
+        parents = list(folder.parts)
+        flow_dirs = [folder.parent / "Flows" / folder.name]
+        for frames, flows in (("JPEGImages", "Flows"), ("images", "flows")):
+            if frames in parents[:-1]:
+                place = len(parents) - 1 - parents[::-1].index(frames)
+                flow_dirs = [Path(*parents[:place], flows, *parents[place + 1 :])]
+                break
+    sequence = build_sequence(folder.name, dataset, folder, flow_dirs, None, "nonzero", report or raise_problem)
+    if sequence is None:
+        raise DataError(f"{folder}: no frame to read")
+    return sequence

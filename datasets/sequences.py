@@ -4,70 +4,147 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from datasets import layouts
+from datasets import layouts, vsod_layouts
 from datasets.errors import DataError
+from datasets.layouts import read_folder
 from datasets.video_sequence import Report, VideoSequence, list_folders, raise_problem
 
-__all__ = ["DATASETS", "VideoSequence", "read_dataset"]
+__all__ = ["DATASETS", "VideoSequence", "find_root", "read_dataset", "read_folder"]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One form that a data set comes in."""
+
+    matches: Callable[[Path], bool]  # whether a folder is the root of a set of this form
+    read: Callable[..., list[VideoSequence]]  # (root, split, report, dataset, num_frames)
+    expected: str  # what the root holds, for the error
 
 
 @dataclass(frozen=True)
 class _Source:
-    """How one data set is found and read."""
+    """How a data set is found and read."""
 
     folders: tuple[str, ...]  # its usual folder names, the likeliest first
-    matches: Callable[[Path], bool]  # whether a folder is its root
-    read: Callable[..., list[VideoSequence]]  # (root, split, report, dataset)
-    expected: str  # what its root holds, for the error
+    layouts: tuple[_Layout, ...]
 
 
-_DAVIS_FOLDERS = ("DAVIS", "DAVIS-data", "DAVIS-trainval", "DAVIS-2017-trainval")
+def _authors(mask_rule: str) -> _Layout:
+    return _Layout(
+        layouts.has_authors_layout,
+        partial(layouts.read_authors_layout, mask_rule=mask_rule),
+        "<train|val>/<images|flows|labels>/<video>/*",
+    )
+
+
+_VIDEOS = _Layout(
+    vsod_layouts.has_videos_with_masks, vsod_layouts.read_videos, "<video>/Imgs/* with <video>/ground-truth/*"
+)
+_DAVSOD = _Layout(
+    vsod_layouts.has_davsod, vsod_layouts.read_davsod, "<package>/<video>/Imgs/* with <video>/GT_object_level/*"
+)
+_DAVIS_2016 = _Layout(layouts.has_davis_2016, layouts.read_davis_2016, "JPEGImages/480p/<sequence>/*.jpg")
+_DAVIS_2017 = _Layout(
+    layouts.has_davis_2017,
+    layouts.read_davis_2017,
+    "JPEGImages/480p/<sequence>/*.jpg and ImageSets/2017/<split>.txt",
+)
+_YOUTUBE_VOS = _Layout(layouts.has_youtube_vos, layouts.read_youtube_vos, "train/JPEGImages/<video>/*.jpg")
+_FBMS = _Layout(vsod_layouts.has_fbms, vsod_layouts.read_fbms, "Testset/<video>/*.jpg with <video>/GroundTruth/*")
+
+_DAVIS_FOLDERS = ("DAVIS", "DAVIS-data", "DAVIS-trainval", "DAVIS-2017-trainval", "DAVIS-2017-trainval-480p")
+_DAVSOD_FOLDERS = ("DAVSOD", "DAVSOD-master", "DAVSOD-dataset")
 
 _SOURCES = {
     "DAVIS-2016": _Source(
         ("DAVIS-2016", "DAVIS2016", "DAVIS_2016", *_DAVIS_FOLDERS, "DAVIS-2017", "DAVIS2017", "DAVIS_2017"),
-        layouts.has_davis_2016,
-        layouts.read_davis_2016,
-        "JPEGImages/480p/<sequence>/*.jpg",
+        (_DAVIS_2016, _authors("nonzero")),
     ),
     "DAVIS-2017": _Source(
-        ("DAVIS-2017", "DAVIS2017", "DAVIS_2017", *_DAVIS_FOLDERS),
-        layouts.has_davis_2017,
-        layouts.read_davis_2017,
-        "JPEGImages/480p/<sequence>/*.jpg and ImageSets/2017/<split>.txt",
+        ("DAVIS-2017", "DAVIS2017", "DAVIS_2017", *_DAVIS_FOLDERS), (_DAVIS_2017, _authors("nonzero"))
     ),
+    "YouTube-VOS-2018": _Source(
+        ("YouTube-VOS-2018", "YouTubeVOS-2018", "YouTubeVOS2018", "YouTube-VOS", "YouTubeVOS", "YouTube_VOS", "YTVOS"),
+        (_YOUTUBE_VOS, _authors("nonzero")),
+    ),
+    "FBMS": _Source(("FBMS", "FBMS-59", "FBMS59", "FBMS_59"), (_authors("above_128"), _FBMS)),
+    "DAVSOD": _Source((*_DAVSOD_FOLDERS, "DAVSOD-Easy-35", "Easy-35"), (_authors("above_128"), _DAVSOD)),
+    "DAVSOD-Normal": _Source(
+        ("DAVSOD-Normal", "DAVSOD-Normal-25", "Normal-25", *_DAVSOD_FOLDERS), (_authors("above_128"), _DAVSOD)
+    ),
+    "DAVSOD-Difficult": _Source(
+        ("DAVSOD-Difficult", "DAVSOD-Difficult-20", "Difficult-20", *_DAVSOD_FOLDERS), (_authors("above_128"), _DAVSOD)
+    ),
+    "MCL": _Source(("MCL",), (_authors("above_128"), _VIDEOS)),
 }
-_ALIASES = {"DAVIS": "DAVIS-2016", "DAVIS2016": "DAVIS-2016", "DAVIS2017": "DAVIS-2017"}
+_ALIASES = {
+    "DAVIS": "DAVIS-2016",
+    "DAVIS2016": "DAVIS-2016",
+    "DAVIS2017": "DAVIS-2017",
+    "YouTube-VOS": "YouTube-VOS-2018",
+    "YouTubeVOS-2018": "YouTube-VOS-2018",
+    "YouTubeVOS": "YouTube-VOS-2018",
+    "FBMS-59": "FBMS",
+    "FBMS59": "FBMS",
+    "DAVSOD-Normal-25": "DAVSOD-Normal",
+    "DAVSOD-Difficult-20": "DAVSOD-Difficult",
+    "DAVSOD-Easy-35": "DAVSOD",
+}
+# A set that is not known by name is read where its folder has one of these forms.
+_ANY_LAYOUTS = (
+    _authors("nonzero"),
+    _Layout(
+        lambda root: layouts.has_davis_2016(root) and (root / "ImageSets").is_dir(),
+        layouts.read_davis_2016,
+        "JPEGImages/480p/<sequence>/* with ImageSets/2016/<split>.txt",
+    ),
+    _VIDEOS,
+)
 
 DATASETS: tuple[str, ...] = (*_SOURCES, *_ALIASES)
 
 
-def find_root(name: str, data_dir: Path) -> Path:
-    """Root of a data set: a folder of a usual name under `data_dir`, or within that once more, or `data_dir` itself.
+def canonical_name(name: str) -> str:
+    """The name of a data set that results are filed under: `FBMS-59` is `FBMS`; an unknown name stays as it is."""
+    return _ALIASES.get(name, name)
 
-    Raises DataError that lists where it looked and what it expected there.
-    """
-    source = _SOURCES[name]
+
+def _find(name: str, data_dir: Path) -> tuple[Path, _Layout]:
+    known = _SOURCES.get(canonical_name(name))
+    source = known or _Source((name,), _ANY_LAYOUTS)
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder; expected the data sets (or {name} itself) there. Set --data_dir")
     wanted = [folder.lower() for folder in source.folders]
 
     def usual(parent: Path) -> list[Path]:
-        known = [folder for folder in list_folders(parent) if folder.name.lower() in wanted]
-        return sorted(known, key=lambda folder: wanted.index(folder.name.lower()))
+        folders = [folder for folder in list_folders(parent) if folder.name.lower() in wanted]
+        return sorted(folders, key=lambda folder: wanted.index(folder.name.lower()))
 
     outer = usual(data_dir)
-    inner = [folder for parent in outer for folder in usual(parent)]
-    for candidate in (*outer, *inner, data_dir):
-        if source.matches(candidate):
-            return candidate
-    seen = ", ".join(str(folder) for folder in outer)
-    raise DataError(
-        f"{name} is not under {data_dir}: expected {source.expected} in it or in a folder of it called "
-        f"{', '.join(source.folders)}" + (f"; looked in {seen}, which is something else" if seen else "")
-    )
+    inner = [folder for parent in outer for folder in usual(parent)]  # DAVIS-2017/DAVIS: unpacked into its own folder
+    itself = [data_dir] if known or data_dir.resolve().name.lower() in wanted else []
+    for candidate in (*outer, *inner, *itself):
+        for layout in source.layouts:
+            if layout.matches(candidate):
+                return candidate, layout
+    forms = " or ".join(layout.expected for layout in source.layouts)
+    if known:
+        problem = f"{name} is not under {data_dir}: expected a folder {' or '.join(source.folders)}"
+    else:
+        problem = f"no data set is called {name!r} (known: {', '.join(DATASETS)}), and {data_dir} has no folder {name}"
+    looked = ", ".join(str(folder) for folder in outer)
+    raise DataError(f"{problem} with {forms}" + (f". Looked in {looked}, which has another form" if looked else ""))
+
+
+def find_root(name: str, data_dir: Path | str) -> Path:
+    """Root of a data set: a folder of a usual name under `data_dir`, or within that once more, or `data_dir` itself.
+
+    Raises DataError that says where it looked and what it expected there.
+    """
+    return _find(name, Path(data_dir))[0]
 
 
 def read_dataset(
@@ -76,18 +153,26 @@ def read_dataset(
     """All videos of a data set, in the order of its list, or by name where it has none.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or any other whose folder is in the authors' layout, in that of DAVIS with lists, or a
+            folder of videos with masks.
         data_dir: folder that holds the set under a usual name of it, or the set itself.
-        split: "train" or "val" in all sets.
-        num_frames: YouTube-VOS keeps every so-maniest frame of a video; no other set is thinned out.
+        split: "train" or "val"; "test" is "val" in all sets but YouTube-VOS. Further ones are told by the readers.
+        num_frames: YouTube-VOS keeps every so-maniest frame of a training video; no other set is thinned out.
         on_problem: called with (sequence name, DataError) for each problem instead of raising, so that a check can see
             them all; the sequences returned are then what is left without the broken parts.
 
     Raises:
         DataError: the set, split or a file of it is missing, empty, or ambiguous. Missing flow is no error here.
     """
-    dataset = _ALIASES.get(name, name)
-    if dataset not in _SOURCES:
-        raise DataError(f"no data set is called {name!r}; expected one of {', '.join(DATASETS)}")
-    root = find_root(dataset, Path(data_dir))
-    return _SOURCES[dataset].read(root, split, on_problem or raise_problem, dataset)
+    root, layout = _find(name, Path(data_dir))
+    report = on_problem or raise_problem
+    try:
+        sequences = layout.read(root, split, report, canonical_name(name), num_frames)
+    except DataError as error:
+        if on_problem is None:
+            raise
+        on_problem("", error)
+        return []
+    if not sequences:
+        report("", DataError(f"{canonical_name(name)}: no sequence in the {split} split of {root}"))
+    return sequences
