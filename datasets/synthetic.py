@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset
 
-from .errors import DataError
-from .flow_colour import flows_to_images
-from .stills import StillImage
+from datasets.clips import ClipDataset, Item
+from datasets.errors import DataError
+from datasets.flow_colour import flows_to_images
+from datasets.stills import StillImage
 
 
 @dataclass(frozen=True)
@@ -729,12 +729,11 @@ def make_clip(
     }
 
 
-class SyntheticClips(Dataset):
-    """Synthetic clips made on the fly, in the loader's workers, as items for training.
+class SyntheticClips(ClipDataset):
+    """Synthetic clips made on the fly, in the loader's workers; items as in `datasets.clips`, every frame valid.
 
-    stills: pictures to make them from; drawn procedurally where None. Item i of epoch e depends on (seed, e, i) only.
-    An item: frames, flows (T, 3, H, W) uint8; masks (T, 1, H, W) uint8 {0, 1}; valid (T,) bool, all True; dataset and
-    sequence, strings.
+    stills: pictures to make them from; drawn procedurally where None. Clip i of epoch e depends on (seed, e, i) only.
+    Raises DataError where the list of stills is empty or one of them cannot be used.
     """
 
     def __init__(
@@ -748,31 +747,18 @@ class SyntheticClips(Dataset):
     ) -> None:
         if stills is not None and not stills:
             raise DataError("no still images to make synthetic clips from; give some, or None to draw them")
-        if length < 1:
-            raise ValueError(f"length should be at least 1, got {length}")
+        super().__init__(length, seed)
         self.stills = stills
-        self.length = length
         self.clip_len = clip_len
-        self.size = tuple(size)
-        self.seed = seed
+        self.size = (int(size[0]), int(size[1]))
         self.options = options or SceneOptions()
-        self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Other clips for another epoch. Call before the loader's workers start."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
-        if not 0 <= index < self.length:
-            raise IndexError(f"index {index} is outside this set of {self.length} clips")
-        key = (self.seed, self.epoch, index)
+    def clip(self, index: int) -> Item:
         still, name = None, f"drawn-{index:06d}"
         if self.stills is not None:
-            still = self.stills[int(np.random.default_rng((*key, 1)).integers(len(self.stills)))]
+            still = self.stills[int(self.rng(index, 1).integers(len(self.stills)))]
             name = still.name
+        key = (self.seed, self.epoch, index)
         clip = _clip(key, self.clip_len, self.size, still, self.stills or (), self.options)
         return {
             "frames": clip["frames"],

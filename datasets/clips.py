@@ -1,0 +1,335 @@
+"""Clips for training and validation, cut out of videos on disk, and mixtures of such sets.
+
+Every set here hands out the same kind of item, which the default collate function batches:
+
+    frames    (T, 3, H, W) uint8 RGB
+    flows     (T, 3, H, W) uint8, colour picture of the optical flow
+    masks     (T, 1, H, W) uint8 {0, 1}; 0 where there is no annotation
+    valid     (T,) bool, whether the frame is annotated
+    dataset, sequence    str
+
+An item depends on (seed, epoch, index) only, never on what was read before or on the worker that makes it: a run that
+is resumed sees the clips that it would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from datasets.errors import DataError
+from datasets.images import load_flow_image, load_frame, load_mask, require_size
+from datasets.transforms import Augment, augment, resize, unpack
+from datasets.video_sequence import VideoSequence
+
+Item = dict[str, "torch.Tensor | str"]
+CACHES = ("none", "ram")
+
+# Videos are read at up to this multiple of the size that is trained on: room for crops, at a bounded cost.
+READ_SCALE = 1.2
+
+
+class ClipDataset(Dataset):
+    """What the sets have in common: a length, a seed and an epoch.
+
+    `clip(index)` makes item `index` of the epoch, for any index from 0; `len` says how many make an epoch.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        if length < 1:
+            raise ValueError(f"a set of clips needs a length of at least 1, got {length}")
+        self.length = length
+        self.seed = seed
+        # In shared memory, so that loader workers that outlive an epoch (persistent_workers) see the next one begin.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose clips come next. Call it between epochs, not while a loader is being read."""
+        self._epoch[0] = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} is outside this set of {self.length} clips")
+        return self.clip(index)
+
+    def clip(self, index: int) -> Item:
+        raise NotImplementedError
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """The generator that belongs to `key` in this epoch."""
+        return np.random.default_rng((self.seed, self.epoch, *key))
+
+
+class VideoClips(ClipDataset):
+    """Random clips of videos on disk.
+
+    sequences: what `datasets.sequences.read_dataset` gives; each needs a flow image for every frame and one mask at
+        least. Sequences are drawn in rounds, each once a round.
+    clip_len: frames in a clip, consecutive up to the stride.
+    size: (H, W) of the items. Without `augment` the whole frame is resized to it.
+    augment: strength of the augmentation; None for none.
+    cache: "ram" decodes everything at once, here, and keeps it as uint8 at `READ_SCALE` times the size: about
+        10 * H * W bytes a frame, 1.4 GB for DAVIS train at 192 x 320. Loader workers made by fork share it. "none"
+        reads the files for every clip. The clips are the same.
+    samples_per_epoch: length of the set; by default as many clips as hold every annotated frame once.
+    strides: time steps between the frames of a clip, drawn with equal probability; a video too short for the one drawn
+        takes the largest that fits. Flow stays that of neighbouring frames.
+    reverse: probability that a clip runs backwards. 0 by default, because its flow would still point forward.
+    flow_drop: probability that a clip's flow pictures are white, "nothing moves".
+    frame_drop: probability that a clip's frames are grey and only the flow is left; never together with `flow_drop`.
+
+    Every clip holds an annotated frame. A video shorter than `clip_len` is read to and fro (0 1 2 1 0 ...), its frames
+    annotated each time.
+
+    Raises DataError for a sequence without masks or flow, and where a file cannot be used; ValueError for options that
+    make no sense.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[VideoSequence],
+        clip_len: int,
+        size: tuple[int, int],
+        augment: Augment | None = None,
+        cache: str = "none",
+        samples_per_epoch: int | None = None,
+        seed: int = 0,
+        strides: Sequence[int] = (1, 2, 3),
+        flow_drop: float = 0.0,
+        frame_drop: float = 0.0,
+        reverse: float = 0.0,
+        preload_threads: int = 2,
+    ) -> None:
+        if not sequences:
+            raise DataError("no video sequences to take clips from")
+        if clip_len < 1:
+            raise ValueError(f"clip_len should be at least 1, got {clip_len}")
+        if cache not in CACHES:
+            raise ValueError(f"cache should be one of {', '.join(CACHES)}, got {cache!r}")
+        if not strides or min(strides) < 1:
+            raise ValueError(f"strides should be numbers from 1, got {tuple(strides)}")
+        if min(flow_drop, frame_drop, reverse) < 0 or flow_drop + frame_drop > 1 or reverse > 1:
+            raise ValueError(
+                "flow_drop, frame_drop and reverse are probabilities, and the first two together at most 1; "
+                f"got {flow_drop}, {frame_drop} and {reverse}"
+            )
+        for sequence in sequences:
+            if not sequence.masks:
+                raise DataError(
+                    f"{sequence.dataset}/{sequence.name}: no masks, so it cannot be trained on; {len(sequence.frames)} "
+                    "frames found. Use a split with annotations, or leave the sequence out of its list"
+                )
+            for stem in sequence.stems:
+                sequence.flow_path(stem)
+        self.sequences = tuple(sequences)
+        self.clip_len = clip_len
+        self.size = (int(size[0]), int(size[1]))
+        self.augment = augment
+        self.strides = tuple(strides)
+        self.flow_drop = flow_drop
+        self.frame_drop = frame_drop
+        self.reverse = reverse
+        self.annotated = [
+            np.array([i for i, stem in enumerate(s.stems) if stem in s.masks], dtype=np.int64) for s in self.sequences
+        ]
+        if samples_per_epoch is None:
+            samples_per_epoch = math.ceil(sum(len(a) for a in self.annotated) / clip_len)
+        super().__init__(samples_per_epoch, seed)
+        self._store: list[torch.Tensor] | None = None
+        if cache == "ram":
+            with ThreadPoolExecutor(max(1, preload_threads)) as pool:  # decoding releases the interpreter's lock
+                self._store = list(pool.map(self._read_sequence, self.sequences))
+
+    def cached_bytes(self) -> int:
+        """Memory that the cache holds."""
+        return sum(t.numel() for t in self._store or ())
+
+    def clip(self, index: int) -> Item:
+        rng = self.rng(index)
+        number = self._sequence_number(index)
+        sequence = self.sequences[number]
+        indices = self._draw_indices(number, rng)
+        clip = self._read(number, indices)
+        if self.augment is None:
+            clip = resize(clip, self.size)
+        else:
+            clip = augment(clip, self.size, self.augment, rng)
+        frames, flows, masks = unpack(clip)
+        drop = rng.random()
+        if drop < self.flow_drop:
+            flows.fill_(255)
+        elif drop < self.flow_drop + self.frame_drop:
+            frames.fill_(128)
+        stems = sequence.stems
+        return {
+            "frames": frames,
+            "flows": flows,
+            "masks": masks,
+            "valid": torch.tensor([stems[i] in sequence.masks for i in indices]),
+            "dataset": sequence.dataset,
+            "sequence": sequence.name,
+        }
+
+    def _sequence_number(self, index: int) -> int:
+        """Sequences in rounds, each round in an order of its own."""
+        count = len(self.sequences)
+        # the sequence of four keys cannot coincide with the three of an item
+        order = self.rng(index // count, 1).permutation(count)
+        return int(order[index % count])
+
+    def _draw_indices(self, number: int, rng: np.random.Generator) -> list[int]:
+        """Frame numbers of a clip that holds an annotated frame."""
+        count, span = len(self.sequences[number].frames), self.clip_len - 1
+        stride = int(rng.choice(self.strides))
+        anchor = int(rng.choice(self.annotated[number]))
+        place = rng.random()
+        backwards = rng.random() < self.reverse
+        if count > span:
+            while stride > 1 and not self._starts(anchor, stride, count):
+                stride -= 1
+            starts = self._starts(anchor, stride, count)
+            start = starts[int(place * len(starts))]
+            indices = [start + i * stride for i in range(self.clip_len)]
+        else:
+            # to and fro: 0 1 2 1 0 1 ...
+            period = max(1, 2 * (count - 1))
+            offset = int(place * period)
+            indices = [min(i % period, period - i % period) for i in range(offset, offset + self.clip_len)]
+        return indices[::-1] if backwards else indices
+
+    def _starts(self, anchor: int, stride: int, count: int) -> list[int]:
+        """First frames of the clips with this stride that hold frame `anchor` and stay within `count` frames."""
+        span = (self.clip_len - 1) * stride
+        return [s for s in range(anchor - span, anchor + 1, stride) if 0 <= s and s + span < count]
+
+    def _read(self, number: int, indices: list[int]) -> torch.Tensor:
+        """Frames of a sequence as a clip (T, 7, h, w), at the size that videos are read at."""
+        if self._store is not None:
+            return self._store[number][torch.tensor(indices)]
+        planes = {i: self._read_frame(self.sequences[number], i) for i in sorted(set(indices))}
+        _require_one_size(self.sequences[number], planes)
+        return torch.stack([planes[i] for i in indices])
+
+    def _read_sequence(self, sequence: VideoSequence) -> torch.Tensor:
+        planes = {i: self._read_frame(sequence, i) for i in range(len(sequence.frames))}
+        _require_one_size(sequence, planes)
+        return torch.stack(list(planes.values()))
+
+    def _read_frame(self, sequence: VideoSequence, index: int) -> torch.Tensor:
+        """One frame with its flow picture and mask, (7, h, w) uint8."""
+        path = sequence.frames[index]
+        stem = path.stem
+        frame, full_size = _load_reduced(path, self._read_size, load_frame)
+        width, height = frame.size
+        flow_path = sequence.flow_path(stem)
+        flow, flow_size = _load_reduced(flow_path, lambda _: (height, width), load_flow_image)
+        if abs(math.log(flow_size[0] * full_size[1] / (flow_size[1] * full_size[0]))) > 0.05:
+            raise DataError(
+                f"{flow_path}: {flow_size[1]}x{flow_size[0]} pixels, not the shape of its frame {path} "
+                f"({full_size[1]}x{full_size[0]}); make the flow again: python tool.py --tools flow "
+                f"--datasets {sequence.dataset}"
+            )
+        stack = np.zeros((7, height, width), dtype=np.uint8)
+        stack[:3] = np.asarray(frame).transpose(2, 0, 1)
+        stack[3:6] = np.asarray(flow).transpose(2, 0, 1)
+        if stem in sequence.masks:
+            mask = load_mask(sequence.masks[stem], sequence.mask_rule)
+            require_size(sequence.masks[stem], mask.shape, full_size, path)
+            if mask.shape != (height, width):
+                smooth = Image.fromarray(mask * 255).resize((width, height), Image.Resampling.BILINEAR)
+                mask = np.asarray(smooth) >= 128
+            stack[6] = mask
+        return torch.from_numpy(stack)
+
+    def _read_size(self, full: tuple[int, int]) -> tuple[int, int]:
+        """Size (h, w) at which a frame of size `full` is kept."""
+        if self.augment is None:
+            return self.size
+        scale = min(1.0, READ_SCALE * max(self.size[0] / full[0], self.size[1] / full[1]))
+        return round(full[0] * scale), round(full[1] * scale)
+
+
+def _require_one_size(sequence: VideoSequence, planes: dict[int, torch.Tensor]) -> None:
+    sizes = {i: tuple(p.shape[1:]) for i, p in planes.items()}
+    first = next(iter(sizes))
+    for index, size in sizes.items():
+        if size != sizes[first]:
+            raise DataError(
+                f"{sequence.frames[index]}: not of the size of {sequence.frames[first]}; "
+                "the frames of a video must be of one size"
+            )
+
+
+def _load_reduced(path, target_of, load) -> tuple[Image.Image, tuple[int, int]]:
+    """A picture at the size (h, w) that `target_of` its own size gives, and its own size.
+
+    A JPEG is decoded at half or a quarter of its size where that is enough, which saves most of the time.
+    """
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        try:
+            with Image.open(path) as picture:
+                full = (picture.height, picture.width)
+                height, width = target_of(full)
+                picture.draft("RGB", (width, height))
+                picture = picture.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"{path}: cannot be read as an image ({error}); expected a whole JPEG file, copy or unpack it again"
+            ) from error
+    else:
+        pixels = load(path)
+        full = pixels.shape[:2]
+        height, width = target_of(full)
+        picture = Image.fromarray(pixels)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return picture, full
+
+
+class MixedClips(ClipDataset):
+    """A mixture: each item comes from one of several sets, drawn by weight.
+
+    parts: (set, weight) pairs; weights are relative. The k-th item that an epoch takes from a part is that part's clip
+    k, so a part in rounds stays in rounds, and no clip comes twice.
+    """
+
+    def __init__(self, parts: Sequence[tuple[ClipDataset, float]], length: int, seed: int = 0) -> None:
+        if not parts or any(not math.isfinite(w) or w < 0 for _, w in parts) or sum(w for _, w in parts) <= 0:
+            raise ValueError(f"the weights of a mixture should be positive, got {[w for _, w in parts]}")
+        super().__init__(length, seed)
+        self.parts = [part for part, _ in parts]
+        total = sum(weight for _, weight in parts)
+        self.weights = [weight / total for _, weight in parts]
+        self._plan: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        for part in self.parts:
+            part.set_epoch(epoch)
+
+    def clip(self, index: int) -> Item:
+        part, number = self._planned()
+        return self.parts[int(part[index])].clip(int(number[index]))
+
+    def _planned(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each item of this epoch its part, and its number among the items of that part."""
+        if self._plan is None or self._plan[0] != self.epoch:
+            part = self.rng().choice(len(self.parts), size=self.length, p=self.weights)
+            number = np.zeros(self.length, dtype=np.int64)
+            for p in range(len(self.parts)):
+                number[part == p] = np.arange(np.count_nonzero(part == p))
+            self._plan = (self.epoch, part, number)
+        return self._plan[1], self._plan[2]

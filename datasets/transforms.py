@@ -1,0 +1,174 @@
+"""Augmentation of clips: one geometric change for all frames, flow pictures and masks of a clip; colour on RGB only.
+
+A clip travels as one uint8 tensor (T, 7, h, w): RGB frame, flow picture, mask {0, 1}. The geometry (crop, scale,
+aspect, flip, rotation) is then a single affine sampling whose weights are worked out once for all T x 7 planes.
+
+What happens to the motion that a flow picture shows:
+- scale: nothing to do, since the picture is normalised by the frame's largest speed;
+- flip: u -> -u, exactly, through the colour wheel (`flip_flow="exact"`; "ignore" flips the pixels alone);
+- rotation: the picture turns, its colours do not. By 10 degrees at most they are off by less than the width of a hue.
+- crop and aspect: the normalisation stays that of the whole frame; the change of aspect (at most a fifth) is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datasets.flow_colour import mirror_colours
+
+FLIP_FLOW = ("exact", "ignore")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Strength of the augmentation; the defaults are for training. Ranges are drawn from uniformly."""
+
+    # Side of the crop relative to the largest one that fits, and its aspect relative to that of the target.
+    scale: tuple[float, float] = (0.6, 1.0)
+    aspect: tuple[float, float] = (0.85, 1.18)
+    flip: float = 0.5  # probability
+    flip_flow: str = "exact"  # what a flip does to the colours of the flow picture: "exact" or "ignore"
+    rotation: float = 10.0  # largest angle, degrees
+    rotation_probability: float = 0.5
+    # Colour: the factor is drawn from 1 - x to 1 + x; the same for all frames of a clip.
+    brightness: float = 0.3
+    contrast: float = 0.3
+    saturation: float = 0.3
+    sharpness: float = 0.8
+    sharpness_probability: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.flip_flow not in FLIP_FLOW:
+            raise ValueError(f"flip_flow should be one of {', '.join(FLIP_FLOW)}, got {self.flip_flow!r}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale should be a range within (0, 1], got {self.scale}")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"aspect should be a range of positive numbers, got {self.aspect}")
+
+
+def pack(frames: torch.Tensor, flows: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Frames and flow pictures (T, 3, h, w) and masks (T, 1, h, w), all uint8, as one clip (T, 7, h, w)."""
+    return torch.cat([frames, flows, masks], dim=1)
+
+
+def unpack(clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The frames, flow pictures and masks of a clip (T, 7, h, w), each contiguous."""
+    return clip[:, :3].contiguous(), clip[:, 3:6].contiguous(), clip[:, 6:].contiguous()
+
+
+def resize(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A clip (T, 7, h, w) uint8 at another size, without augmentation; antialiased, masks stay {0, 1}."""
+    if tuple(clip.shape[2:]) == tuple(size):
+        return clip
+    resized = F.interpolate(clip.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+    return _finish(resized[:, :6], resized[:, 6:])
+
+
+def augment(clip: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.random.Generator) -> torch.Tensor:
+    """A random view of a clip.
+
+    clip: (T, 7, h, w) uint8. Returns (T, 7, H, W) uint8 with (H, W) = size, masks {0, 1}. All randomness is drawn from
+    `rng`, in a fixed order.
+    """
+    matrix, flipped = draw_view(clip[:, 6], size, options, rng)
+    sampled = sample_view(clip, size, matrix)
+    if flipped and options.flip_flow == "exact":
+        flows = sampled[:, 3:6].add_(0.5).to(torch.uint8)
+        sampled[:, 3:6] = mirror_colours(flows)
+    sampled[:, :3] = jitter_colours(sampled[:, :3], options, rng)
+    return _finish(sampled[:, :6], sampled[:, 6:])
+
+
+def draw_view(
+    masks: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.random.Generator
+) -> tuple[np.ndarray, bool]:
+    """Draw a crop, a rotation and a flip for a clip whose masks are (T, h, w).
+
+    Returns the matrix (2, 3) that takes the view's coordinates, in [-1, 1] across it, to pixels from the centre of the
+    source, and whether the view is flipped. The crop lies within the source; of four draws, the first that keeps half
+    of the object's pixels is taken, so that few clips lose their object.
+    """
+    height, width = masks.shape[1:]
+    step = max(1, min(height, width) // 48)
+    object_rows, object_columns = torch.nonzero(masks[:, ::step, ::step].amax(dim=0), as_tuple=True)
+    object_x = object_columns.numpy() * step - (width - 1) / 2
+    object_y = object_rows.numpy() * step - (height - 1) / 2
+    angle = 0.0
+    if rng.random() < options.rotation_probability:
+        angle = math.radians(rng.uniform(-options.rotation, options.rotation))
+    aspect = size[1] / size[0] * rng.uniform(*options.aspect)
+    # The largest crop of this aspect whose corners, turned by the angle, stay inside.
+    cos, sin = math.cos(angle), abs(math.sin(angle))
+    half_y = min(width / (aspect * cos + sin), height / (aspect * sin + cos)) / 2 * rng.uniform(*options.scale)
+    half_x = aspect * half_y
+    flipped = rng.random() < options.flip
+    room_x = max(0.0, width / 2 - half_x * cos - half_y * sin)
+    room_y = max(0.0, height / 2 - half_x * sin - half_y * cos)
+    centres = rng.uniform(-1, 1, (4, 2)) * (room_x, room_y)
+    sine = math.sin(angle)
+    for x, y in centres:
+        if len(object_x) == 0:
+            break
+        u = (cos * (object_x - x) + sine * (object_y - y)) / half_x
+        v = (cos * (object_y - y) - sine * (object_x - x)) / half_y
+        if np.mean((np.abs(u) < 1) & (np.abs(v) < 1)) >= 0.5:
+            break
+    sign = -1 if flipped else 1
+    matrix = np.array([[sign * half_x * cos, -half_y * sine, x], [sign * half_x * sine, half_y * cos, y]])
+    return matrix, flipped
+
+
+def sample_view(clip: torch.Tensor, size: tuple[int, int], matrix: np.ndarray) -> torch.Tensor:
+    """The view of `draw_view` as float (T, 7, H, W), bilinear; beyond the edge the source is mirrored."""
+    length, planes, height, width = clip.shape
+    # Only the part that is seen is converted to float.
+    corners = matrix @ np.array([[-1, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
+    low = np.floor(corners.min(axis=1) + (width / 2, height / 2)).astype(int) - 2
+    high = np.ceil(corners.max(axis=1) + (width / 2, height / 2)).astype(int) + 2
+    left, top = np.maximum(low, 0)
+    right, bottom = np.minimum(high, (width, height))
+    part = clip[:, :, top:bottom, left:right].to(torch.float32)
+    part_height, part_width = part.shape[2:]
+    # source pixels from the source's centre -> grid_sample's coordinates of the part
+    shift = np.array([(width - left - right) / 2, (height - top - bottom) / 2])
+    theta = matrix.copy()
+    theta[:, 2] += shift
+    theta = theta * np.array([[2 / part_width], [2 / part_height]])
+    grid = F.affine_grid(torch.from_numpy(theta.astype(np.float32))[None], (1, 1, *size), align_corners=False)
+    planes_together = part.reshape(1, length * planes, part_height, part_width)  # (T, 7, h, w) -> (1, 7T, h, w)
+    sampled = F.grid_sample(planes_together, grid, padding_mode="reflection", align_corners=False)
+    return sampled.view(length, planes, *size)
+
+
+def jitter_colours(frames: torch.Tensor, options: Augment, rng: np.random.Generator) -> torch.Tensor:
+    """Brightness, contrast, saturation and sharpness of frames (T, 3, H, W) float in [0, 255], one draw for a clip."""
+    brightness, contrast, saturation = (
+        rng.uniform(1 - x, 1 + x) for x in (options.brightness, options.contrast, options.saturation)
+    )
+    sharpen = rng.random() < options.sharpness_probability
+    sharpness = rng.uniform(1 - options.sharpness, 1 + options.sharpness)
+    if sharpen:
+        soft = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
+        frames = torch.lerp(soft, frames, sharpness)
+    # The first three are linear in the colour of a pixel: x -> M x + o. Contrast turns about the clip's mean grey.
+    luma = np.array([0.299, 0.587, 0.114])
+    mix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * luma[None, :].repeat(3, axis=0))
+    pivot = float(luma @ frames[:, :, ::4, ::4].mean(dim=(0, 2, 3)).double().numpy())
+    offset = brightness * (1 - contrast) * pivot
+    length, _, height, width = frames.shape
+    matrix = torch.from_numpy(mix.astype(np.float32)).expand(length, 3, 3)
+    flat = torch.bmm(matrix, frames.reshape(length, 3, height * width))  # (T, 3, H * W)
+    return flat.add_(offset).clamp_(0, 255).view(length, 3, height, width)
+
+
+def _finish(colours: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Float colours (T, 6, H, W) in [0, 255] and masks (T, 1, H, W) in [0, 1] as a uint8 clip."""
+    clip = torch.empty(len(colours), 7, *colours.shape[2:], dtype=torch.uint8)
+    clip[:, :6] = colours.add(0.5).clamp_(0, 255)
+    clip[:, 6:] = masks >= 0.5
+    return clip
