@@ -614,7 +614,7 @@ def _render(layers: list[_Layer], length: int, size: tuple[int, int]):
         alpha = pixels[:, 3:]
         visible = alpha[:, 0] >= 0.5
         part = (..., slice(top, bottom), slice(left, right))
-        frames[part] = frames[part] * (1 - alpha) + pixels[:, :3]
+        frames[part].mul_(1 - alpha).add_(pixels[:, :3])
         layer_flow = layer.motion.move(times, targets, part_x, part_y, texture_x, texture_y)
         flow[part] = torch.where(visible[:, None], layer_flow, flow[part])
         mask[part] = (mask[part] | visible) if layer.foreground else (mask[part] & ~visible)
@@ -627,16 +627,18 @@ def _blur_along_flow(frames: torch.Tensor, flow: torch.Tensor, shutter: float) -
     # grid_sample's own coordinates: one pixel is 2 / size
     x = (torch.arange(width, dtype=torch.float32) * 2 + 1) / width - 1
     y = (torch.arange(height, dtype=torch.float32) * 2 + 1) / height - 1
-    base = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H, W, 2)
-    step = flow.permute(0, 2, 3, 1) * torch.tensor([2 / width, 2 / height]) * (shutter / 3)
-    total = frames
-    for direction in (-1, 1):
-        total = total + F.grid_sample(frames, base + direction * step, padding_mode="border", align_corners=False)
-    return total / 3
+    blurred = frames.clone()
+    grid = torch.empty(1, height, width, 2)
+    for time in range(length):
+        for step in (-shutter / 3, shutter / 3):
+            torch.add(x[None, :], flow[time, 0], alpha=step * 2 / width, out=grid[0, ..., 0])
+            torch.add(y[:, None], flow[time, 1], alpha=step * 2 / height, out=grid[0, ..., 1])
+            blurred[time] += F.grid_sample(frames[None, time], grid, padding_mode="border", align_corners=False)[0]
+    return blurred.div_(3)
 
 
 def _expose(rng: np.random.Generator, frames: torch.Tensor, flow: torch.Tensor, options: SceneOptions) -> torch.Tensor:
-    """What a camera adds: motion blur, changing light, noise. Returns uint8 (T, 3, H, W)."""
+    """What a camera adds: motion blur, changing light, noise. Returns uint8 (T, 3, H, W); overwrites `frames`."""
     length = len(frames)
     if rng.random() < options.motion_blur:
         frames = _blur_along_flow(frames, flow, rng.uniform(0.2, 0.7))
@@ -645,15 +647,17 @@ def _expose(rng: np.random.Generator, frames: torch.Tensor, flow: torch.Tensor, 
         swing = rng.uniform(0, 0.12) * np.sin(rng.uniform(0.05, 0.8) * time + rng.uniform(0, 2 * math.pi))
         gain = rng.uniform(0.75, 1.2) * (1 + swing)[:, None] * rng.uniform(0.93, 1.07, 3)[None]  # (T, 3)
         offset = rng.uniform(-0.06, 0.06)
-        frames = frames * torch.from_numpy(gain.astype(np.float32))[:, :, None, None] + offset
+        frames = frames.mul_(torch.from_numpy(gain.astype(np.float32))[:, :, None, None]).add_(offset)
     if rng.random() < options.noise:
         # one field, shifted differently for every frame and channel: fresh noise would cost more than the frames
         height, width = frames.shape[2:]
-        field = torch.from_numpy(rng.standard_normal((height, width), dtype=np.float32) * rng.uniform(0.004, 0.02))
-        shifts = np.stack([rng.integers(height, size=3 * length), rng.integers(width, size=3 * length)], axis=1)
-        shifted = [torch.roll(field, (int(dy), int(dx)), (0, 1)) for dy, dx in shifts]
-        frames = frames + torch.stack(shifted).view(length, 3, height, width)  # (3T, H, W) -> (T, 3, H, W)
-    return frames.clamp(0, 1).mul_(255).add_(0.5).to(torch.uint8)
+        field = torch.from_numpy(rng.standard_normal((height, width), dtype=np.float32)).mul_(rng.uniform(0.004, 0.02))
+        for plane in frames.flatten(0, 1):
+            plane += torch.roll(field, (int(rng.integers(height)), int(rng.integers(width))), (0, 1))
+    exposed = torch.empty(frames.shape, dtype=torch.uint8)
+    for frame, picture in zip(frames, exposed):
+        picture.copy_(frame.clamp_(0, 1).mul_(255).add_(0.5))
+    return exposed
 
 
 def _estimated(rng: np.random.Generator, flow: torch.Tensor, options: SceneOptions) -> torch.Tensor:
