@@ -2,6 +2,15 @@
 
 from datasets.errors import DataError
 from datasets.images import load_flow_image, load_frame, load_mask
-from datasets.sequences import DATASETS, VideoSequence, read_dataset
+from datasets.sequences import DATASETS, VideoSequence, read_dataset, read_folder
 
-__all__ = ["DATASETS", "DataError", "VideoSequence", "load_flow_image", "load_frame", "load_mask", "read_dataset"]
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "VideoSequence",
+    "load_flow_image",
+    "load_frame",
+    "load_mask",
+    "read_dataset",
+    "read_folder",
+]

@@ -55,9 +55,9 @@ def read_list(path: Path, report: Report) -> dict[str, list[str]]:
             sequences.setdefault(entry.parent.name, []).append(entry.stem)
         else:
             expected = "expected a sequence name, or /JPEGImages/480p/NAME/00000.jpg and its mask"
-            report(str(path), DataError(f"{path}, line {number}: {line.strip()!r}; {expected}"))
+            report("", DataError(f"{path}, line {number}: {line.strip()!r}; {expected}"))
     if not sequences:
-        report(str(path), DataError(f"{path}: names no sequence; expected one per line"))
+        report("", DataError(f"{path}: names no sequence; expected one per line"))
     return sequences
 
 
@@ -76,7 +76,7 @@ def _lists(root: Path, folders: tuple[str, ...], parts: tuple[str, ...], report:
             found.append((path, read_list(path, report)))
         else:
             present = ", ".join(sorted(file.name for file in folder.glob("*.txt"))) or "nothing"
-            report(str(path), DataError(f"{path}: no such list; {folder} has {present}. Choose a split that it has"))
+            report("", DataError(f"{path}: no such list; {folder} has {present}. Choose a split that it has"))
     return found
 
 

@@ -159,20 +159,29 @@ def read_dataset(
         split: "train" or "val"; "test" is "val" in all sets but YouTube-VOS. Further ones are told by the readers.
         num_frames: YouTube-VOS keeps every so-maniest frame of a training video; no other set is thinned out.
         on_problem: called with (sequence name, DataError) for each problem instead of raising, so that a check can see
-            them all; the sequences returned are then what is left without the broken parts.
+            them all; the name is "" for what concerns the whole split. The sequences returned are then what is left
+            without the broken parts.
 
     Raises:
         DataError: the set, split or a file of it is missing, empty, or ambiguous. Missing flow is no error here.
     """
     root, layout = _find(name, Path(data_dir))
-    report = on_problem or raise_problem
+    reported = 0
+
+    def report(sequence: str, error: DataError) -> None:
+        nonlocal reported
+        reported += 1
+        (on_problem or raise_problem)(sequence, error)
+
+    sequences: list[VideoSequence] = []
     try:
         sequences = layout.read(root, split, report, canonical_name(name), num_frames)
+        if not sequences and not reported:
+            raise DataError(
+                f"{canonical_name(name)}: no sequence in the {split} split of {root}; unpack the data there"
+            )
     except DataError as error:
         if on_problem is None:
             raise
         on_problem("", error)
-        return []
-    if not sequences:
-        report("", DataError(f"{canonical_name(name)}: no sequence in the {split} split of {root}"))
     return sequences

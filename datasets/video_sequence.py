@@ -14,7 +14,7 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".ti
 FLOW_SUFFIXES = (".png", ".jpg", ".jpeg")
 MASK_SUFFIXES = (".png", ".bmp")
 
-# What a reader calls with (sequence name, problem). If it returns, reading goes on without the broken part.
+# What a reader calls with (sequence name or "", problem). If it returns, reading goes on without the broken part.
 Report = Callable[[str, DataError], None]
 
 

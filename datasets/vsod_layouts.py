@@ -244,8 +244,10 @@ def _fbms_masks(video: VideoFolder, dataset: str, report: Report) -> tuple[dict[
         name = file.stem.removesuffix("_gt")
         candidates = [name] if name in stems else numbered.get(_last_number(name), [])
         if len(candidates) != 1:
-            wanted = f"a frame {name}, or one frame numbered {_last_number(name)}, in {video.frames}"
-            message = f"{dataset}/{video.name}: {file} is a mask without its frame; expected {wanted}, of which there are {len(candidates)}"
+            message = (
+                f"{dataset}/{video.name}: {file} is a mask without its frame; expected a frame {name} in "
+                f"{video.frames}, or one frame numbered {_last_number(name)}, of which there are {len(candidates)}"
+            )
             report(video.name, DataError(message))
             continue
         first = masks.setdefault(candidates[0], file)

@@ -134,6 +134,16 @@ def test_davis_lists_with_something_else_in_them(tmp_path, lines):
         read_dataset("DAVIS-2016", tmp_path, "val")
 
 
+def test_davis_lists_written_on_windows_and_trees_without_a_resolution_folder(tmp_path):
+    for kind, suffix, mode in (("JPEGImages", ".jpg", "RGB"), ("Annotations", ".png", "L"), ("flows", ".png", "RGB")):
+        pictures(tmp_path / "DAVIS" / kind / "bear", stems(2), suffix, mode)
+    lists = tmp_path / "DAVIS" / "ImageSets" / "2016"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_bytes(b"\xef\xbb\xbfbear\r\n\r\n")
+    (bear,) = read_dataset("DAVIS-2016", tmp_path)
+    assert bear.stems == bear.annotated == tuple(bear.flows) and bear.flow_dir == tmp_path / "DAVIS" / "flows" / "bear"
+
+
 @pytest.mark.data
 def test_real_davis(real_data):
     counts = {}

@@ -1,0 +1,317 @@
+"""Everything that is wrong with a data root, in one report: `tool.py --tools check`.
+
+The check reads each data set as training and evaluation do, then opens every file, and goes on after each problem.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from datasets.errors import DataError
+from datasets.images import image_size, load_flow_image, load_frame, load_mask, load_mask_values, require_size
+from datasets.layouts import DAVIS_2016
+from datasets.sequences import canonical_name, find_root, read_dataset
+from datasets.video_sequence import VideoSequence
+from datasets.vsod_layouts import FBMS_59
+
+ASPECT_TOLERANCE = 0.02  # a flow image of 512×288 for a frame of 854×480 differs by 0.001
+
+SOFT_RIM = 0.05  # share of in-between pixels that a smoothed rim may have
+MANY_OBJECTS = 32
+
+# Sets whose release annotates every frame; in the others some frames have no mask.
+_DENSE = ("DAVIS-2016", "DAVIS-2017")
+_COMPLETE = {("DAVIS-2016", split): names for split, names in DAVIS_2016.items()}
+_COMPLETE.update({("FBMS", split): names for split, names in FBMS_59.items()})
+
+_HINTS = {
+    "layout": "unpack the data set again, or correct its list",
+    "no flow": "python tool.py --tools flow makes what is missing",
+    "no mask": "unpack the annotations",
+    "frame": "copy or unpack these files again",
+    "flow": "remove these files, then python tool.py --tools flow",
+    "mask": "unpack the annotations again, of the resolution of the frames",
+    "mask values": "see whether these are annotations and not pictures or results",
+    "incomplete": "nothing to do, if it is meant",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        dataset, sequence: where; sequence is "" for what concerns a whole set.
+        kind: group in the report, a key of `_HINTS`.
+        message: what is wrong, with the file.
+        fatal: False for what may be meant, such as an incomplete download.
+    """
+
+    dataset: str
+    kind: str
+    sequence: str
+    message: str
+    fatal: bool = True
+
+
+def check_sequences(
+    sequences: Sequence[VideoSequence],
+    require_flow: bool = True,
+    require_masks: bool | None = None,
+    decode: bool = True,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Problem]:
+    """Look at every file of the sequences and return all problems, in the order of the sequences.
+
+    Args:
+        require_flow: whether a frame without flow is a problem.
+        require_masks: True: every frame needs a mask; False: none does; None: every frame of DAVIS, and of other sets
+            at least one frame per sequence.
+        decode: read every image whole. Otherwise only the headers are read: sizes are compared, but neither truncated
+            files nor wrong mask values are found.
+        workers: threads; by default one per core, 8 at most.
+        progress: called with 1 after each frame.
+    """
+    workers = workers or min(8, os.cpu_count() or 1)
+    problems: list[Problem] = []
+    with ThreadPoolExecutor(workers) as pool:
+        for sequence in sequences:
+            problems += _check_presence(sequence, require_flow, require_masks)
+            if not sequence.frames:
+                continue
+            looks = pool.map(lambda frame, sequence=sequence: _look(sequence, frame, decode), sequence.frames)
+            sizes: dict[tuple[int, int], str] = {}
+            foreground = []
+            for stem, look in zip(sequence.stems, looks, strict=True):
+                problems += look.problems
+                if look.size is not None:
+                    sizes.setdefault(look.size, stem)
+                if look.foreground is not None:
+                    foreground.append(look.foreground)
+                if progress is not None:
+                    progress(1)
+            if len(sizes) > 1:
+                listed = ", ".join(f"{width}×{height} at {stem}" for (height, width), stem in sizes.items())
+                message = f"{sequence.frames[0].parent}: frames of {len(sizes)} sizes ({listed}); expected one size"
+                problems.append(_problem(sequence, "frame", message))
+            if foreground and not any(foreground):
+                message = f"{next(iter(sequence.masks.values())).parent}: no mask of this sequence has any foreground"
+                problems.append(_problem(sequence, "mask values", message, fatal=False))
+    return problems
+
+
+def check_dataset(
+    name: str,
+    data_dir: Path | str,
+    split: str,
+    num_frames: int = 5,
+    require_flow: bool = True,
+    require_masks: bool | None = None,
+    decode: bool = True,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[VideoSequence], list[Problem]]:
+    """Read a data set, its problems gathered, and check what could be read. Returns the sequences and all problems."""
+    dataset = canonical_name(name)
+    problems: list[Problem] = []
+
+    def gather(sequence: str, error: DataError) -> None:
+        problems.append(Problem(dataset, "layout", sequence, str(error)))
+
+    try:
+        sequences = read_dataset(name, data_dir, split, num_frames, on_problem=gather)
+    except DataError as error:  # the set itself was not found
+        gather("", error)
+        return [], problems
+    known = _COMPLETE.get((dataset, split), ())
+    accounted = {sequence.name for sequence in sequences} | {problem.sequence for problem in problems}
+    absent = [sequence for sequence in known if sequence not in accounted]
+    if absent and sequences:
+        message = f"{len(absent)} of the {len(known)} sequences of {split} are not here: {', '.join(absent)}"
+        problems.append(Problem(dataset, "incomplete", "", message, fatal=False))
+    problems += check_sequences(sequences, require_flow, require_masks, decode, workers, progress)
+    return sequences, problems
+
+
+def run(
+    data_dir: Path | str,
+    datasets: Sequence[str],
+    splits: Sequence[str] | None = None,
+    num_frames: int = 5,
+    require_flow: bool = True,
+    require_masks: bool | None = None,
+    decode: bool = True,
+    workers: int | None = None,
+    examples: int = 5,
+    file: TextIO | None = None,
+) -> int:
+    """Check data sets and print a report, the problems grouped by set, split and kind.
+
+    Args:
+        data_dir, datasets, num_frames: as in `datasets.read_dataset`.
+        splits: which splits to check; one that a set does not have is a problem. By default those of train and val
+            that it has: one of the two may be absent.
+        examples: how many problems of a group are printed; 0 prints all.
+        file: where to print; the standard output by default.
+
+    Returns:
+        The number of problems, those aside that may be meant.
+    """
+    out = file if file is not None else sys.stdout
+    fatal = 0
+    for name in datasets:
+        checked = {
+            split: check_dataset(name, data_dir, split, num_frames, require_flow, require_masks, decode, workers)
+            for split in (splits or ("train", "val"))
+        }
+        if splits is None and any(sequences for sequences, _ in checked.values()):
+            for split, (sequences, problems) in checked.items():
+                if not sequences and all(problem.sequence == "" for problem in problems):
+                    notes = [replace(problem, kind="incomplete", fatal=False) for problem in problems]
+                    checked[split] = (sequences, notes)
+        for split, (sequences, problems) in checked.items():
+            fatal += sum(problem.fatal for problem in problems)
+            for line in _report(name, data_dir, split, sequences, problems, examples):
+                print(line, file=out)
+    print("check: no problem" if fatal == 0 else f"check: {fatal} problem{'s' if fatal > 1 else ''}", file=out)
+    return fatal
+
+
+def _report(
+    name: str, data_dir: Path | str, split: str, sequences: list[VideoSequence], problems: list[Problem], examples: int
+) -> Iterator[str]:
+    where = f" in {find_root(name, data_dir)}" if sequences else ""
+    frames = sum(len(sequence.frames) for sequence in sequences)
+    flows = sum(len(sequence.flows) for sequence in sequences)
+    masks = sum(len(sequence.masks) for sequence in sequences)
+    counts = f"{len(sequences)} sequences, {frames} frames, {flows} with flow, {masks} with a mask"
+    yield f"{canonical_name(name)} {split}{where}: {counts}"
+    for kind in _HINTS:
+        group = [problem for problem in problems if problem.kind == kind]
+        if not group:
+            continue
+        count = len({problem.sequence for problem in group if problem.sequence})
+        within = f" in {count} sequence{'s' if count > 1 else ''}" if count else ""
+        note = "" if any(problem.fatal for problem in group) else " (a note)"
+        yield f"  {kind}: {len(group)}{within}{note}; {_HINTS[kind]}"
+        shown = group if examples == 0 else group[:examples]
+        for problem in shown:
+            yield f"    {problem.message}"
+        if len(shown) < len(group):
+            yield f"    … and {len(group) - len(shown)} more"
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What looking at one frame, its flow and its mask gave."""
+
+    problems: list[Problem]
+    size: tuple[int, int] | None  # (height, width) of the frame, None where it cannot be read
+    foreground: bool | None  # whether the mask has any, None where there is no mask that can be read
+
+
+def _problem(sequence: VideoSequence, kind: str, message: str, fatal: bool = True) -> Problem:
+    return Problem(sequence.dataset, kind, sequence.name, message, fatal)
+
+
+def _check_presence(sequence: VideoSequence, require_flow: bool, require_masks: bool | None) -> list[Problem]:
+    if not sequence.frames:
+        return [_problem(sequence, "layout", f"{sequence.dataset}/{sequence.name}: a sequence without frames")]
+    problems = []
+    if require_flow and not sequence.flows:
+        message = f"{sequence.flow_dir}: no flow image for the {len(sequence)} frames of {sequence.name}"
+        problems.append(_problem(sequence, "no flow", message))
+    elif require_flow:
+        for stem in sequence.stems:
+            if stem not in sequence.flows:
+                message = f"{sequence.flow_dir / stem}.png (or .jpg): no flow image for {sequence.name}/{stem}"
+                problems.append(_problem(sequence, "no flow", message))
+    every = sequence.dataset in _DENSE if require_masks is None else require_masks
+    if require_masks is not False and not sequence.masks:
+        message = f"{sequence.dataset}/{sequence.name}: none of the {len(sequence)} frames has a mask"
+        problems.append(_problem(sequence, "no mask", message))
+    elif every:
+        folder = next(iter(sequence.masks.values())).parent
+        for stem in sequence.stems:
+            if stem not in sequence.masks:
+                problems.append(
+                    _problem(sequence, "no mask", f"{folder / stem}.png: no mask for {sequence.name}/{stem}")
+                )
+    return problems
+
+
+def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
+    problems: list[Problem] = []
+    stem = frame.stem
+
+    def attempt(kind: str, read: Callable):
+        try:
+            return read()
+        except DataError as error:
+            problems.append(_problem(sequence, kind, str(error)))
+            return None
+
+    size = attempt("frame", lambda: load_frame(frame).shape[:2] if decode else image_size(frame))
+    if stem in sequence.flows:
+        flow = sequence.flows[stem]
+        flow_size = attempt("flow", lambda: load_flow_image(flow).shape[:2] if decode else image_size(flow))
+        if size and flow_size and abs(flow_size[1] / flow_size[0] / (size[1] / size[0]) - 1) > ASPECT_TOLERANCE:
+            message = (
+                f"{flow}: {flow_size[1]}×{flow_size[0]} pixels (width × height), another aspect than "
+                f"{size[1]}×{size[0]} of {frame}; it was made from other frames, or padded"
+            )
+            problems.append(_problem(sequence, "flow", message))
+    foreground = None
+    if stem in sequence.masks:
+        mask = sequence.masks[stem]
+        if decode:
+            values = attempt("mask", lambda: load_mask(mask, sequence.mask_rule))
+            mask_size = None if values is None else values.shape
+            foreground = None if values is None else bool(values.any())
+        else:
+            mask_size = attempt("mask", lambda: image_size(mask))
+        if size and mask_size:
+            attempt("mask", lambda: require_size(mask, mask_size, size, frame))
+        if decode and mask_size:
+            doubt = _doubtful_values(mask, sequence.mask_rule)
+            if doubt is not None:
+                problems.append(_problem(sequence, "mask values", *doubt))
+    return _Look(problems, size, foreground)
+
+
+def _doubtful_values(mask: Path, rule: str) -> tuple[str, bool] | None:
+    """What is odd about the values of a mask, and whether that is fatal; None for a mask as its rule says.
+
+    Under "above_128" a grey image should hold 0 and 255 (or 0 and 1). A few pixels in between are the smoothed rim of a
+    shape, which is a note; many are a picture, and a mask whose object is darker than 129 would be lost. Under
+    "nonzero" every value may be an object, but many greys mean a picture or a smoothed mask, whose faint rim would
+    count in full.
+    """
+    if rule == "fbms":
+        return None
+    values, mode = load_mask_values(mask)
+    if mode == "RGB":
+        values = values.max(axis=2)  # (H, W, 3) -> (H, W)
+    if mode not in ("L", "RGB"):
+        return None
+    present = np.unique(values)
+    top = int(present.max())
+    if rule == "above_128":
+        between = np.isin(values, present[(present > 0) & (present < 255)]).mean()
+        if top > 1 and between:
+            message = (
+                f"{mask}: not binary: {present.size} values up to {top}, {between:.2%} of the pixels between 0 and 255"
+            )
+            return message, bool(top <= 128 or between > SOFT_RIM)
+    elif present.size > MANY_OBJECTS:
+        return f"{mask}: {present.size} grey values; expected one per object, and all above 0 count as foreground", True
+    return None

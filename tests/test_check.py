@@ -1,0 +1,218 @@
+"""The check of a data root: every problem at once, and none where there is none."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.check import check_dataset, check_sequences, run
+from datasets.sequences import read_dataset
+
+HEIGHT, WIDTH = 24, 40
+RNG = np.random.default_rng(3)
+SHAPE = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+SHAPE[6:18, 8:30] = 255
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def noise(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def davis(root: Path, names: list[str], frames: int = 4) -> Path:
+    for name in names:
+        for number in range(frames):
+            save(root / "JPEGImages" / "480p" / name / f"{number:05d}.jpg", noise())
+            save(root / "Flows" / "480p" / name / f"{number:05d}.jpg", noise(HEIGHT // 2, WIDTH // 2))
+            save(root / "Annotations" / "480p" / name / f"{number:05d}.png", SHAPE)
+    lists = root / "ImageSets" / "2016"
+    lists.mkdir(parents=True, exist_ok=True)
+    (lists / "val.txt").write_text("\n".join(names))
+    return root
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def fatal(problems: list) -> list[tuple[str, str]]:
+    return [(problem.kind, problem.sequence) for problem in problems if problem.fatal]
+
+
+def report(*arguments, **options) -> tuple[int, str]:
+    out = io.StringIO()
+    return run(*arguments, file=out, **options), out.getvalue()
+
+
+def test_a_sound_root_has_no_problem(tmp_path):
+    davis(tmp_path / "DAVIS", ["bear", "bus"])
+    sequences = read_dataset("DAVIS-2016", tmp_path)
+    for decode in (True, False):
+        for workers in (1, 3):
+            assert check_sequences(sequences, decode=decode, workers=workers) == []
+    count, text = report(tmp_path, ["DAVIS-2016"])
+    assert count == 0 and text.endswith("check: no problem\n")
+    assert "DAVIS-2016 val in" in text and "2 sequences, 8 frames, 8 with flow, 8 with a mask" in text
+    assert "20 of the 20 sequences of val" in text, "bear and bus are training sequences, and val is incomplete"
+    assert "no such list" in text and "incomplete: 1 (a note)" in text
+
+
+def test_progress_counts_every_frame(tmp_path):
+    davis(tmp_path / "DAVIS", ["bear", "bus"])
+    steps = []
+    check_sequences(read_dataset("DAVIS-2016", tmp_path), progress=steps.append)
+    assert sum(steps) == 8
+
+
+def test_everything_wrong_is_reported_at_once(tmp_path):
+    names = ["absent", "empty", "flow", "frame", "list", "mask", "noflow", "sizes", "sound", "stray", "twin", "values"]
+    root = davis(tmp_path / "DAVIS", names)
+    jpeg, flows, masks = (root / folder / "480p" for folder in ("JPEGImages", "Flows", "Annotations"))
+
+    for file in (jpeg / "absent").iterdir():
+        file.unlink()
+    (jpeg / "absent").rmdir()
+    for file in (jpeg / "empty").iterdir():
+        file.unlink()
+    (flows / "flow" / "00000.jpg").unlink()
+    truncate(flows / "flow" / "00001.jpg")
+    save(flows / "flow" / "00002.jpg", noise(HEIGHT, HEIGHT))
+    truncate(jpeg / "frame" / "00002.jpg")
+    (masks / "list" / "00003.png").unlink()
+    save(masks / "mask" / "00001.png", SHAPE[:-2])
+    (masks / "mask" / "00002.png").write_bytes(b"no image")
+    for file in (flows / "noflow").iterdir():
+        file.unlink()
+    for number in (2, 3):
+        save(jpeg / "sizes" / f"{number:05d}.jpg", noise(48, 80))
+        save(masks / "sizes" / f"{number:05d}.png", np.zeros((48, 80), dtype=np.uint8))
+    save(masks / "stray" / "00009.png", SHAPE)
+    save(jpeg / "twin" / "00001.png", noise())
+    save(masks / "values" / "00000.png", noise()[..., 0])
+
+    sequences, problems = check_dataset("DAVIS-2016", tmp_path, "val")
+    assert sorted(fatal(problems)) == sorted(
+        [
+            ("layout", "absent"),
+            ("layout", "empty"),
+            ("layout", "stray"),
+            ("layout", "twin"),
+            ("no flow", "flow"),
+            ("flow", "flow"),  # truncated
+            ("flow", "flow"),  # aspect
+            ("frame", "frame"),
+            ("no mask", "list"),
+            ("mask", "mask"),  # size
+            ("mask", "mask"),  # no image
+            ("no flow", "noflow"),
+            ("frame", "sizes"),
+            ("mask values", "values"),
+        ]
+    )
+    assert len(sequences) == len(names) - 2
+    for file in ("flow/00000", "flow/00001.jpg", "flow/00002.jpg", "frame/00002.jpg", "list/00003.png"):
+        assert any(file in problem.message for problem in problems), file
+
+    count, text = report(tmp_path, ["DAVIS-2016"], splits=["val"])
+    assert count == 14 and "check: 14 problems" in text
+    assert "  layout: 4 in 4 sequences; " in text and "  flow: 2 in 1 sequence; " in text
+    assert "python tool.py --tools flow" in text
+
+
+def test_what_is_not_required_is_no_problem(tmp_path):
+    root = davis(tmp_path / "DAVIS", ["bear"])
+    for folder in ("Flows", "Annotations"):
+        for file in (root / folder / "480p" / "bear").iterdir():
+            file.unlink()
+    sequences = read_dataset("DAVIS-2016", tmp_path)
+    assert fatal(check_sequences(sequences)) == [("no flow", "bear"), ("no mask", "bear")]
+    assert check_sequences(sequences, require_flow=False, require_masks=False) == []
+
+
+def test_without_decoding_only_headers_are_looked_at(tmp_path):
+    root = davis(tmp_path / "DAVIS", ["bear"])
+    truncate(root / "JPEGImages" / "480p" / "bear" / "00001.jpg")
+    save(root / "Annotations" / "480p" / "bear" / "00002.png", SHAPE[:-2])
+    sequences = read_dataset("DAVIS-2016", tmp_path)
+    assert fatal(check_sequences(sequences, decode=False)) == [("mask", "bear")]
+    assert sorted(fatal(check_sequences(sequences))) == [("frame", "bear"), ("mask", "bear")]
+
+
+def test_sparse_sets_need_some_masks_and_not_all(tmp_path):
+    root = tmp_path / "MCL"
+    for video in ("crowd", "road"):
+        for number in range(4):
+            save(root / video / "Imgs" / f"{number:03d}.jpg", noise())
+    save(root / "crowd" / "GT" / "001.png", SHAPE)
+    _, problems = check_dataset("MCL", tmp_path, "val", require_flow=False)
+    assert fatal(problems) == [("no mask", "road")]
+    _, problems = check_dataset("MCL", tmp_path, "val", require_flow=False, require_masks=True)
+    assert fatal(problems) == [("no mask", "crowd")] * 3 + [("no mask", "road")]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (SHAPE, None),
+        (SHAPE // 255, None),
+        (np.zeros_like(SHAPE), None),
+        (np.where(np.eye(HEIGHT, WIDTH) > 0, 90, SHAPE).astype(np.uint8), False),  # 24 of 960 pixels in between
+        (SHAPE // 2, True),  # 127: the object is lost
+        (noise()[..., 0], True),
+    ],
+)
+def test_mask_values_of_the_binary_rule(tmp_path, values, expected):
+    """None: no problem of its values; otherwise whether it is fatal."""
+    root = tmp_path / "MCL" / "crowd"
+    for number in range(2):
+        save(root / "Imgs" / f"{number:03d}.jpg", noise())
+        save(root / "GT" / f"{number:03d}.png", SHAPE if number else values)
+    _, problems = check_dataset("MCL", tmp_path, "val", require_flow=False)
+    assert [(problem.kind, problem.fatal) for problem in problems] == (
+        [] if expected is None else [("mask values", expected)]
+    )
+
+
+def test_a_sequence_whose_masks_are_all_empty_is_a_note(tmp_path):
+    root = davis(tmp_path / "DAVIS", ["bear"])
+    for file in (root / "Annotations" / "480p" / "bear").iterdir():
+        save(file, np.zeros_like(SHAPE))
+    (problem,) = check_sequences(read_dataset("DAVIS-2016", tmp_path))
+    assert not problem.fatal and "foreground" in problem.message
+
+
+def test_sets_and_splits_that_are_not_there(tmp_path):
+    davis(tmp_path / "DAVIS", ["bear"])
+    count, text = report(tmp_path, ["DAVIS-2016", "FBMS"], splits=["train", "val"])
+    assert count == 3, "no train list of DAVIS, and FBMS twice"
+    assert "train.txt: no such list" in text and "FBMS is not under" in text
+    count, text = report(tmp_path, ["FBMS"])
+    assert count == 2, "a set of which nothing is here is a problem even by default"
+    count, _ = report(tmp_path / "none", ["DAVIS-2016"], splits=["val"])
+    assert count == 1
+
+
+def test_the_report_shortens_long_groups(tmp_path):
+    root = davis(tmp_path / "DAVIS", ["bear"], frames=9)
+    for number in range(1, 9):
+        (root / "Flows" / "480p" / "bear" / f"{number:05d}.jpg").unlink()
+    count, text = report(tmp_path, ["DAVIS-2016"], splits=["val"], examples=3)
+    assert count == 8 and "  no flow: 8 in 1 sequence; " in text and "… and 5 more" in text
+    assert text.count("no flow image") == 3
+    assert report(tmp_path, ["DAVIS-2016"], splits=["val"], examples=0)[1].count("no flow image") == 8
+
+
+@pytest.mark.data
+def test_real_davis_val_is_sound(real_data):
+    sequences = read_dataset("DAVIS-2016", real_data, "val")
+    assert check_sequences([sequence for sequence in sequences if sequence.name == "libby"]) == []
+    assert check_sequences(read_dataset("DAVIS-2016", real_data, "train"), decode=False) == []
