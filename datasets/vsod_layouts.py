@@ -15,6 +15,7 @@ from datasets.video_sequence import (
     build_sequence,
     list_files,
     list_folders,
+    natural_key,
 )
 
 FBMS_59 = {
@@ -80,25 +81,35 @@ def find_videos(root: Path) -> list[VideoFolder]:
     images, frames …; ground-truth, Annotations, labels …). Flow: `<root>/Flows/<video>/<stem>.png|.jpg` in all of
     them, where `tool.py --tools flow` writes it; `<root>/flows/<video>`, `<video>/Flows` and `<video>/flows` are read
     too.
+
+    A video that has masks and no frames, or nothing at all, is in the list like the others, so that reading it says so.
     """
     frames_root, masks_root = _kind(root, _FRAME_FOLDERS), _kind(root, _MASK_FOLDERS)
     if frames_root is not None and (videos := list_folders(frames_root)):
+        annotated = list_folders(masks_root) if masks_root else []
         return [
             VideoFolder(
-                video.name,
-                frames=video,
-                masks=masks_root / video.name if masks_root else None,
-                flows=(root / "Flows" / video.name, root / "flows" / video.name),
+                name,
+                frames=frames_root / name,
+                masks=masks_root / name if masks_root else None,
+                flows=(root / "Flows" / name, root / "flows" / name),
             )
-            for video in videos
+            for name in dict.fromkeys(video.name for video in (*videos, *annotated))
         ]
     reserved = (*_FRAME_FOLDERS, *_MASK_FOLDERS, *_OTHER_FOLDERS)
     videos = [folder for folder in list_folders(root) if folder.name.lower() not in reserved]
-    nested = [(video, _kind(video, _FRAME_FOLDERS)) for video in videos]
+    frames_of = {video: _kind(video, _FRAME_FOLDERS) for video in videos}
     # An Imgs folder with folders in it is a whole data set, not a video.
-    nested = [(video, frames) for video, frames in nested if frames is not None and not list_folders(frames)]
-    if not nested:
-        nested = [(video, video) for video in videos if list_files(video, FRAME_SUFFIXES)]
+    frames_of = {
+        video: frames for video, frames in frames_of.items() if frames is not None and not list_folders(frames)
+    }
+    usual = next((frames.name for frames in frames_of.values()), "")
+    if not frames_of:
+        frames_of = {video: video for video in videos if list_files(video, FRAME_SUFFIXES)}
+    if frames_of:
+        for video in videos:
+            if video not in frames_of and (_kind(video, _MASK_FOLDERS) is not None or not any(video.iterdir())):
+                frames_of[video] = video / usual
     return [
         VideoFolder(
             video.name,
@@ -106,7 +117,7 @@ def find_videos(root: Path) -> list[VideoFolder]:
             masks=_kind(video, _MASK_FOLDERS),
             flows=(root / "Flows" / video.name, root / "flows" / video.name, video / "Flows", video / "flows"),
         )
-        for video, frames in nested
+        for video, frames in sorted(frames_of.items(), key=lambda item: natural_key(item[0].name))
     ]
 
 

@@ -498,6 +498,24 @@ def test_mcl(tmp_path, form, masks):
         read_dataset("MCL", tmp_path, "train")
 
 
+@pytest.mark.parametrize("form", ["{kind}/{video}", "{video}/{kind}", "{video}"])
+def test_videos_without_frames_are_not_passed_over(tmp_path, form):
+    root = tmp_path / "MCL"
+    for video in ("crowd", "road"):
+        masks = form.replace("{kind}", "GT") if "kind" in form else form + "/GT"
+        pictures(root / masks.format(kind="GT", video=video), ["000"], ".png", "L")
+    frames = root / form.format(kind="Imgs", video="road")
+    pictures(frames, stems(2, 3))
+    with pytest.raises(DataError, match="crowd.*(no folder|no frame)"):
+        read_dataset("MCL", tmp_path)
+    pictures(root / form.format(kind="Imgs", video="crowd"), stems(2, 3))
+    assert named(read_dataset("MCL", tmp_path)) == ["crowd", "road"]
+    (root / "empty").mkdir()
+    if not form.startswith("{kind}"):
+        with pytest.raises(DataError, match="empty.*(no folder|no frame)"):
+            read_dataset("MCL", tmp_path)
+
+
 def test_flow_folders_are_no_videos(tmp_path):
     root = tmp_path / "MCL"
     pictures(root / "crowd", stems(2))
