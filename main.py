@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from datasets.clips import MixedClips, VideoClips
+from datasets.clips import ClipDataset, MixedClips, VideoClips
 from datasets.images import load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.stills import read_stills
@@ -156,7 +156,9 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
     return training, validation
 
 
-def build_clips(config: TrainConfig, training: dict[str, list[VideoSequence]], step_clips: int) -> tuple[Dataset, int]:
+def build_clips(
+    config: TrainConfig, training: dict[str, list[VideoSequence]], step_clips: int
+) -> tuple[ClipDataset, int]:
     """The clips of an epoch, a whole number of steps, and that number.
 
     Args:
@@ -174,29 +176,43 @@ def build_clips(config: TrainConfig, training: dict[str, list[VideoSequence]], s
         raise UserError(f"samples_per_epoch: {samples} clips are less than the {step_clips} of one step; give more")
     length = steps * step_clips
     augment = build_augment(config)
-    parts: list[tuple[Dataset, float]] = []
+    parts: list[tuple[ClipDataset, float]] = []
     for name, weight in config.datasets.items():
-        part: Dataset
+        part: ClipDataset
         if name in ("DUTS-TR", "synthetic"):
             images = stills if name == "DUTS-TR" else None
             part = SyntheticClips(images, length, config.clip_len, config.size, config.seed)
         else:
             part = VideoClips(
-                training[name], config.clip_len, config.size, augment=augment, cache=config.cache,
-                samples_per_epoch=length, seed=config.seed, flow_drop=config.flow_drop, strides=tuple(config.strides),
-            )  # fmt: skip
+                training[name],
+                config.clip_len,
+                config.size,
+                augment=augment,
+                cache=config.cache,
+                samples_per_epoch=length,
+                seed=config.seed,
+                strides=config.strides,
+                flow_drop=config.flow_drop,
+                frame_drop=config.frame_drop,
+            )
         parts.append((part, weight))
     return (parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)), steps
 
 
-def build_augment(config: TrainConfig) -> Augment:
-    """The augmentations at the strengths asked for."""
+def build_augment(config: TrainConfig) -> Augment | None:
+    """The augmentation of videos at the strength asked for."""
+    if not config.augment:
+        return None
     return Augment(
-        flip=config.flip,
         scale=config.scale,
+        aspect=config.aspect,
+        flip=config.flip,
         rotation=config.rotation,
-        rotation_p=config.rotation_p,
-        colour=config.colour,
+        rotation_probability=config.rotation_probability,
+        brightness=config.colour,
+        contrast=config.colour,
+        saturation=config.colour,
+        sharpness=config.sharpness,
     )
 
 
@@ -258,6 +274,7 @@ def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
     if config.bn == "frozen":
         freeze_batch_norm(run.net)
     order.epoch, order.first_step = divmod(run.step, run.steps_per_epoch)
+    loader.dataset.set_epoch(order.epoch)
     meter = Meter(run)
     batches = iter(loader)
     while run.step < run.total_steps:

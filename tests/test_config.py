@@ -43,7 +43,7 @@ def test_every_config_of_the_project_loads(path: Path) -> None:
     "path", [None, *sorted(CONFIGS.glob("*.yaml"))], ids=lambda path: path.stem if path else "none"
 )
 def test_the_saved_options_read_back_as_they_were(tmp_path: Path, path: Path | None) -> None:
-    config = load_config(path, {"scale": ["1.1", "1.3"], "val_size": (64, 96), "network": {"depth": 1}})
+    config = load_config(path, {"scale": ["0.5", "0.7"], "val_size": (64, 96), "network": {"depth": 1}})
     assert load_config(write(tmp_path, config.to_yaml())) == config
 
 
@@ -95,7 +95,7 @@ def test_local_rank_of_old_and_new_launchers(words: list[str], monkeypatch: pyte
         ("datasets: [1, [2]]", ["datasets", "names to numbers"]),
         ("datasets: {DAVIS-2016: 0}", ["datasets", "above 0"]),
         ("datasets: {}", ["datasets", "--datasets"]),
-        ("scale: [2, 1]", ["scale", "smaller number first"]),
+        ("scale: [1, 0.5]", ["scale", "smaller number first"]),
         ("lr: 1\nlr: 2", ["lr", "twice"]),
         ("- lr", ["expected a mapping"]),
         ("lr: [", ["not valid YAML"]),

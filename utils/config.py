@@ -66,13 +66,17 @@ class TrainConfig:
     workers: int = _option(4, "loader processes for each training process; 0: load in the training process", low=0)
 
     # Augmentation, alike for all frames, flows and masks of a clip
+    augment: bool = _option(True, "augment clips of videos; without it whole frames are resized")
+    scale: tuple[float, float] = _option((0.6, 1.0), "side of the random crop, relative to the frame", low=0.01, high=1)
+    aspect: tuple[float, float] = _option((0.85, 1.18), "aspect of the crop, relative to size's", low=0.1, high=10)
     flip: float = _option(0.5, "probability of a horizontal flip", low=0, high=1)
-    scale: tuple[float, float] = _option((1.0, 1.5), "range of the enlargement before the random crop", low=1e-3)
     rotation: float = _option(10.0, "largest rotation in degrees", low=0, high=180)
-    rotation_p: float = _option(0.5, "probability of a rotation", low=0, high=1)
-    colour: float = _option(0.3, "strength of brightness, contrast and saturation changes, RGB only", low=0, high=1)
-    flow_drop: float = _option(0.0, "probability that a clip's flow is replaced by no motion", low=0, high=1)
-    strides: list[int] = _option([1], "steps between the frames of a clip that may be drawn", low=1)
+    rotation_probability: float = _option(0.5, "probability of a rotation", low=0, high=1)
+    colour: float = _option(0.3, "largest change of brightness, contrast and saturation, RGB only", low=0, high=1)
+    sharpness: float = _option(0.8, "largest change of sharpness, RGB only", low=0, high=1)
+    strides: list[int] = _option([1, 2, 3], "steps between the frames of a clip, one drawn for each clip", low=1)
+    flow_drop: float = _option(0.0, "probability that a clip's flow shows no motion", low=0, high=1)
+    frame_drop: float = _option(0.0, "probability that a clip's frames are grey", low=0, high=1)
 
     # Length
     batch_size: int = _option(2, "clips of one process at one time", low=1)
@@ -355,8 +359,12 @@ def _check(config: TrainConfig) -> None:
     bad = {name: weight for name, weight in config.datasets.items() if not 0 < weight < math.inf}
     if bad:
         raise UserError(f"datasets: expected weights above 0, got {bad}; leave out what is not wanted")
-    if config.scale[0] > config.scale[1]:
-        raise UserError(f"scale: expected the smaller number first, got {config.scale[0]:g} {config.scale[1]:g}")
+    for name in ("scale", "aspect"):
+        low, high = getattr(config, name)
+        if low > high:
+            raise UserError(f"{name}: expected the smaller number first, got {low:g} {high:g}")
+    if config.flow_drop + config.frame_drop > 1:
+        raise UserError("flow_drop and frame_drop: expected at most 1 together, since no clip loses both")
     if not config.strides:
         raise UserError("strides: expected at least one step, for instance 1")
     if config.steps_per_epoch and config.samples_per_epoch:

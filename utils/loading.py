@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
-class EpochItems(Dataset):
-    """Clips addressed by (epoch, index), so that workers which live on for the next epoch know which one it is."""
-
-    def __init__(self, clips: Dataset) -> None:
-        self.clips = clips
-
-    def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = address
-        self.clips.set_epoch(epoch)  # type: ignore[attr-defined]
-        return self.clips[index]
-
-
 class ClipOrder(Sampler):
-    """Which clips a process loads; one batch of (epoch, index) at a time.
+    """Which clips a process loads: their indices, one batch at a time.
 
     Step k takes the same clips, whatever the number of processes that share them. Set ``epoch`` and ``first_step``
     before iterating: an epoch may begin at any of its steps.
@@ -43,18 +30,18 @@ class ClipOrder(Sampler):
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[int]]:
         clips = self.steps * self.accumulate * self.world_size * self.batch
         order = np.random.default_rng([self.seed, self.epoch]).permutation(clips)
         for part in range(self.first_step * self.accumulate, self.steps * self.accumulate):
             start = (part * self.world_size + self.rank) * self.batch
-            yield [(self.epoch, int(index)) for index in order[start : start + self.batch]]
+            yield order[start : start + self.batch].tolist()
 
 
 def build_loader(clips: Dataset, order: ClipOrder, *, workers: int, pin_memory: bool) -> DataLoader:
     """Batches of uint8 clips in the order of ``order``, made by ``workers`` processes (0: by this one)."""
     return DataLoader(
-        EpochItems(clips),
+        clips,
         batch_sampler=order,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -1,0 +1,86 @@
+"""Training checkpoints on disk, and the running average of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models.errors import CheckpointError
+from utils.checkpoint import TRAINING_KEYS, load_checkpoint, save_checkpoint
+from utils.ema import WeightAverage
+from utils.errors import UserError
+from utils.files import write_bytes, write_json, write_png
+
+
+def content() -> dict:
+    return {**dict.fromkeys(TRAINING_KEYS), "model": {"weight": torch.arange(3.0)}, "step": 7}
+
+
+def test_a_checkpoint_reads_back(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "deep" / "last.pt", content())
+    back = load_checkpoint(path)
+    assert back["step"] == 7
+    assert torch.equal(back["model"]["weight"], torch.arange(3.0))
+    assert [item.name for item in path.parent.iterdir()] == ["last.pt"]  # no temporary file is left
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(tmp_path / "last.pt", content())
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.files.os.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {**content(), "step": 8})
+    assert path.read_bytes() == before
+    assert [item.name for item in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_errors_name_the_file_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.pt: no such checkpoint.*--resume none"):
+        load_checkpoint(tmp_path / "gone.pt")
+    whole = save_checkpoint(tmp_path / "last.pt", content()).read_bytes()
+    for data in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
+        with pytest.raises(CheckpointError, match=r"cut\.pt: not a readable training checkpoint"):
+            load_checkpoint(write_bytes(tmp_path / "cut.pt", data))
+    torch.save({"model": {}}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"optimizer.*missing.*--finetune"):
+        load_checkpoint(tmp_path / "weights.pt")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    torch.save({**content(), "config": nn.Linear(1, 1)}, tmp_path / "objects.pt")
+    with pytest.raises(CheckpointError, match="objects.pt"):
+        load_checkpoint(tmp_path / "objects.pt")
+
+
+def test_the_average_of_weights_is_the_formula() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    average = WeightAverage(net, decay=0.5)
+    expected = net[0].weight.detach().clone()
+    for step in range(1, 6):
+        with torch.no_grad():
+            net[0].weight.normal_()
+        net[1].num_batches_tracked += 1
+        average.update(net, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * net[0].weight.detach()
+    assert torch.allclose(average.net[0].weight, expected, atol=1e-6)
+    assert average.net[1].num_batches_tracked == 5  # whole numbers are copied, not averaged
+    assert not average.net.training and not any(parameter.requires_grad for parameter in average.net.parameters())
+
+
+def test_files_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
+    import numpy as np
+
+    with pytest.raises(ValueError, match=r"a\.png: expected a uint8 image"):
+        write_png(tmp_path / "a.png", np.zeros((2, 2)))
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"J": float("nan")})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,185 @@
+"""Several processes give what one process gives: batch norm, losses, and the launchers' command lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from utils.distributed import Processes, SyncBatchNorm2d, set_batch_norm, start_processes
+from utils.errors import UserError
+from utils.loading import ClipOrder
+
+TINY = (
+    "--config configs/demo.yaml --variant xxs --network depth:1 dilations:[1] --size 32 64 --clip_len 2 --max_steps 3 "
+    "--steps_per_epoch 2 --workers 0 --log_every 1 --panels_every 0 --no-tensorboard --warmup_steps 2 --device cpu"
+).split()
+
+
+def launch(repository: Path, *words: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words], cwd=repository, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def losses(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def _norm_in_a_process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    data = torch.load(f"{folder}/data.pt")
+    net = set_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), "sync", Processes(rank, rank, 2, torch.device("cpu")))
+    assert type(net[0]) is SyncBatchNorm2d
+    net.double().load_state_dict(data["state"])
+    # Unequal shares: two pictures here, three there.
+    own = slice(0, 2) if rank == 0 else slice(2, 5)
+    x = data["x"][own].clone().requires_grad_()
+    y = net(x)
+    (y * data["weight"][own]).sum().backward()
+    results = [y.detach(), x.grad, net[0].weight.grad, net[0].bias.grad, *net.state_dict().values()]
+    torch.save(results, f"{folder}/result{rank}.pt")
+    net.eval()
+    assert torch.equal(net(x), nn.functional.batch_norm(x, *[net.state_dict()[f"0.{key}"] for key in _KEYS]))
+    dist.destroy_process_group()
+
+
+_KEYS = ("running_mean", "running_var", "weight", "bias")
+
+
+def test_batch_norm_over_processes_is_batch_norm_of_the_whole_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    norm = nn.Sequential(nn.BatchNorm2d(3)).double()
+    with torch.no_grad():
+        norm[0].weight.uniform_(0.5, 2)
+        norm[0].bias.normal_()
+    x = (torch.randn(5, 3, 4, 6, dtype=torch.float64) * 3 + 100).requires_grad_()  # a mean far off: nothing may cancel
+    weight = torch.randn(5, 3, 4, 6, dtype=torch.float64)
+    torch.save({"state": norm.state_dict(), "x": x.detach(), "weight": weight}, tmp_path / "data.pt")
+    mp.spawn(_norm_in_a_process, (str(tmp_path),), nprocs=2)
+    y = norm(x)
+    (y * weight).sum().backward()
+    first, second = (torch.load(tmp_path / f"result{rank}.pt") for rank in range(2))
+    assert torch.allclose(torch.cat([first[0], second[0]]), y, atol=1e-12)
+    assert torch.allclose(torch.cat([first[1], second[1]]), x.grad, atol=1e-12)
+    assert torch.allclose(first[2] + second[2], norm[0].weight.grad, atol=1e-12)
+    assert torch.allclose(first[3] + second[3], norm[0].bias.grad, atol=1e-12)
+    for one, other, expected in zip(first[4:], second[4:], norm.state_dict().values()):
+        assert torch.equal(one, other)
+        assert torch.allclose(one.double(), expected.double(), atol=1e-12)
+
+
+def test_processes_share_the_clips_of_each_step() -> None:
+    def order(rank: int, world_size: int, batch: int, accumulate: int = 1, first_step: int = 0) -> list[list]:
+        sampler = ClipOrder(
+            batch=batch, accumulate=accumulate, steps=5, rank=rank, world_size=world_size, seed=3
+        )  # fmt: skip
+        sampler.epoch, sampler.first_step = 2, first_step
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        return batches
+
+    alone = order(0, 1, 4)
+    assert sorted(index for batch in alone for index in batch) == list(range(20))  # each clip once in an epoch
+    for one, *shares in zip(alone, order(0, 2, 2), order(1, 2, 2)):
+        assert one == [item for share in shares for item in share]
+    # Two accumulated batches of each of two processes, likewise.
+    parts = [order(rank, 2, 1, accumulate=2) for rank in range(2)]
+    for step, one in enumerate(alone):
+        assert one == [parts[rank][2 * step + part][0] for part in range(2) for rank in range(2)]
+    assert order(0, 1, 4, first_step=3) == alone[3:]
+
+
+@pytest.fixture(scope="module")
+def two_processes(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run on two processes, by the README's command line, of half a batch each."""
+    folder = tmp_path_factory.mktemp("two")
+    line = ["-m", "torch.distributed.launch", "--nproc_per_node=2", "main.py"]
+    result = launch(repository, *line, *TINY, "--batch_size", "1", "--save_dir", str(folder))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("done: 3 steps") == 1  # one process talks
+    return folder
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(
+    two_processes: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import main
+
+    monkeypatch.chdir(repository)
+    assert main.main([*TINY, "--batch_size", "2", "--save_dir", str(tmp_path)]) == 0
+    together, alone = losses(two_processes), losses(tmp_path)
+    assert [line["step"] for line in together] == [1, 2, 3]
+    for one, other in zip(together, alone):
+        for name in ("loss", "bce", "iou", "aux", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=2e-5), name
+    # The running statistics too: those of the whole batch, not of one share.
+    ours, theirs = (torch.load(path / "last.pt", weights_only=True)["model"] for path in (two_processes, tmp_path))
+    for name, value in ours.items():
+        if "running" in name:
+            assert torch.allclose(value, theirs[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_a_run_of_two_processes_goes_on_in_one(
+    two_processes: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import main
+
+    monkeypatch.chdir(repository)
+    longer = [*TINY, "--max_steps", "4", "--batch_size", "2", "--save_dir", str(two_processes)]
+    assert main.main(longer) == 0
+    assert "resuming" in capsys.readouterr().out
+    assert [line["step"] for line in losses(two_processes)] == [1, 2, 3, 4]
+    with pytest.raises(SystemExit) as caught:
+        main.main([*longer, "--batch_size", "1"])
+    assert caught.value.code == 2
+    assert "2 clips per step" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "torch.distributed.launch"])
+def test_other_launch_lines(launcher: str, tmp_path: Path, repository: Path) -> None:
+    line = ["-m", launcher, "--nproc-per-node=2", "main.py", *TINY, "--batch_size", "1"]
+    first = launch(repository, *line, "--save_dir", str(tmp_path / "first"))
+    assert first.returncode == 0, first.stderr
+    weights = str(tmp_path / "first" / "last.pt")
+    second = launch(repository, *line, "--save_dir", str(tmp_path / "second"), "--finetune", weights)
+    assert second.returncode == 0, second.stderr
+    assert [entry["step"] for entry in losses(tmp_path / "second")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_validation_is_shared_among_processes(tmp_path: Path, repository: Path) -> None:
+    from datasets.synthetic import write_dataset
+
+    root = write_dataset(tmp_path / "data", videos=4, frames=4, size=(32, 64), seed=1, validation=0)
+    names = sorted(path.name for path in (root / "JPEGImages" / "480p").iterdir())
+    options = ["--datasets", "DAVIS-2016", "--data_dir", str(root), "--val_sequences", *names[:3], "--epochs", "1"]
+    line = ["-m", "torch.distributed.run", "--nproc-per-node=2", "main.py", *TINY, *options, "--batch_size", "1"]
+    result = launch(repository, *line, "--save_dir", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    last = [entry for entry in losses(tmp_path / "run") if entry["kind"] == "val"][-1]
+    assert sorted(last["sequences"]) == names[:3]
+    assert last["J"] == pytest.approx(sum(last["sequences"].values()) / 3, rel=1e-6)
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cpu"):
+        start_processes("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 1 .* 1 visible"):
+        start_processes("auto", local_rank=1)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        start_processes("cpu")
