@@ -3,6 +3,7 @@
 from models.dbsnet import DBSNet, build_dbsnet
 from models.errors import CheckpointError
 from models.mobilevit import MobileViT
+from models.predictor import Predictor
 from models.pretrained import build_backbone, load_pretrained
 from models.weights import load_dbsnet, save_weights
 
@@ -10,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "DBSNet",
     "MobileViT",
+    "Predictor",
     "build_backbone",
     "build_dbsnet",
     "load_dbsnet",

@@ -76,26 +76,43 @@ class CoDGA(nn.Module):
         return slopes[other.long()]
 
     def messages(self, x: Tensor) -> Tensor:
-        """One round: (B, S*C, H, W) -> (B, S*C, H, W)."""
+        """One round: (B, S*C, H, W) -> (B, S*C, H, W).
+
+        Rows and columns are each one batched product in their own memory order; the joint softmax only exchanges its maxima
+        and sums between them, so that no map of edges is ever permuted.
+        """
         b, _, height, width = x.shape
         s, n, d = self.streams, self.heads, self.key_dim
-        edges = self.edges(x).view(b, s, 2, 2, n, d, height, width)
+        edges = self.edges(x).view(b, s, 2, 2, n, d, height, width)  # (B, S, query or key, row or column, heads, d, H, W)
         values = self.values(x).view(b, s, n, self.channels // n, height, width)
-        (q_row, q_column), (k_row, k_column) = ((edges[:, :, kind, 0], edges[:, :, kind, 1]) for kind in (0, 1))
 
-        # Below, m is the target's stream, s the source's, n the head; y, x a position, z the position along the axis.
-        row = torch.einsum("bmndyx,bsndyz->bmsnyxz", q_row * d**-0.5, k_row)  # (B, S, S, heads, H, W, W)
-        column = torch.einsum("bmndyx,bsndzx->bmsnyxz", q_column * d**-0.5, k_column)  # (B, S, S, heads, H, W, H)
-        row = row + self._bias(width, 0)[:, :, :, None].to(row.dtype)  # (S, S, heads, 1, W, W)
-        column = column + self._bias(height, 1)[:, :, :, :, None].to(row.dtype)  # (S, S, heads, H, 1, H)
-        # The node itself is in its row already: leave it out of its column. The row always remains, so no softmax is empty.
-        itself = torch.eye(height, dtype=torch.bool, device=x.device)[:, None]  # (H, 1, H)
-        column = column.masked_fill(itself, float("-inf"))
-        weights = torch.cat([row, column], -1).softmax(-1)
-        row, column = weights[..., :width], weights[..., width:]
-        message = torch.einsum("bmsnyxz,bsncyz->bmsncyx", row, values) + torch.einsum(
-            "bmsnyxz,bsnczx->bmsncyx", column, values
-        )  # (B, S target, S source, heads, C/heads, H, W)
+        def along(maps: Tensor, axis: int) -> Tensor:  # (B, S, heads, d, H, W) -> (B, other axis, heads, S, axis, d)
+            return maps.permute(0, 4, 2, 1, 5, 3) if axis == 0 else maps.permute(0, 5, 2, 1, 4, 3)
+
+        logits, maxima = [], []
+        for axis, length in enumerate((width, height)):
+            query = along(edges[:, :, 0, axis], axis).flatten(3, 4)[:, :, :, None] * d**-0.5  # (B, other, heads, 1, S*axis, d)
+            key = along(edges[:, :, 1, axis], axis).transpose(4, 5)  # (B, other, heads, S source, d, axis)
+            bias = self._bias(length, axis).permute(2, 1, 0, 3, 4).flatten(2, 3)  # (heads, S source, S target * axis, axis)
+            if axis == 1:  # the node itself is in its row already; the row always remains, so no softmax is empty
+                itself = torch.eye(length, dtype=torch.bool, device=x.device).repeat(s, 1)  # (S target * H, H)
+                bias = bias.masked_fill(itself, float("-inf"))
+            edge = query @ key + bias.to(query.dtype)  # (B, other, heads, S source, S target * axis, axis)
+            logits.append(edge)
+            maxima.append(edge.detach().amax(-1).unflatten(-1, (s, length)))  # (B, other, heads, source, target, axis)
+        maxima = torch.maximum(maxima[0], maxima[1].transpose(1, 5))  # as rows have it: (B, H, heads, source, target, W)
+
+        message, total = 0, 0
+        for axis, length in enumerate((width, height)):
+            shift = (maxima if axis == 0 else maxima.transpose(1, 5)).flatten(4, 5)[..., None]
+            weight = (logits[axis] - shift).exp()
+            part = (weight @ along(values, axis)).unflatten(4, (s, length))  # (B, other, heads, source, target, axis, C/heads)
+            mass = weight.sum(-1).unflatten(-1, (s, length))  # (B, other, heads, source, target, axis)
+            message = message + (part if axis == 0 else part.transpose(1, 5))
+            total = total + (mass if axis == 0 else mass.transpose(1, 5))
+        message = message / total[..., None]
+        # (B, H, heads, source, target, W, C/heads) -> (B, target, source, heads, C/heads, H, W)
+        message = message.permute(0, 4, 3, 2, 6, 1, 5)
 
         # For each target its own message first, then the other stream's: both targets' weights see the same order.
         order = [(target + shift) % s for target in range(s) for shift in range(s)]

@@ -11,6 +11,7 @@ directions and all streams run in one grouped convolution per time step.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 State = tuple[Tensor, Tensor]  # hidden and cell state, each (B, S*2*h, H, W): streams, then directions, then channels
@@ -40,11 +41,21 @@ class BiConvLSTM(nn.Module):
             self.input_conv.bias.zero_()
             self.input_conv.bias.view(streams, 2, 4, hidden)[:, :, 1] = 1.0
 
-    def project(self, x: Tensor) -> Tensor:
-        """The gates' input part for all frames at once: (B, T, S*C, H, W) -> (B, T, S, 2, 4*h, H, W)."""
+    def project(self, x: Tensor, direction: int | None = None) -> Tensor:
+        """The gates' input part for all frames at once: (B, T, S*C, H, W) -> (B, T, S, 2, 4*h, H, W).
+
+        With `direction` 0 (forward) or 1 (backward) only that one's: (B, T, S, 1, 4*h, H, W).
+        """
         b, t = x.shape[:2]
-        z = self.input_conv(x.flatten(0, 1))  # (B*T, S*C, H, W) -> (B*T, S*2*4*h, H, W)
-        return z.view(b, t, self.streams, 2, 4 * self.hidden, *z.shape[-2:])
+        conv, s, gates = self.input_conv, self.streams, 4 * self.hidden
+        weight, bias, directions = conv.weight, conv.bias, 2
+        if direction is not None:
+            # (S*2*4*h, …) -> (S, 2, 4*h, …) -> (S*4*h, …)
+            weight = weight.unflatten(0, (s, 2, gates))[:, direction].flatten(0, 1)
+            bias = bias.view(s, 2, gates)[:, direction].flatten()
+            directions = 1
+        z = F.conv2d(x.flatten(0, 1), weight, bias, 1, conv.padding, conv.dilation, s)  # (B*T, S*C, H, W) -> (B*T, S*D*4*h, H, W)
+        return z.view(b, t, s, directions, gates, *z.shape[-2:])
 
     def scan(self, z: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Run both chains at once over projected gates (B, T, S, 2, 4*h, H, W) whose direction 1 is already reversed in time.

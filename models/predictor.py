@@ -1,0 +1,330 @@
+"""Whole-video inference.
+
+The network is bidirectional over all frames, so a video is not cut into independent clips: all frames are encoded in batches,
+the recurrences run over the whole video in pieces that carry their state (the forward chain from the first piece on, the
+backward chain from the last), and refinement and decoding stream through it in windows. Between these passes the features of
+all frames are kept in half precision: on the accelerator while they are few, in host memory up to a limit, and beyond that in a
+temporary file. So peak accelerator memory and host memory do not grow with the video beyond those limits.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.convlstm import DenseBiConvLSTM
+from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
+from models.refinement import temporal_windows
+
+AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FrameStore:
+    """One tensor of a fixed shape per frame of a video, written and read in ranges; in memory or in a temporary file."""
+
+    def __init__(self, length: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> None:
+        """`device` says where the tensors live; None puts them into a file, which vanishes with the store."""
+        self.shape, self.dtype = shape, dtype
+        self.tensor: Tensor | None = None
+        self.file: BinaryIO | None = None
+        if device is not None:
+            self.tensor = torch.empty((length, *shape), dtype=dtype, device=device)
+        else:
+            self.file = tempfile.TemporaryFile(prefix="dbsnet-features-")
+        self.stride = int(np.prod(shape)) * dtype.itemsize
+
+    def write(self, start: int, value: Tensor) -> None:
+        """Store (n, …) as frames start … start+n-1."""
+        value = value.to(self.dtype)
+        if self.tensor is not None:
+            self.tensor[start : start + len(value)] = value.to(self.tensor.device)
+        else:
+            data = memoryview(value.contiguous().cpu().view(torch.uint8).numpy().reshape(-1))
+            offset = start * self.stride
+            while data:  # one call may write less than asked
+                written = os.pwrite(self.file.fileno(), data, offset)
+                data, offset = data[written:], offset + written
+
+    def read(self, start: int, stop: int, like: torch.device) -> Tensor:
+        """Frames start … stop-1 in float32 on the device `like`: (n, …)."""
+        if self.tensor is not None:
+            return self.tensor[start:stop].to(like).float()
+        raw = torch.empty((stop - start) * self.stride, dtype=torch.uint8)
+        data, offset = memoryview(raw.numpy()), start * self.stride
+        while data:
+            count = os.preadv(self.file.fileno(), [data], offset)
+            if not count:
+                raise OSError(f"the temporary feature file ended at byte {offset}, expected {stop * self.stride}")
+            data, offset = data[count:], offset + count
+        return raw.view(self.dtype).view(stop - start, *self.shape).to(like).float()
+
+    def close(self) -> None:
+        """Free the memory or the file."""
+        self.tensor = None
+        if self.file is not None:
+            self.file.close()
+
+
+class Storage:
+    """Makes the stores of one video and decides where each lives, by what has been handed out already."""
+
+    def __init__(self, length: int, device: torch.device, dtype: torch.dtype, device_memory: int, host_memory: int) -> None:
+        self.length, self.dtype = length, dtype
+        self.places = [(torch.device("cpu"), host_memory)] if device.type == "cpu" else [
+            (device, device_memory), (torch.device("cpu"), host_memory)]  # fmt: skip
+        self.used = [0] * len(self.places)
+        self.stores: list[tuple[FrameStore, int | None]] = []
+
+    def new(self, shape: tuple[int, ...]) -> FrameStore:
+        size = self.length * int(np.prod(shape)) * self.dtype.itemsize
+        for index, (device, limit) in enumerate(self.places):
+            if self.used[index] + size <= limit:
+                self.used[index] += size
+                store = FrameStore(self.length, shape, self.dtype, device)
+                self.stores.append((store, index))
+                return store
+        store = FrameStore(self.length, shape, self.dtype, None)
+        self.stores.append((store, None))
+        return store
+
+    def free(self, store: FrameStore) -> None:
+        for entry in self.stores:
+            if entry[0] is store:
+                self.stores.remove(entry)
+                if entry[1] is not None:
+                    self.used[entry[1]] -= self.length * store.stride
+                store.close()
+                return
+
+    def close(self) -> None:
+        for store, _ in self.stores:
+            store.close()
+        self.stores.clear()
+
+
+def read_ahead(make: Callable[[int], Tensor], starts: Sequence[int], depth: int = 2) -> Iterator[Tensor]:
+    """Yield make(start) in order while a thread prepares the next ones; an error inside it is raised here."""
+    results: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stopped.is_set():
+            try:
+                results.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for start in starts:
+                if not put((make(start), None)):
+                    return
+        except BaseException as error:  # handed over and raised in the caller's thread
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for _ in starts:
+            value, error = results.get()
+            if error is not None:
+                raise error
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class Predictor:
+    """Segments videos of any length: ``for index, probability in Predictor(net)(frames, flows): ...``.
+
+    Args:
+        net: the network; it is put in evaluation mode.
+        device: where to run; the network's own device by default.
+        size: (H, W) of the network's input; frames and flow images are resized to it. None: the frame's own size.
+        batch_size: frames encoded or decoded at once. Changes speed and memory, not the result.
+        amp: ``None``, ``"bf16"`` or ``"fp16"``: autocast.
+        clip_len: None propagates over the whole video; N runs the network on overlapping clips of N frames instead.
+        flip: average with the result on the mirrored video.
+        mirror_flow: what mirrors a flow image (H, W, 3) uint8, colours included; None mirrors the picture alone, as the
+            field's codes do.
+        scales: average over these multiples of `size`, each rounded to the network's multiple.
+        channels_last: memory format of the encoders' and the decoder's input.
+        piece: frames that a recurrence processes before it reads on. Changes memory, not the result.
+        store_dtype: precision of kept features.
+        device_memory, host_memory: bytes of features kept on the accelerator and in host memory before the next, slower
+            place is used (host memory, then a temporary file).
+
+    `frames` and `flows` are sequences (``len`` and indexing, lists or lazy) of (H, W, 3) uint8 RGB arrays; flow images may have
+    another size than frames. Yields (index, probability), float32 (H, W) in [0, 1] at the frame's own size, in order. Raises
+    ValueError when the numbers of frames and flow images differ.
+    """
+
+    def __init__(self, net: DBSNet, *, device: str | torch.device | None = None, size: tuple[int, int] | None = None,
+                 batch_size: int = 4, amp: str | None = None, clip_len: int | None = None, flip: bool = False,
+                 mirror_flow: Callable[[np.ndarray], np.ndarray] | None = None, scales: Sequence[float] = (1.0,),
+                 channels_last: bool = False, piece: int = 16, store_dtype: torch.dtype = torch.float16,
+                 device_memory: int = 4 << 30, host_memory: int = 1 << 30) -> None:  # fmt: skip
+        if amp not in AMP:
+            raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
+        if clip_len is not None and clip_len < 1:
+            raise ValueError(f"clip_len must be at least 1, got {clip_len}")
+        self.device = torch.device(device) if device is not None else next(net.parameters()).device
+        self.net = net.to(self.device).eval()
+        self.size, self.batch_size, self.amp, self.clip_len = size, batch_size, AMP[amp], clip_len
+        self.flip, self.mirror_flow, self.scales = flip, mirror_flow, tuple(scales)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.piece, self.store_dtype = piece, store_dtype
+        self.device_memory, self.host_memory = device_memory, host_memory
+
+    def __call__(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        if len(frames) != len(flows):
+            raise ValueError(
+                f"every frame needs its flow image: got {len(frames)} frames and {len(flows)} flow images "
+                "(the flow of the last frame is backward, to the frame before it)"
+            )
+        if not len(frames):
+            return
+        own = tuple(frames[0].shape[:2])
+        passes = [(self._scaled(own, scale), flip) for scale in self.scales for flip in ([False, True] if self.flip else [False])]
+        runs = [(self._clips if self.clip_len else self._whole)(frames, flows, own, size, flip) for size, flip in passes]
+        for index, results in enumerate(zip(*runs)):
+            yield index, sum(results) / len(results) if len(results) > 1 else results[0]
+
+    def _scaled(self, own: tuple[int, int], scale: float) -> tuple[int, int]:
+        height, width = self.size or own
+        if scale == 1.0:
+            return height, width
+        m = self.net.multiple
+        return max(m, round(height * scale / m) * m), max(m, round(width * scale / m) * m)
+
+    def _load(self, images: Sequence[np.ndarray], start: int, stop: int, mirror: Callable | None) -> Tensor:
+        """Images start … stop-1 as a (n, 3, H, W) uint8 tensor; `mirror` is applied to each."""
+        arrays = [images[i] if mirror is None else mirror(images[i]) for i in range(start, stop)]
+        return torch.from_numpy(np.ascontiguousarray(np.stack(arrays))).permute(0, 3, 1, 2)
+
+    def _input(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """uint8 (n, 3, H, W) -> float [0, 1] at `size`, padded, on the device."""
+        x = images.to(self.device, non_blocking=True).float().div_(255)
+        if tuple(x.shape[-2:]) != tuple(size):
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
+        return pad_to_multiple(x, self.net.multiple).contiguous(memory_format=self.memory_format)
+
+    def _batches(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray], starts: Sequence[tuple[int, int]],
+                 flip: bool) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        def flip_image(image: np.ndarray) -> np.ndarray:
+            return image[:, ::-1]
+
+        mirror = flip_image if flip else None
+        mirror_flow = (self.mirror_flow or flip_image) if flip else None
+        return read_ahead(
+            lambda span: (self._load(frames, *span, mirror), self._load(flows, *span, mirror_flow)), starts  # type: ignore[arg-type]
+        )  # type: ignore[return-value]
+
+    def _finish(self, logits: Tensor, size: tuple[int, int], own: tuple[int, int], flip: bool) -> Iterator[np.ndarray]:
+        """Logits (n, 1, H/4, W/4) of the padded input -> probabilities (H, W) at the frames' own size, one by one."""
+        padded = (logits.shape[-2] * 4, logits.shape[-1] * 4)
+        x = upsample_logits(logits.float(), padded, size)
+        if tuple(size) != tuple(own):
+            x = F.interpolate(x, size=own, mode="bilinear", align_corners=False)
+        x = x.sigmoid()
+        x = (x.flip(-1) if flip else x)[:, 0].cpu().numpy()
+        yield from x
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def _clips(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray], own: tuple[int, int], size: tuple[int, int],
+               flip: bool) -> Iterator[np.ndarray]:  # fmt: skip
+        windows = list(temporal_windows(len(frames), self.clip_len))
+        for (start, _, keep, until), (x, y) in zip(windows, self._batches(frames, flows, [w[:2] for w in windows], flip)):
+            with torch.inference_mode(), self._autocast():
+                levels, skip = self.net.encode(self._input(x, size), self._input(y, size))
+                kept = slice(keep - start, until - start)
+                for index, level in enumerate(levels):
+                    levels[index] = self.net.refine(index, self.net.propagation[index](level[None]))[0, kept]
+                logits, _ = self.net.decode(levels, skip[kept])
+                results = list(self._finish(logits, size, own, flip))
+            yield from results
+
+    def _whole(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray], own: tuple[int, int], size: tuple[int, int],
+               flip: bool) -> Iterator[np.ndarray]:  # fmt: skip
+        length = len(frames)
+        storage = Storage(length, self.device, self.store_dtype, self.device_memory, self.host_memory)
+        try:
+            features: list[FrameStore] = []
+            spans = [(start, min(start + self.batch_size, length)) for start in range(0, length, self.batch_size)]
+            for (start, _), (x, y) in zip(spans, self._batches(frames, flows, spans, flip)):
+                with torch.inference_mode(), self._autocast():
+                    levels, skip = self.net.encode(self._input(x, size), self._input(y, size))
+                    for index, value in enumerate([*levels, skip]):
+                        if start == 0:
+                            features.append(storage.new(tuple(value.shape[1:])))
+                        features[index].write(start, value)
+            for index, block in enumerate(self.net.propagation):
+                with torch.inference_mode(), self._autocast():
+                    propagate_store(block, features[index], storage, self.piece, self.device)
+            for start, stop, keep, until in temporal_windows(length, self.net.window):
+                with torch.inference_mode(), self._autocast():
+                    levels = [features[0].read(keep, until, self.device)]
+                    for index in range(1, len(features) - 1):
+                        x = features[index].read(start, stop, self.device)[None]  # (T, S*d, h, w) -> (1, T, S*d, h, w)
+                        levels.append(self.net.refine(index, x)[0, keep - start : until - start])
+                    skip = features[-1].read(keep, until, self.device)
+                results: list[np.ndarray] = []
+                for first in range(0, until - keep, self.batch_size):
+                    part = slice(first, first + self.batch_size)
+                    with torch.inference_mode(), self._autocast():
+                        logits, _ = self.net.decode([level[part] for level in levels], skip[part])
+                        results = list(self._finish(logits, size, own, flip))
+                    yield from results
+        finally:
+            storage.close()
+
+
+def propagate_store(block: DenseBiConvLSTM, features: FrameStore, storage: Storage, piece: int, device: torch.device) -> None:
+    """Run a dense bi-ConvLSTM over all frames of a store and put its output in their place.
+
+    Layer by layer; step k feeds the forward chain frames k*piece … and the backward chain their mirror image from the end of the
+    video, in one grouped recurrence, so both chains carry their state over the whole video.
+    """
+    if not block.layers:
+        return
+    length, s = storage.length, block.streams
+    height, width = features.shape[-2:]
+    hidden: list[tuple[FrameStore, FrameStore]] = []  # per layer: forward and backward states, each (S*h, H, W) per frame
+
+    def dense(start: int, stop: int) -> Tensor:  # -> (n, S*C_l, H, W), per stream [F, H_1 …], H_l forward then backward
+        parts = [features, *(store for pair in hidden for store in pair)]
+        values = [part.read(start, stop, device).unflatten(1, (s, -1)) for part in parts]
+        return torch.cat(values, 2).flatten(1, 2)
+
+    for layer in block.layers:
+        shape = (s * layer.hidden, height, width)
+        pair = (storage.new(shape), storage.new(shape))
+        state = None
+        for start in range(0, length, piece):
+            stop = min(start + piece, length)
+            forward, backward = dense(start, stop), dense(length - stop, length - start)
+            z = torch.cat([layer.project(forward[None], 0), layer.project(backward[None], 1).flip(1)], 3)
+            y, state = layer.scan(z, state)  # (1, n, S, 2, h, H, W)
+            pair[0].write(start, y[0, :, :, 0].flatten(1, 2))  # (n, S, h, H, W) -> (n, S*h, H, W)
+            pair[1].write(length - stop, y[0, :, :, 1].flatten(1, 2).flip(0))
+        hidden.append(pair)
+    for start in range(0, length, piece):
+        stop = min(start + piece, length)
+        features.write(start, block.merge(features.read(start, stop, device), dense(start, stop)))
+    for pair in hidden:
+        for store in pair:
+            storage.free(store)
