@@ -20,28 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from datasets.errors import DataError
-from datasets.images import load_mask, load_mask_values
 from datasets.sequences import VideoSequence
 from utils import tables
 from utils.errors import UserError
 from utils.files import write_json, write_text
-from utils.metrics import BOUNDARY_TOLERANCE, jaccard_and_boundary_f, sequence_statistics
+from utils.metrics import BOUNDARY_TOLERANCE, sequence_statistics
 from utils.parallel import default_workers, parallel_map
 from utils.published import PUBLISHED, SEQUENCE_COUNTS
-from utils.vsod import SaliencyScores, mean_scores, saliency_scores
+from utils.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
+from utils.vsod import mean_scores
 
 MEASURES = ("uvos", "vsod")
 KINDS = ("binary", "crf", "probability")
-THRESHOLD = 127
-"""A map is foreground above this, out of 255, as DBSNet's authors binarise."""
 
 _PACKAGES = {"uvos": ("cv2", "opencv-python-headless"), "vsod": ("py_sod_metrics", "pysodmetrics")}
 _SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".pgm")
 _FRAMES_PER_TASK = 8
+# Frames from which on several processes gain more time than they take to start.
+_WORTH_PROCESSES = {"uvos": 400, "vsod": 20}
 
 
 @dataclass(frozen=True)
@@ -99,112 +98,6 @@ def default_measures(dataset: str) -> tuple[str, ...]:
     return ("vsod",) if dataset in ("DAVSOD", "MCL") else MEASURES
 
 
-# Reading maps
-
-
-def read_map(path: Path | str) -> tuple[np.ndarray, str]:
-    """A predicted map of any of the usual PNG kinds as `(H, W)` uint8, and what kind of values it holds.
-
-    1-bit images and images with a coloured palette (labels; any object is foreground) become 0 and 255; grey images,
-    also those stored as RGB or with a grey palette, keep their values. The kind is "zero", "0/1", "0/255" or "grey".
-
-    Raises `DataError` for an unreadable file, a coloured image, or more than 8 bits.
-    """
-    values, mode = load_mask_values(path)
-    if mode == "1":
-        values = values * np.uint8(255)
-    elif mode == "P":
-        with Image.open(path) as image:
-            colours = np.asarray(image.convert("RGB"))  # (H, W, 3)
-        if (colours == colours[..., :1]).all():
-            values = colours[..., 0]
-        else:
-            values = (values > 0) * np.uint8(255)
-    elif mode == "RGB":
-        if not (values == values[..., :1]).all():
-            raise DataError(f"{path}: a coloured image; expected a mask or grey map (1-bit, grey or indexed PNG)")
-        values = values[..., 0]
-    elif mode != "L":
-        raise DataError(f"{path}: more than 8 bits per pixel; expected an 8-bit map (0 to 255). Save it as 8-bit PNG")
-    values = np.ascontiguousarray(values)
-    return values, _kind(values)
-
-
-def _kind(values: np.ndarray) -> str:
-    peak = int(values.max(initial=0))
-    if peak == 0:
-        return "zero"
-    if peak in (1, 255) and np.count_nonzero(values) == np.count_nonzero(values == peak):
-        return f"0/{peak}"
-    return "grey"
-
-
-def _resized(values: np.ndarray, kind: str, shape: tuple[int, int]) -> np.ndarray:
-    """Masks by the nearest pixel, so that they stay masks; grey maps bilinearly, to be thresholded afterwards."""
-    method = Image.Resampling.BILINEAR if kind == "grey" else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(values).resize((shape[1], shape[0]), method))
-
-
-# Scoring frames
-
-
-@dataclass(frozen=True)
-class _FrameJob:
-    stem: str
-    gt: Path
-    mask_rule: str
-    uvos: Path | None
-    vsod: Path | None
-    resize: bool
-
-
-@dataclass(frozen=True)
-class FrameScores:
-    """Everything known about one frame."""
-
-    stem: str
-    gt_empty: bool
-    uvos: tuple[float, float] | None = None
-    """J and F of the map above 127."""
-    uvos_from_1: tuple[float, float] | None = None
-    """J and F of a map of only 0 and 1, read as a mask; which reading holds depends on the other maps of the folder."""
-    kind: str = ""
-    """Kind of the values that J and F were computed from, see `read_map`."""
-    peak: int = 0
-    resized: bool = False
-    vsod: SaliencyScores | None = None
-
-
-def _score_frames(jobs: list[_FrameJob]) -> list[FrameScores]:
-    return [_score_frame(job) for job in jobs]
-
-
-def _score_frame(job: _FrameJob) -> FrameScores:
-    gt = load_mask(job.gt, job.mask_rule).astype(bool)
-    maps: dict[Path, tuple[np.ndarray, str]] = {}
-    resized = False
-    for path in {job.uvos, job.vsod} - {None}:
-        values, kind = read_map(path)
-        if values.shape != gt.shape:
-            if not job.resize:
-                raise DataError(
-                    f"{path}: {values.shape[1]}×{values.shape[0]} pixels (width × height), but the ground truth "
-                    f"{job.gt} has {gt.shape[1]}×{gt.shape[0]}. Save maps at the size of the video, or give --resize"
-                )
-            values, resized = _resized(values, kind, gt.shape), True
-        maps[path] = values, kind
-
-    facts: dict[str, Any] = {}
-    if job.uvos is not None:
-        values, kind = maps[job.uvos]
-        facts.update(uvos=jaccard_and_boundary_f(values > THRESHOLD, gt), kind=kind, peak=int(values.max(initial=0)))
-        if kind == "0/1":
-            facts["uvos_from_1"] = jaccard_and_boundary_f(values > 0, gt)
-    if job.vsod is not None:
-        facts["vsod"] = saliency_scores(maps[job.vsod][0], gt)
-    return FrameScores(stem=job.stem, gt_empty=not gt.any(), resized=resized, **facts)
-
-
 # Finding maps
 
 
@@ -224,7 +117,7 @@ class Unit:
     protocols: dict[str, Protocol]
     known_grey: bool = False
     """Maps that are meant to be grey (our `probability/` and `crf/`): thresholding them is nothing to warn of."""
-    jobs: dict[str, list[_FrameJob]] = field(default_factory=dict)
+    jobs: dict[str, list[FrameJob]] = field(default_factory=dict)
 
 
 def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[str, dict[str, Path]]]:
@@ -264,10 +157,10 @@ def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[s
     return rows
 
 
-def _find_jobs(unit: Unit) -> dict[str, list[_FrameJob]]:
+def _find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
     """The work on each sequence; everything that is missing is found here, before any of it starts."""
     problems: list[str] = []
-    jobs: dict[str, list[_FrameJob]] = {}
+    jobs: dict[str, list[FrameJob]] = {}
     for sequence in unit.sequences:
         annotated = sequence.annotated
         wanted: dict[str, dict[str, Path]] = {}  # stem -> measures -> map
@@ -287,7 +180,7 @@ def _find_jobs(unit: Unit) -> dict[str, list[_FrameJob]]:
             for stem in stems:
                 wanted.setdefault(stem, {})[measures] = available[stem]
         jobs[sequence.name] = [
-            _FrameJob(
+            FrameJob(
                 stem=stem,
                 gt=sequence.masks[stem],
                 mask_rule=sequence.mask_rule,
@@ -359,11 +252,10 @@ def evaluate(units: Sequence[Unit], workers: int | None = None, progress: bool =
         unit.jobs = _find_jobs(unit)
     count = sum(len(jobs) for unit in units for jobs in unit.jobs.values())
     workers = default_workers() if workers is None else workers
-    heavy = any("vsod" in unit.protocols for unit in units)
-    if count < (20 if heavy else 400):  # starting processes would take longer than the work
+    if count < min(_WORTH_PROCESSES[measures] for unit in units for measures in unit.protocols):
         workers = min(workers, 1)
 
-    def tasks() -> Iterator[tuple[list[_FrameJob]]]:
+    def tasks() -> Iterator[tuple[list[FrameJob]]]:
         for unit in units:
             for jobs in unit.jobs.values():
                 for start in range(0, len(jobs), _FRAMES_PER_TASK):
@@ -371,7 +263,7 @@ def evaluate(units: Sequence[Unit], workers: int | None = None, progress: bool =
 
     frames: list[FrameScores] = []
     with tqdm(total=count, desc="eval", unit="frame", disable=None if progress else True) as bar:
-        for part in parallel_map(_score_frames, tasks(), workers):
+        for part in parallel_map(score_frames, tasks(), workers):
             frames += part
             bar.update(len(part))
 
@@ -642,7 +534,7 @@ def _is_own(folder: Path) -> bool:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Short names for folders: the last part of the path, with the one before it where that is not enough."""
+    """Short names for folders: the last part of the path, and as many before it as tell two of one name apart."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         raise UserError("--results: a folder is given twice")
@@ -650,7 +542,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
     depth = 1
     while len(set(names)) < len(names):
         depth += 1
-        names = ["/".join(path.parts[-depth:]) for path in resolved]
+        names = [
+            name if names.count(name) == 1 else "/".join(path.parts[-depth:]) for name, path in zip(names, resolved)
+        ]
     return names
 
 

@@ -6,6 +6,9 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+
+_STEPS = {True: Decimal("0.1"), False: Decimal("0.001")}
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class Column:
         """As papers print it; a dash where there is no figure. What rounds to zero has no sign."""
         if value is None:
             return "–"
-        text = f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
+        # 0.8155, the J&F of 0.824 and 0.807, is 81.6 and not what is left of it in binary.
+        exact = Decimal(repr(round(float(value), 9)))
+        text = str((100 * exact if self.percent else exact).quantize(_STEPS[self.percent], ROUND_HALF_UP))
         return text.removeprefix("-") if float(text) == 0 else text
 
 

@@ -1,0 +1,507 @@
+"""Scoring result folders: which frames count, how maps of any kind are read, what is refused, and what is written."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("py_sod_metrics")
+pytest.importorskip("cv2")
+
+from datasets.errors import DataError
+from datasets.sequences import VideoSequence
+from utils import evaluation, tables
+from utils.errors import UserError
+from utils.metrics import boundary_f, jaccard, sequence_statistics
+from utils.vsod import mean_scores, saliency_scores
+
+SIZE = (40, 56)
+
+
+def blob(t: int, size: tuple[int, int] = SIZE, shift: int = 0) -> np.ndarray:
+    mask = np.zeros(size, dtype=bool)
+    mask[6 : 20 + t % 7, 5 + t % 9 + shift : 25 + t % 9 + shift] = True
+    return mask
+
+
+def save(path: Path, values: np.ndarray, mode: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values)
+    (image.convert(mode) if mode else image).save(path)
+    return path
+
+
+def make_sequence(
+    root: Path, name: str = "dog", count: int = 6, dataset: str = "DAVIS-2016", every: int = 1, empty: tuple = ()
+) -> VideoSequence:
+    """Ground truth on disk; frames are names only, since scoring does not open them."""
+    stems = [f"{t:05d}" for t in range(count)]
+    masks = {}
+    for t in range(0, count, every):
+        mask = np.zeros(SIZE, dtype=bool) if t in empty else blob(t)
+        masks[stems[t]] = save(root / "gt" / name / f"{stems[t]}.png", mask * np.uint8(255))
+    frames = tuple(root / "frames" / name / f"{stem}.jpg" for stem in stems)
+    return VideoSequence(name, dataset, frames, {}, masks, "nonzero", root / "flow" / name)
+
+
+def prediction(t: int) -> np.ndarray:
+    return blob(t, shift=1 + t % 3)
+
+
+def write_maps(folder: Path, sequence: VideoSequence, scale: int = 255) -> Path:
+    for t, stem in enumerate(sequence.stems):
+        save(folder / sequence.name / f"{stem}.png", prediction(t) * np.uint8(scale))
+    return folder
+
+
+def grey(t: int) -> np.ndarray:
+    """A map that is `prediction(t)` above 127, and anything around it."""
+    noise = np.random.default_rng(t).integers(0, 100, SIZE)
+    return np.where(prediction(t), 255 - noise, noise).astype(np.uint8)
+
+
+def arguments(*line: str | Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    evaluation.add_arguments(parser)
+    parser.add_argument("--save_dir", type=Path)
+    parser.add_argument("--workers", type=int, default=1)
+    return parser.parse_args([str(word) for word in line])
+
+
+def score(results: Path, sequences: list[VideoSequence], *line: str | Path, table_dir: Path) -> dict:
+    args = arguments("--results", results, "--table_dir", table_dir, *line)
+    documents = evaluation.run(args, {sequences[0].dataset: sequences}, args.results)
+    return next(iter(documents.values()))
+
+
+def by_hand(sequence: VideoSequence, stems: list[str]) -> dict[str, float]:
+    js = [jaccard(prediction(int(stem)), blob(int(stem))) for stem in stems]
+    fs = [boundary_f(prediction(int(stem)), blob(int(stem))) for stem in stems]
+    row = {f"J_{key}": value for key, value in sequence_statistics(js).items()}
+    return row | {f"F_{key}": value for key, value in sequence_statistics(fs).items()}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# Which frames count
+
+
+def test_davis_drops_first_and_last_and_averages_sequences(tmp_path):
+    long, short = make_sequence(tmp_path, "long", 12), make_sequence(tmp_path, "short", 4)
+    maps = tmp_path / "maps"
+    for sequence in (long, short):
+        write_maps(maps / "DAVIS-2016", sequence)
+    for sequence in (long, short):  # the ends are not scored, so they may be missing
+        for stem in (sequence.stems[0], sequence.stems[-1]):
+            (maps / "DAVIS-2016" / sequence.name / f"{stem}.png").unlink()
+    result = score(maps, [long, short], table_dir=tmp_path / "out")
+    for sequence in (long, short):
+        expected = by_hand(sequence, list(sequence.stems[1:-1]))
+        for key, value in expected.items():
+            assert result["sequences"][sequence.name][key] == pytest.approx(value, abs=1e-12)
+    for key in ("J_mean", "J_recall", "J_decay", "F_mean", "F_recall", "F_decay", "J&F"):
+        values = [result["sequences"][name][key] for name in ("long", "short")]
+        assert result["overall"][key] == pytest.approx(sum(values) / 2)  # not weighted by frames
+    assert result["overall"]["uvos_frames"] == 10 + 2
+    assert result["protocol"]["uvos"]["skip_first"] is True
+    assert "without the first and last" in result["protocol"]["uvos"]["frames"]
+
+
+def test_fbms_scores_annotated_frames_and_names_the_alternatives(tmp_path, capsys):
+    sequence = make_sequence(tmp_path, "cats", 13, dataset="FBMS", every=3, empty=(6,))
+    maps = write_maps(tmp_path / "maps", sequence)
+    result = score(maps, [sequence], table_dir=tmp_path / "out")
+    annotated = [f"{t:05d}" for t in (0, 3, 6, 9, 12)]
+    js = [0.0 if t == 6 else jaccard(prediction(t), blob(t)) for t in (0, 3, 6, 9, 12)]
+    assert result["overall"]["J_mean"] == pytest.approx(np.mean(js))
+    assert result["overall"]["uvos_frames"] == len(annotated)
+    assert result["overall"]["vsod_frames"] == 3  # the DAVSOD rule drops the ends on every set
+    alternatives = {(a["skip_first"], a["skip_empty"]): a for a in result["alternatives"]}
+    assert alternatives[(True, False)]["J_mean"] == pytest.approx(np.mean(js[1:-1]))
+    assert alternatives[(False, True)]["J_mean"] == pytest.approx(np.mean([js[i] for i in (0, 1, 3, 4)]))
+    assert alternatives[(True, True)]["uvos_frames"] == 2
+    printed = capsys.readouterr().out
+    assert "annotated frames, none left out" in printed and "by another convention" in printed
+
+    chosen = score(maps, [sequence], "--skip_first", "--skip_last", "--skip_empty", table_dir=tmp_path / "out2")
+    assert chosen["overall"]["J_mean"] == alternatives[(True, True)]["J_mean"]
+    kept = score(
+        maps, [sequence], "--metrics", "vsod", "--no-skip_first", "--no-skip_last", table_dir=tmp_path / "out3"
+    )
+    assert kept["overall"]["vsod_frames"] == 5 and "J_mean" not in kept["overall"]
+
+
+def test_measures_that_papers_report_are_the_default(tmp_path):
+    for dataset, expected in (("DAVSOD", {"vsod"}), ("MCL", {"vsod"}), ("FBMS", {"uvos", "vsod"})):
+        sequence = make_sequence(tmp_path / dataset, "v", 4, dataset=dataset)
+        result = score(write_maps(tmp_path / dataset / "m", sequence), [sequence], table_dir=tmp_path / "out")
+        assert set(result["protocol"]) & {"uvos", "vsod"} == expected
+
+
+def test_too_short_a_sequence_is_an_error(tmp_path):
+    sequence = make_sequence(tmp_path, "blink", 2)
+    with pytest.raises(DataError, match=r"DAVIS-2016/blink.*2 annotated.*--no-skip_first"):
+        score(write_maps(tmp_path / "m", sequence), [sequence], table_dir=tmp_path / "out")
+
+
+def test_three_hundred_frames(tmp_path):
+    """Where quarters kept in 8 bits go wrong: good at first, bad in the last quarter."""
+    size, stems = (12, 16), [f"{t:05d}" for t in range(302)]
+    mask = np.zeros(size, dtype=np.uint8)
+    mask[2:10, 2:10] = 255
+    gt = save(tmp_path / "gt.png", mask)
+    for t, stem in enumerate(stems):
+        save(tmp_path / "m" / "v" / f"{stem}.png", mask if t <= 225 else np.roll(mask, 4, axis=1))
+    frames = tuple(tmp_path / f"{stem}.jpg" for stem in stems)
+    sequence = VideoSequence("v", "DAVIS-2016", frames, {}, dict.fromkeys(stems, gt), "nonzero", tmp_path)
+    result = score(tmp_path / "m", [sequence], "--metrics", "uvos", table_dir=tmp_path / "out")
+    bad = 32 / 96
+    assert result["overall"]["J_decay"] == pytest.approx(1 - (1 + 75 * bad) / 76)
+    assert result["overall"]["uvos_frames"] == 300
+
+
+# Reading maps
+
+
+def palette_png(path: Path, indices: np.ndarray, colours: list[int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("P", indices.shape[::-1])
+    image.frombytes(indices.astype(np.uint8).tobytes())
+    image.putpalette(colours + [0] * (768 - len(colours)))
+    image.save(path)
+
+
+WRITERS = {
+    "1-bit": lambda path, mask: save(path, mask * np.uint8(255), "1"),
+    "grey-255": lambda path, mask: save(path, mask * np.uint8(255)),
+    "grey-1": lambda path, mask: save(path, mask * np.uint8(1)),
+    "davis-palette": lambda path, mask: palette_png(path, mask, [0, 0, 0, 128, 0, 0]),
+    "two-objects": lambda path, mask: palette_png(
+        path, mask * np.where(np.arange(mask.shape[1]) < 20, 1, 2), [0, 0, 0, 128, 0, 0, 0, 128, 0]
+    ),
+    "grey-palette": lambda path, mask: palette_png(path, ~mask, [255, 255, 255, 0, 0, 0]),
+    "palette-0-1": lambda path, mask: palette_png(path, mask, [0, 0, 0, 1, 1, 1]),
+    "rgb": lambda path, mask: save(path, np.repeat((mask * np.uint8(255))[..., None], 3, axis=2)),
+    "rgba": lambda path, mask: save(path, np.repeat((mask * np.uint8(255))[..., None], 3, axis=2), "RGBA"),
+    "bmp": lambda path, mask: save(path.with_suffix(".bmp"), mask * np.uint8(255)),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_masks_of_any_kind_of_png_score_the_same(tmp_path, kind):
+    sequence = make_sequence(tmp_path)
+    for t, stem in enumerate(sequence.stems):
+        WRITERS[kind](tmp_path / "m" / sequence.name / f"{stem}.png", prediction(t))
+    result = score(tmp_path / "m", [sequence], table_dir=tmp_path / "out")
+    for key, value in by_hand(sequence, list(sequence.stems[1:-1])).items():
+        assert result["overall"][key] == pytest.approx(value, abs=1e-12)
+    expected = [saliency_scores(prediction(t) * np.uint8(255), blob(t)) for t in range(1, 5)]
+    for key, value in mean_scores(expected).summary().items():
+        assert result["overall"][key] == pytest.approx(value, abs=1e-12)
+    assert result["warnings"] == []
+
+
+def test_grey_maps_are_thresholded_and_said_to_be_grey(tmp_path, capsys):
+    sequence = make_sequence(tmp_path)
+    for t, stem in enumerate(sequence.stems):
+        save(tmp_path / "m" / "dog" / f"{stem}.png", grey(t))
+    result = score(tmp_path / "m", [sequence], table_dir=tmp_path / "out")
+    assert result["overall"]["J_mean"] == pytest.approx(by_hand(sequence, list(sequence.stems[1:-1]))["J_mean"])
+    assert "4 of 4 maps look unbinarised" in result["warnings"][0]
+    assert "unbinarised" in capsys.readouterr().out
+    # 127 is background, 128 is foreground.
+    for t, stem in enumerate(sequence.stems):
+        save(tmp_path / "edge" / "dog" / f"{stem}.png", np.where(prediction(t), 128, 127).astype(np.uint8))
+    edge = score(tmp_path / "edge", [sequence], "--metrics", "uvos", table_dir=tmp_path / "out")
+    assert edge["overall"]["J_mean"] == result["overall"]["J_mean"]
+
+
+def test_a_map_of_0_and_1_among_grey_maps_is_nearly_black(tmp_path):
+    sequence = make_sequence(tmp_path)
+    for t, stem in enumerate(sequence.stems):
+        save(tmp_path / "m" / "dog" / f"{stem}.png", prediction(t) * np.uint8(1) if t == 2 else grey(t))
+    score(tmp_path / "m", [sequence], table_dir=tmp_path / "out")
+    with (tmp_path / "out" / "m" / "evaluation_DAVIS-2016_frames.csv").open() as file:
+        rows = {row["frame"]: row for row in csv.DictReader(file)}
+    assert float(rows["00002"]["J"]) == 0 and float(rows["00003"]["J"]) > 0.5
+
+
+def test_object_labels_as_grey_levels_are_refused(tmp_path):
+    sequence = make_sequence(tmp_path)
+    for t, stem in enumerate(sequence.stems):
+        save(tmp_path / "m" / "dog" / f"{stem}.png", prediction(t) * np.uint8(2))
+    with pytest.raises(DataError, match=r"highest value 2.*palette"):
+        score(tmp_path / "m", [sequence], table_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: save(path, np.random.default_rng(0).integers(0, 255, (*SIZE, 3), np.uint8)), "coloured"),
+        (lambda path: save(path, np.zeros(SIZE, np.uint16)), "8 bits"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "cannot read"),
+        (lambda path: save(path, np.zeros((40, 55), np.uint8)), r"55×40.*56×40.*--resize"),
+    ],
+)
+def test_maps_that_cannot_be_scored_are_named(tmp_path, spoil, message):
+    sequence = make_sequence(tmp_path)
+    maps = write_maps(tmp_path / "m", sequence)
+    spoil(maps / "dog" / "00002.png")
+    with pytest.raises(DataError, match=f"00002.png.*{message}"):
+        score(maps, [sequence], table_dir=tmp_path / "out")
+
+
+def test_resize_is_opt_in_and_leaves_the_files_alone(tmp_path):
+    sequence = make_sequence(tmp_path)
+    for t, stem in enumerate(sequence.stems):
+        double = prediction(t).repeat(2, axis=0).repeat(2, axis=1)
+        save(tmp_path / "m" / "dog" / f"{stem}.png", double * np.uint8(255))
+    before = tree(tmp_path / "m")
+    result = score(tmp_path / "m", [sequence], "--resize", table_dir=tmp_path / "out")
+    expected = by_hand(sequence, list(sequence.stems[1:-1]))
+    assert result["overall"]["J_mean"] == pytest.approx(expected["J_mean"])
+    assert result["protocol"]["resized_maps"] == 4 and result["protocol"]["uvos"]["resize"] is True
+    assert tree(tmp_path / "m") == before
+
+
+# Pairing
+
+
+def test_pairing_is_by_name(tmp_path):
+    sequence = make_sequence(tmp_path)
+    maps = write_maps(tmp_path / "m", sequence)
+    reference = score(maps, [sequence], table_dir=tmp_path / "out")
+    save(maps / "dog" / "99999.png", np.zeros(SIZE, np.uint8))  # more maps than frames: ignored
+    save(maps / "cat" / "00000.png", np.zeros(SIZE, np.uint8))
+    (maps / "dog" / ".hidden.png").write_bytes(b"")
+    assert score(maps, [sequence], table_dir=tmp_path / "out")["overall"] == reference["overall"]
+
+
+def test_everything_missing_is_named_before_any_work(tmp_path):
+    sequences = [make_sequence(tmp_path, name) for name in ("dog", "cow", "bear")]
+    maps = tmp_path / "m"
+    for sequence in sequences[:2]:
+        write_maps(maps, sequence)
+    (maps / "dog" / "00003.png").unlink()
+    for path in sorted((maps / "cow").iterdir()):  # wrong names
+        path.rename(path.with_name(f"cow_{path.name}"))
+    with pytest.raises(DataError) as error:
+        score(maps, sequences, table_dir=tmp_path / "out")
+    message = str(error.value)
+    assert "DAVIS-2016/dog: no map for 1 of 4 scored frames, 00003.png" in message
+    assert "DAVIS-2016/cow: no map for 4 of 4" in message and "cow_00000.png" in message
+    assert "DAVIS-2016/bear: no folder" in message and "it has cow, dog" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_maps_of_one_frame_are_refused(tmp_path):
+    sequence = make_sequence(tmp_path)
+    maps = write_maps(tmp_path / "m", sequence)
+    save(maps / "dog" / "00002.bmp", np.zeros(SIZE, np.uint8))
+    with pytest.raises(DataError, match=r"two maps of frame 00002"):
+        score(maps, [sequence], table_dir=tmp_path / "out")
+
+
+def test_wrong_folders_are_user_errors(tmp_path):
+    sequence = make_sequence(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        score(tmp_path / "nowhere", [sequence], table_dir=tmp_path / "out")
+    with pytest.raises(UserError, match="--eval_folder crf"):
+        score(write_maps(tmp_path / "m", sequence), [sequence], "--eval_folder", "crf", table_dir=tmp_path / "out")
+    own = tmp_path / "own"
+    write_maps(own / "binary" / "FBMS", sequence)
+    with pytest.raises(UserError, match=r"no maps of DAVIS-2016.*--tools test"):
+        score(own, [sequence], table_dir=tmp_path / "out")
+
+
+# What is written
+
+
+def write_own(folder: Path, sequence: VideoSequence, crf: bool) -> Path:
+    for t, stem in enumerate(sequence.stems):
+        name = f"{sequence.dataset}/{sequence.name}/{stem}.png"
+        save(folder / "probability" / name, grey(t))
+        save(folder / "binary" / name, (grey(t) > 127) * np.uint8(255))
+        if crf:
+            save(folder / "crf" / name, np.where(blob(t), 250, 3).astype(np.uint8))
+    return folder
+
+
+def test_our_own_results_with_crf(tmp_path):
+    sequence = make_sequence(tmp_path)
+    own = write_own(tmp_path / "run", sequence, crf=True)
+    before = tree(own)
+    args = arguments("--save_dir", own)
+    documents = evaluation.run(args, {"DAVIS-2016": [sequence]}, [own])
+    document = json.loads((own / "evaluation.json").read_text())
+    assert document == documents["run"]
+    assert {"protocol", "overall", "sequences", "crf"} <= set(document)
+    for keys in (document["overall"], document["sequences"]["dog"], document["crf"]["overall"]):
+        assert {"J_mean", "J_recall", "J_decay", "F_mean", "F_recall", "F_decay"} <= set(keys)
+        assert {"MAE", "S", "max_F", "mean_F", "adp_F", "max_E", "mean_E", "adp_E", "wF"} <= set(keys)
+    assert document["protocol"]["uvos"]["maps"] == "binary/DAVIS-2016"
+    assert document["protocol"]["vsod"]["maps"] == "probability/DAVIS-2016"
+    expected = mean_scores(saliency_scores(grey(t), blob(t)) for t in range(1, 5)).summary()
+    assert {key: document["overall"][key] for key in expected} == pytest.approx(expected, abs=1e-12)
+    assert document["crf"]["overall"]["J_mean"] == 1  # the CRF's maps are grey by nature: thresholded, no warning
+    assert document["warnings"] == []
+    after = tree(own)
+    assert {name: after[name] for name in before} == before
+    assert {name for name in after if name not in before} == {
+        "evaluation.json",
+        "evaluation_DAVIS-2016.csv",
+        "evaluation_DAVIS-2016_frames.csv",
+        "evaluation_DAVIS-2016_crf.csv",
+        "evaluation_DAVIS-2016_crf_frames.csv",
+        "comparison.md",
+        "comparison.tex",
+        "comparison.csv",
+    }
+    with (own / "evaluation_DAVIS-2016.csv").open() as file:
+        rows = {row["sequence"]: row for row in csv.DictReader(file)}
+    assert float(rows["mean"]["J_mean"]) == document["overall"]["J_mean"]
+    only = score(own, [sequence], "--eval_folder", "crf", table_dir=tmp_path / "out")
+    assert only["overall"] == document["crf"]["overall"]
+
+
+def test_probability_alone_scores_as_its_binary_maps(tmp_path):
+    sequence = make_sequence(tmp_path)
+    both = write_own(tmp_path / "both", sequence, crf=False)
+    for t, stem in enumerate(sequence.stems):
+        save(tmp_path / "one" / "probability" / "DAVIS-2016" / "dog" / f"{stem}.png", grey(t))
+    results = [score(folder, [sequence], table_dir=tmp_path / "out") for folder in (both, tmp_path / "one")]
+    assert results[0]["overall"] == results[1]["overall"] and results[1]["warnings"] == []
+
+
+def test_several_data_sets_are_keyed_by_name(tmp_path):
+    davis, fbms = make_sequence(tmp_path, "dog"), make_sequence(tmp_path / "f", "cat", dataset="FBMS")
+    own = tmp_path / "run"
+    for sequence in (davis, fbms):
+        write_own(own, sequence, crf=False)
+    evaluation.run(arguments("--save_dir", own), {"DAVIS-2016": [davis], "FBMS": [fbms]}, [own])
+    document = json.loads((own / "evaluation.json").read_text())
+    assert document["datasets"] == ["DAVIS-2016", "FBMS"]
+    assert document["overall"]["FBMS"]["uvos_frames"] == 6 and document["overall"]["DAVIS-2016"]["uvos_frames"] == 4
+    assert "cat" in document["sequences"]["FBMS"]
+
+
+def test_comparison_of_several_folders(tmp_path):
+    sequence = make_sequence(tmp_path)
+    for t, stem in enumerate(sequence.stems):
+        save(tmp_path / "best_of_all" / "dog" / f"{stem}.png", blob(t) * np.uint8(255))
+    write_maps(tmp_path / "a" / "maps", sequence)
+    worse = tmp_path / "b" / "maps"
+    for t, stem in enumerate(sequence.stems):
+        save(worse / "dog" / f"{stem}.png", blob(t, shift=8) * np.uint8(255))
+    folders = [worse, tmp_path / "a" / "maps", tmp_path / "best_of_all"]
+    before = [tree(folder) for folder in folders]
+    args = arguments("--results", *folders, "--table_dir", tmp_path / "out", "--published")
+    evaluation.run(args, {"DAVIS-2016": [sequence]}, args.results)
+    assert [tree(folder) for folder in folders] == before  # nothing is written among somebody's masks
+
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["measures"] == "uvos"]
+    assert [row["method"] for row in rows if row["published"] == "no"] == ["best_of_all", "a/maps", "b/maps"]
+    assert rows[0]["method"] == "best_of_all" and rows[0]["rank"] == "1" and float(rows[0]["J_mean"]) == 1
+    ordered = [float(row["J_mean"]) for row in rows]
+    assert ordered == sorted(ordered, reverse=True)
+    matnet = next(row for row in rows if row["method"] == "MATNet")
+    assert matnet["published"] == "yes" and float(matnet["J_mean"]) == 0.824 and "davischallenge" in matnet["source"]
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "MATNet (published, all 20 sequences)" in text and "**100.0**" in text
+    latex = (tmp_path / "out" / "comparison.tex").read_text()
+    assert r"best\_of\_all" in latex and r"MATNet$^\dagger$ & 82.4" in latex and r"\bottomrule" in latex
+
+
+def test_published_rows_come_unasked_only_where_they_compare(tmp_path):
+    sequences = [make_sequence(tmp_path, f"v{i}", 3) for i in range(20)]
+    for sequence in sequences:
+        write_maps(tmp_path / "m", sequence)
+    for count, line, expected in ((20, (), True), (19, (), False), (20, ("--no-skip_last",), False)):
+        score(tmp_path / "m", sequences[:count], "--metrics", "uvos", *line, table_dir=tmp_path / "out")
+        text = (tmp_path / "out" / "comparison.md").read_text()
+        assert ("MATNet (published)" in text) is expected
+        assert ("left out" in text.replace("none left out", "")) is not expected
+
+
+def test_ties_gaps_and_signs_in_tables():
+    rows = (
+        tables.Row("b_2", {"J_mean": 0.5, "J_decay": -0.0001}),
+        tables.Row("a", {"J_mean": 0.5, "J_decay": 0.02}),
+        tables.Row("c", {"J_mean": 0.7}),
+        tables.Row("d", {"F_mean": 0.9}),
+    )
+    table = tables.Table("DAVIS-2016", "uvos", rows)
+    assert [(rank, row.method) for rank, row in table.ranked()] == [(1, "c"), (2, "b_2"), (2, "a"), (None, "d")]
+    assert table.columns[0].format(0.12345) == "12.3" and table.columns[1].format(-0.0001) == "0.0"
+    assert table.columns[0].format((0.824 + 0.807) / 2) == "81.6"  # MATNet's J&F, as papers print it
+    text = tables.markdown([table])
+    assert "–" in text and "**0.0**" in text and "**70.0**" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+
+
+# Several processes
+
+
+def test_any_number_of_processes_gives_the_same(tmp_path, monkeypatch):
+    sequences = [make_sequence(tmp_path, name, count) for name, count in (("dog", 27), ("cow", 5))]
+    own = tmp_path / "run"
+    for sequence in sequences:
+        write_own(own, sequence, crf=False)
+    documents = []
+    for workers in (0, 1, 2):
+        evaluation.run(arguments("--save_dir", own, "--workers", workers), {"DAVIS-2016": sequences}, [own])
+        documents.append((own / "evaluation.json").read_text() + (own / "evaluation_DAVIS-2016_frames.csv").read_text())
+    assert len(set(documents)) == 1
+
+    # An error in a process is the same error.
+    monkeypatch.setitem(evaluation._WORTH_PROCESSES, "uvos", 1)
+    (own / "binary" / "DAVIS-2016" / "dog" / "00011.png").write_bytes(b"no image")
+    for workers in (1, 2):
+        args = arguments("--save_dir", own, "--workers", workers, "--metrics", "uvos")
+        with pytest.raises(DataError, match="00011.png: cannot read"):
+            evaluation.run(args, {"DAVIS-2016": sequences}, [own])
+
+
+# Published figures, from the masks to the table
+
+
+@pytest.mark.data
+def test_official_results_end_to_end(real_data, tmp_path):
+    known = real_data / "known_answers" / "davis16"
+    if not known.is_dir():
+        pytest.skip(f"needs the published figures of DAVIS-16 in {known}")
+    gt = sorted((known / "Annotations" / "480p" / "car-shadow").glob("*.png"))
+    masks = {path.stem: path for path in gt}
+    sequence = VideoSequence("car-shadow", "DAVIS-2016", tuple(gt), {}, masks, "nonzero", tmp_path)
+    methods = ("osvos", "cut", "matnet", "pdb", "ags")
+    args = arguments(
+        "--results", *(known / "Results" / m for m in methods), "--table_dir", tmp_path, "--metrics", "uvos"
+    )
+    documents = evaluation.run(args, {"DAVIS-2016": [sequence]}, args.results)
+    expected = json.loads((known / "expected_car-shadow.json").read_text())
+    for method in methods:
+        with (tmp_path / method / "evaluation_DAVIS-2016_frames.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["frame"] for row in rows] == [f"{t:05d}" for t in range(1, 39)]
+        for name in "JF":
+            ours = [float(row[name]) for row in rows]
+            if "per_frame" in expected[method][name]:
+                np.testing.assert_allclose(ours, expected[method][name]["per_frame"], rtol=0, atol=1e-9)
+                for statistic in ("mean", "recall", "decay"):
+                    figure = documents[method]["overall"][f"{name}_{statistic}"]
+                    assert figure == pytest.approx(expected[method][name][statistic], abs=1e-9)
+            else:
+                np.testing.assert_allclose(ours, expected[method][name]["per_frame_rounded3"], rtol=0, atol=0.00051)
