@@ -75,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def princeton_large_keys() -> list[str]:
-    """The keys of princeton-vl's RAFT, listed from its structure: two basic encoders, a SepConvGRU, an upsampling mask."""
+    """The keys of princeton-vl's RAFT, by its structure: two basic encoders, a SepConvGRU, an upsampling mask."""
 
     def conv(name: str) -> list[str]:
         return [f"{name}.weight", f"{name}.bias"]
@@ -236,7 +236,8 @@ def test_raft_small_reproduces_the_look_of_the_supplied_images(real_data: Path):
         assert index == 1 and flow.shape == (288, 512, 2) and flow.dtype == np.float32
         supplied = np.array(Image.open(davis / "Flows" / "480p" / name / f"{t:05d}.jpg").convert("RGB"))
         differences.append(np.abs(flow_to_image(flow).astype(int) - supplied).mean())
-    assert max(differences) < 5, differences
+    # measured: 0.74, 1.64, 1.12; exchanged colour channels give up to 2.9, a wrong direction or axis 80 and more
+    assert max(differences) < 2.2, differences
 
 
 # ---------------------------------------------------------------------------------------------------- pairs and padding

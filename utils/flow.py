@@ -316,8 +316,6 @@ def dis_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """DIS flow, medium preset, of two frames (H, W, 3) uint8 RGB: (H, W, 2) float32 in pixels."""
     import cv2
 
-    # Frames share the processors among processes; more threads in each would only get in each other's way.
-    cv2.setNumThreads(1)
     height, width = first.shape[:2]
     top, bottom, left, right = padding((height, width), 1, DIS_LEAST)
 

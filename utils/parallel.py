@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -35,6 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _use_one_thread() -> None:
+    """The processes share out the processors; more threads in each would only get in each other's way."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    if importlib.util.find_spec("cv2") is not None:
+        import cv2
+
+        cv2.setNumThreads(1)
+
+
 def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: int | None = None) -> Iterator[Any]:
     """Yields ``function(*task)`` for every task, in the order of the tasks.
 
@@ -57,7 +69,8 @@ def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: 
         return
 
     # "spawn", since forking a process in which torch or OpenCV already runs threads can deadlock.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_use_one_thread)
     waiting: deque[Future] = deque()
     try:
         for task in tasks:

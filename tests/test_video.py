@@ -1,0 +1,198 @@
+"""Lazy frames of files and folders, and writing videos."""
+
+from __future__ import annotations
+
+import pickle
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.errors import DataError
+from utils.errors import UserError
+from utils.video import WINDOW, FolderFrames, open_folder, open_video, write_video
+
+cv2 = pytest.importorskip("cv2")
+
+
+def picture(t: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
+    """A frame that says its number by its grey level, with a red left and a blue right half."""
+    image = np.full((*size, 3), 20 + 3 * t, np.uint8)
+    image[:, : size[1] // 2, 0] = 250
+    image[:, size[1] // 2 :, 2] = 250
+    return image
+
+
+def number(frame: np.ndarray) -> int:
+    """The number that `picture` put in: the green channel holds it in both halves."""
+    return round((float(np.median(frame[..., 1])) - 20) / 3)
+
+
+@pytest.fixture()
+def clip(tmp_path: Path) -> Path:
+    """An exact copy of 60 frames, as an AVI of PNG-like (lossless) frames."""
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"FFV1"), 12.5, (64, 48))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV has no lossless codec")
+    for t in range(60):
+        writer.write(np.ascontiguousarray(picture(t)[..., ::-1]))
+    writer.release()
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_frames_are_rgb_and_in_order(clip: Path):
+    frames = open_video(clip)
+    assert len(frames) == 60 and frames.size == (48, 64) and frames.fps == 12.5
+    assert frames.stems[:2] == ("00000", "00001") and frames.stems[-1] == "00059"
+    for t, frame in enumerate(frames):
+        assert frame.shape == (48, 64, 3) and frame.dtype == np.uint8 and frame.flags.c_contiguous
+        assert np.abs(frame.astype(int) - picture(t)).max() <= 6  # the codec works in YUV
+    assert frame[0, 0, 0] > 200 > frame[0, 0, 2]  # red on the left, so not BGR
+
+
+def test_any_order_of_access_gives_the_frames_of_sequential_reading(clip: Path):
+    expected = list(open_video(clip))
+    frames = open_video(clip)
+    rng = np.random.default_rng(0)
+    order = [59, 0, 0, 30, 31, 29, 14, 15, 45, 44, 43, *rng.integers(0, 60, 25).tolist(), -1, -60]
+    for t in order:
+        np.testing.assert_array_equal(frames[t], expected[t])
+    assert [number(frame) for frame in frames[57:]] == [57, 58, 59]
+    for wrong in (60, -61):
+        with pytest.raises(IndexError):
+            frames[wrong]
+
+
+def test_the_number_of_frames_is_what_can_be_decoded_not_what_the_header_says(tmp_path: Path, clip: Path):
+    data = clip.read_bytes()
+    # An AVI whose header still promises 60 frames, cut after about two thirds of the data.
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(data[: len(data) * 2 // 3])
+    assert cv2.VideoCapture(str(cut)).get(cv2.CAP_PROP_FRAME_COUNT) > 50
+    with pytest.warns(UserWarning, match="promises 60 frames.*cut short"):
+        frames = open_video(cut)
+    assert 10 < len(frames) < 60
+    assert [number(frame) for frame in frames] == list(range(len(frames)))
+
+
+def test_memory_does_not_grow_with_the_length(tmp_path: Path):
+    peaks = []
+    for count in (20, 120):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for t in range(count):
+            Image.fromarray(picture(t % 60, (120, 160))).save(folder / f"{t}.png")
+        frames = open_folder(folder)
+        tracemalloc.start()
+        for _ in frames:
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 3 * 120 * 160 * 3 < (WINDOW + 12) * 120 * 160 * 3
+
+
+def test_frames_can_be_sent_to_another_process(clip: Path):
+    frames = open_video(clip)
+    expected = frames[7]
+    again = pickle.loads(pickle.dumps(frames))
+    np.testing.assert_array_equal(again[7], expected)
+    assert len(pickle.dumps(frames)) < 20_000  # without the frames
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no video", bytes(5000)], ids=["empty", "text", "zeros"])
+def test_a_video_that_cannot_be_decoded_names_the_command_that_converts_it(tmp_path: Path, content: bytes):
+    path = tmp_path / "my clip.mp4"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"ffmpeg -i '.*my clip.mp4' -c:v libx264") as caught:
+        open_video(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_video_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match="no such video file"):
+        open_video(tmp_path / "nothing.mp4")
+    with pytest.raises(UserError, match="--frames"):
+        open_video(tmp_path)
+
+
+def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path):
+    for t in (10, 9, 1, 2, 0):
+        Image.fromarray(picture(t)).save(tmp_path / f"frame{t}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    (tmp_path / "._frame1.png").write_bytes(b"left by another system")
+    frames = open_folder(tmp_path)
+    assert frames.stems == ("frame0", "frame1", "frame2", "frame9", "frame10")
+    assert [number(frame) for frame in frames] == [0, 1, 2, 9, 10]
+    np.testing.assert_array_equal(frames[-1], picture(10))
+
+
+def test_folders_that_are_no_video(tmp_path: Path):
+    with pytest.raises(DataError, match="no such folder"):
+        open_folder(tmp_path / "nothing")
+    with pytest.raises(DataError, match="no frames in it"):
+        open_folder(tmp_path)
+    Image.fromarray(picture(0)).save(tmp_path / "0.png")
+    Image.fromarray(picture(0)).save(tmp_path / "0.jpg")
+    with pytest.raises(DataError, match="0.jpg and 0.png"):
+        open_folder(tmp_path)
+    (tmp_path / "0.jpg").unlink()
+    Image.fromarray(picture(1, (48, 66))).save(tmp_path / "1.png")
+    Image.fromarray(picture(2)).save(tmp_path / "2.png")
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
+    frames = open_folder(tmp_path)
+    with pytest.raises(DataError, match=r"1.png: size 66 x 48, but 0.png .* 64 x 48"):
+        frames[1]
+    with pytest.raises(DataError, match="2.png"):
+        frames[2]
+    with pytest.raises(DataError, match="no frames"):
+        FolderFrames([])
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("size", [(48, 64), (47, 63), (31, 64)])
+def test_what_is_written_can_be_read(tmp_path: Path, size: tuple[int, int]):
+    path = tmp_path / "out" / "made.mp4"
+    assert write_video(path, (picture(t, size) for t in range(9)), fps=10) == 9
+    frames = open_video(path)
+    assert len(frames) == 9 and frames.fps == pytest.approx(10)
+    assert frames.size == (size[0] + size[0] % 2, size[1] + size[1] % 2)  # nothing is cut off
+    for t, frame in enumerate(frames):
+        assert abs(number(frame) - t) <= 1
+        assert frame[size[0] // 2, 5, 0] > 200 > frame[size[0] // 2, 5, 2]
+    assert [p.name for p in path.parent.iterdir()] == ["made.mp4"]
+
+
+def test_an_interrupted_video_leaves_nothing_new_behind(tmp_path: Path):
+    path = tmp_path / "made.mp4"
+    path.write_bytes(b"older")
+
+    def frames():
+        yield picture(0)
+        yield picture(1)
+        raise RuntimeError("the network stopped")
+
+    with pytest.raises(RuntimeError, match="the network stopped"):
+        write_video(path, frames())
+    assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+
+
+def test_videos_that_cannot_be_written(tmp_path: Path):
+    with pytest.raises(UserError, match="no frames"):
+        write_video(tmp_path / "a.mp4", [])
+    with pytest.raises(UserError, match="ending in .mp4"):
+        write_video(tmp_path / "a.avi", [picture(0)])
+    with pytest.raises(UserError, match="frames per second"):
+        write_video(tmp_path / "a.mp4", [picture(0)], fps=0)
+    with pytest.raises(ValueError, match="frame 1 has shape"):
+        write_video(tmp_path / "a.mp4", [picture(0), picture(0, (48, 66))])
+    with pytest.raises(ValueError, match="frame 0: expected uint8"):
+        write_video(tmp_path / "a.mp4", [picture(0) / 255])
+    assert list(tmp_path.iterdir()) == []
