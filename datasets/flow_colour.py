@@ -2,7 +2,8 @@
 
 The wheel is the one of Baker et al., "A Database and Evaluation Methodology for Optical Flow" (ICCV 2007): direction is
 hue, speed is saturation, no motion is white. Each frame is normalised by its own largest speed, as
-`torchvision.utils.flow_to_image` does; `flow_to_image` gives the same bytes.
+`torchvision.utils.flow_to_image` does, and the pictures have the same bytes. One kind of pixel differs: where rounding
+takes a channel of the fastest pixel just below 0, torchvision's wraps round to 255, and ours is 0.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def flows_to_images(flows: torch.Tensor) -> torch.Tensor:
     """
     if flows.ndim != 4 or flows.shape[1] != 2:
         raise ValueError(f"flow should have shape (T, 2, H, W), got {tuple(flows.shape)}")
-    flows = flows.to(torch.float32)
+    flows = flows.to(torch.float32).contiguous()  # torch's atan2 rounds strided input otherwise
     if not bool(torch.isfinite(flows.sum())) and not bool(torch.isfinite(flows).all()):
         raise ValueError("flow has values that are not finite: it cannot be coloured")
     images = torch.empty((len(flows), 3, *flows.shape[2:]), dtype=torch.uint8)
@@ -75,15 +76,15 @@ def _colour(flow: torch.Tensor, image: torch.Tensor) -> None:
     for channel, tables in enumerate(_wheel_tables()):
         here, following = (table.index_select(0, column).view_as(weight) for table in tables)
         colour = here.mul_(rest).add_(following.mul_(weight))
-        # 255 * (1 - speed * (1 - colour)); the conversion to uint8 rounds down
-        image[channel] = colour.neg_().add_(1).mul_(speed).neg_().add_(1).mul_(255).to(torch.uint8)
+        # 255 * (1 - speed * (1 - colour)), not below 0; the conversion to uint8 rounds down
+        image[channel] = colour.neg_().add_(1).mul_(speed).neg_().add_(1).mul_(255).clamp_(min=0).to(torch.uint8)
 
 
 def flow_to_image(flow: np.ndarray) -> np.ndarray:
     """Colour picture of one flow field.
 
-    flow: (H, W, 2) float, pixels (x to the right, y down). Returns (H, W, 3) uint8 RGB, the bytes that
-    `torchvision.utils.flow_to_image` gives. Raises ValueError on another shape or on values that are not finite.
+    flow: (H, W, 2) float, pixels (x to the right, y down). Returns (H, W, 3) uint8 RGB, as
+    `torchvision.utils.flow_to_image` does. Raises ValueError on another shape or on values that are not finite.
     """
     flow = np.asarray(flow)
     if flow.ndim != 3 or flow.shape[2] != 2:

@@ -91,7 +91,7 @@ def draw_view(
 
     Returns the matrix (2, 3) that takes the view's coordinates, in [-1, 1] across it, to pixels from the centre of the
     source, and whether the view is flipped. The crop lies within the source; of four draws, the first that keeps half
-    of the object's pixels is taken, so that few clips lose their object.
+    of the object's pixels is taken, and the last one aims at the object, so that few clips lose it.
     """
     height, width = masks.shape[1:]
     step = max(1, min(height, width) // 48)
@@ -110,6 +110,10 @@ def draw_view(
     room_x = max(0.0, width / 2 - half_x * cos - half_y * sin)
     room_y = max(0.0, height / 2 - half_x * sin - half_y * cos)
     centres = rng.uniform(-1, 1, (4, 2)) * (room_x, room_y)
+    aim = rng.random()
+    if len(object_x):
+        chosen = int(aim * len(object_x))
+        centres[3] = np.clip((object_x[chosen], object_y[chosen]), (-room_x, -room_y), (room_x, room_y))
     sine = math.sin(angle)
     for x, y in centres:
         if len(object_x) == 0:

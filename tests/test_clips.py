@@ -1,0 +1,268 @@
+"""Clips of videos: which frames, which labels, the same whatever the cache, worker or order; and what bad files do."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets.clips import MixedClips, VideoClips
+from datasets.errors import DataError
+from datasets.sequences import VideoSequence, read_dataset
+from datasets.synthetic import SyntheticClips, write_dataset
+from datasets.transforms import Augment
+
+SIZE = (48, 64)
+TENSORS = ("frames", "flows", "masks", "valid")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_dataset(root, "DAVIS-2016", videos=4, frames=7, size=(90, 150), seed=1)
+    return root
+
+
+@pytest.fixture
+def sequences(written: Path) -> list[VideoSequence]:
+    return read_dataset("DAVIS-2016", written, "train")
+
+
+def counting_video(folder: Path, count: int, labelled: list[int] | None = None, name: str = "count") -> VideoSequence:
+    """A video whose frame i is grey of level 10 * i, its flow picture 10 * i + 3; labels on some frames."""
+    stems = [f"{i:05d}" for i in range(count)]
+    for part in ("frames", "flows", "masks"):
+        (folder / name / part).mkdir(parents=True)
+    paths = {part: {s: folder / name / part / f"{s}.png" for s in stems} for part in ("frames", "flows", "masks")}
+    for i, stem in enumerate(stems):
+        Image.fromarray(np.full((24, 32, 3), 10 * i, np.uint8)).save(paths["frames"][stem])
+        Image.fromarray(np.full((24, 32, 3), 10 * i + 3, np.uint8)).save(paths["flows"][stem])
+        Image.fromarray(np.full((24, 32), 255, np.uint8)).save(paths["masks"][stem])
+    masks = paths["masks"] if labelled is None else {stems[i]: paths["masks"][stems[i]] for i in labelled}
+    frames = tuple(paths["frames"].values())
+    return VideoSequence(name, "counting", frames, paths["flows"], masks, "nonzero", folder / name / "flows")
+
+
+def numbers(item: dict) -> list[int]:
+    """Frame numbers of a clip of the counting video."""
+    return [round(v / 10) for v in item["frames"].float().mean(dim=(1, 2, 3)).tolist()]
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in TENSORS) and a["sequence"] == b["sequence"]
+
+
+def test_items_are_as_promised_and_batch(sequences: list[VideoSequence]) -> None:
+    clips = VideoClips(sequences, 4, SIZE, Augment(), samples_per_epoch=4)
+    batch = next(iter(DataLoader(clips, batch_size=3)))
+    assert {k: (tuple(batch[k].shape), batch[k].dtype) for k in TENSORS} == {
+        "frames": ((3, 4, 3, *SIZE), torch.uint8),
+        "flows": ((3, 4, 3, *SIZE), torch.uint8),
+        "masks": ((3, 4, 1, *SIZE), torch.uint8),
+        "valid": ((3, 4), torch.bool),
+    }
+    assert batch["masks"].max() == 1 and batch["valid"].all()
+    assert batch["dataset"] == ["DAVIS-2016"] * 3
+    assert sorted(batch["sequence"]) == [s.name for s in sequences]  # a round holds each sequence once
+
+
+@pytest.mark.parametrize("augment", [None, Augment()])
+def test_the_cache_changes_nothing(sequences: list[VideoSequence], augment: Augment | None) -> None:
+    plain, cached = (VideoClips(sequences, 3, SIZE, augment, cache, seed=3) for cache in ("none", "ram"))
+    assert plain.cached_bytes() == 0 and cached.cached_bytes() > 0
+    assert all(same(plain[i], cached[i]) for i in range(len(plain)))
+
+
+def test_a_clip_depends_on_seed_epoch_and_index_only(sequences: list[VideoSequence]) -> None:
+    def make(seed: int = 0) -> VideoClips:
+        return VideoClips(sequences, 3, SIZE, Augment(), seed=seed, samples_per_epoch=6)
+
+    first, later = make(), make()
+    expected = [first[i] for i in range(6)]
+    for i in (5, 0, 3):  # another order, another history
+        assert same(later[i], expected[i])
+    later.set_epoch(1)
+    assert not same(later[0], expected[0])
+    later.set_epoch(0)
+    assert same(later[0], expected[0])
+    assert not same(make(seed=1)[0], expected[0])
+
+
+def test_workers_that_stay_see_the_next_epoch(sequences: list[VideoSequence]) -> None:
+    clips = VideoClips(sequences, 2, SIZE, Augment(), samples_per_epoch=4)
+    mixed = MixedClips([(clips, 1.0), (SyntheticClips(None, 4, 2, SIZE), 1.0)], length=4)
+    loader = DataLoader(mixed, batch_size=None, num_workers=2, persistent_workers=True)
+    for epoch in range(3):
+        mixed.set_epoch(epoch)
+        seen = list(loader)
+        assert all(same(seen[i], mixed[i]) for i in range(4))
+
+
+def test_frames_are_in_order_at_one_of_the_strides(tmp_path: Path) -> None:
+    clips = VideoClips([counting_video(tmp_path, 20)], 4, (24, 32), samples_per_epoch=60, strides=(1, 3))
+    seen = Counter()
+    for i in range(60):
+        item = clips[i]
+        steps = set(np.diff(numbers(item)))
+        assert len(steps) == 1
+        seen.update(steps)
+        # the flow is that of the frame
+        assert torch.equal(item["flows"], item["frames"] + 3)
+    assert set(seen) == {1, 3}
+
+
+def test_every_frame_can_be_drawn(tmp_path: Path) -> None:
+    clips = VideoClips([counting_video(tmp_path, 12)], 3, (24, 32), samples_per_epoch=150)
+    assert {n for i in range(150) for n in numbers(clips[i])} == set(range(12))
+
+
+def test_a_stride_that_does_not_fit_gives_way(tmp_path: Path) -> None:
+    clips = VideoClips([counting_video(tmp_path, 6)], 4, (24, 32), samples_per_epoch=20, strides=(4,))
+    for i in range(20):
+        assert numbers(clips[i]) in ([0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_short_videos_are_read_to_and_fro(tmp_path: Path, count: int) -> None:
+    clips = VideoClips([counting_video(tmp_path, count)], 5, (24, 32), samples_per_epoch=12)
+    for i in range(12):
+        found = numbers(clips[i])
+        assert len(found) == 5 and set(found) == set(range(count))
+        assert set(np.abs(np.diff(found))) == ({0} if count == 1 else {1})
+
+
+def test_sparse_labels_are_marked_and_never_absent(tmp_path: Path) -> None:
+    clips = VideoClips([counting_video(tmp_path, 20, labelled=[0, 19, 10])], 4, (24, 32), samples_per_epoch=60)
+    labelled = set()
+    for i in range(60):
+        item = clips[i]
+        valid = [n for n, v in zip(numbers(item), item["valid"].tolist()) if v]
+        assert valid and set(valid) <= {0, 10, 19}
+        labelled |= set(valid)
+        assert torch.equal(item["masks"].amax(dim=(1, 2, 3)).bool(), item["valid"])
+    assert labelled == {0, 10, 19}
+
+
+def test_backwards_is_an_option(tmp_path: Path) -> None:
+    clips = VideoClips([counting_video(tmp_path, 9)], 3, (24, 32), strides=(1,), reverse=1.0)
+    assert set(np.diff(numbers(clips[0]))) == {-1}
+
+
+def test_dropping_flow_or_frames(sequences: list[VideoSequence]) -> None:
+    whole = VideoClips(sequences, 2, SIZE, Augment())[0]
+    no_flow = VideoClips(sequences, 2, SIZE, Augment(), flow_drop=1.0)[0]
+    no_frames = VideoClips(sequences, 2, SIZE, Augment(), frame_drop=1.0)[0]
+    assert (no_flow["flows"] == 255).all() and torch.equal(no_flow["frames"], whole["frames"])
+    assert (no_frames["frames"] == 128).all() and torch.equal(no_frames["flows"], whole["flows"])
+    both = VideoClips(sequences, 1, SIZE, flow_drop=0.5, frame_drop=0.5, samples_per_epoch=20)
+    for i in range(20):
+        item = both[i]
+        assert (item["flows"] == 255).all() != (item["frames"] == 128).all()
+
+
+def test_without_augmentation_the_whole_frame_is_resized(sequences: list[VideoSequence]) -> None:
+    video = sequences[0]
+    item = VideoClips([video], 7, SIZE, strides=(1,))[0]
+    for t, stem in enumerate(video.stems):
+        for key, path in (("frames", video.frames[t]), ("flows", video.flows[stem])):
+            picture = Image.open(path).convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR)
+            difference = np.abs(item[key][t].permute(1, 2, 0).numpy().astype(int) - np.asarray(picture))
+            assert difference.mean() < 3  # a JPEG may be decoded at a reduced size
+        mask = Image.open(video.masks[stem]).convert("L").resize(SIZE[::-1], Image.Resampling.NEAREST)
+        assert (item["masks"][t, 0].numpy() == np.asarray(mask) // 255).mean() > 0.97
+
+
+def test_a_mixture_keeps_its_weights_and_repeats_nothing(sequences: list[VideoSequence]) -> None:
+    videos = replace(sequences[0], name="a"), sequences[1]
+    one, two = (VideoClips([video], 2, (24, 32), Augment(), "ram", 3) for video in videos)
+    mixed = MixedClips([(one, 3.0), (two, 1.0)], length=200)
+    items = [mixed[i] for i in range(200)]
+    count = Counter(i["sequence"] for i in items)
+    assert 120 < count["a"] < 180
+    assert len({i["frames"].numpy().tobytes() for i in items}) == 200
+    again = MixedClips([(one, 3.0), (two, 1.0)], length=200)
+    assert all(same(again[i], items[i]) for i in (199, 0, 77))
+
+
+def test_impossible_options_are_refused(sequences: list[VideoSequence]) -> None:
+    for wrong in ({"clip_len": 0}, {"cache": "disk"}, {"strides": ()}, {"flow_drop": 0.7, "frame_drop": 0.7}):
+        with pytest.raises(ValueError):
+            VideoClips(sequences, **{"clip_len": 2, "size": SIZE, **wrong})
+    with pytest.raises(DataError, match="no video"):
+        VideoClips([], 2, SIZE)
+    with pytest.raises(ValueError, match="weights"):
+        MixedClips([(VideoClips(sequences, 2, SIZE), 0.0)], 4)
+
+
+# --- bad files: each error names the file -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(sequences: list[VideoSequence], tmp_path: Path) -> VideoSequence:
+    """A copy of a video, to be broken."""
+    video = sequences[0]
+
+    def move(path: Path, part: str) -> Path:
+        (tmp_path / part).mkdir(exist_ok=True)
+        return Path(shutil.copy(path, tmp_path / part / path.name))
+
+    return replace(
+        video,
+        frames=tuple(move(p, "frames") for p in video.frames),
+        flows={s: move(p, "flows") for s, p in video.flows.items()},
+        masks={s: move(p, "masks") for s, p in video.masks.items()},
+    )
+
+
+@pytest.mark.parametrize("cache", ["none", "ram"])
+def test_truncated_frame(broken: VideoSequence, cache: str) -> None:
+    path = broken.frames[3]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"frames/00003\.jpg"):
+        VideoClips([broken], 7, SIZE, strides=(1,), cache=cache)[0]
+
+
+def test_missing_flow(broken: VideoSequence) -> None:
+    flows = {s: p for s, p in broken.flows.items() if s != "00002"}
+    with pytest.raises(DataError, match=r"00002.*--tools flow"):
+        VideoClips([replace(broken, flows=flows)], 2, SIZE)
+
+
+def test_no_masks(broken: VideoSequence) -> None:
+    with pytest.raises(DataError, match="no masks"):
+        VideoClips([replace(broken, masks={})], 2, SIZE)
+
+
+def test_mask_of_another_size(broken: VideoSequence) -> None:
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(broken.masks["00001"])
+    with pytest.raises(DataError, match=r"masks/00001\.png.*10.10"):
+        VideoClips([broken], 7, SIZE, strides=(1,))[0]
+
+
+def test_flow_of_another_shape(broken: VideoSequence) -> None:
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(broken.flows["00001"])
+    with pytest.raises(DataError, match=r"flows/00001\.png.*50x50"):
+        VideoClips([broken], 7, SIZE, strides=(1,))[0]
+
+
+def test_frames_of_two_sizes(broken: VideoSequence) -> None:
+    for path in (broken.frames[2], broken.flows["00002"], broken.masks["00002"]):
+        Image.open(path).convert("RGB").resize((180, 90)).save(path)
+    with pytest.raises(DataError, match=r"frames/00002\.jpg: not of the size"):
+        VideoClips([broken], 7, SIZE, Augment(), strides=(1,))[0]
+
+
+@pytest.mark.data
+def test_clips_of_davis(real_data: Path) -> None:
+    videos = read_dataset("DAVIS-2016", real_data, "train")
+    clips = VideoClips(videos, 4, (96, 160), Augment(), samples_per_epoch=len(videos))
+    items = [clips[i] for i in range(5)]
+    assert len({i["sequence"] for i in items}) == 5
+    assert all(0.001 < i["masks"].float().mean() < 0.8 for i in items)

@@ -1,0 +1,308 @@
+"""Synthetic clips: the flow and the masks are right by the pixels, and a clip is a pure function of its seed."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets.errors import DataError
+from datasets.sequences import read_dataset
+from datasets.stills import StillImage, read_stills
+from datasets.synthetic import SceneOptions, SyntheticClips, _Motion, make_clip, write_dataset
+
+SIZE = (72, 112)
+CLEAN = SceneOptions().clean()
+STILL_LIFE = replace(
+    CLEAN, camera_static=1.0, object_static=1.0, second_object=0.0, occluder=0.0, other_background=0.0, distractor=0.0
+)
+
+
+def look_up(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Bilinear values of image (H, W) or (H, W, C) at pixel coordinates inside it; written out for the test."""
+    left, top = np.floor(x).astype(int), np.floor(y).astype(int)
+    a, b = x - left, y - top
+    if image.ndim == 3:
+        a, b = a[..., None], b[..., None]
+    upper = image[top, left] * (1 - a) + image[top, left + 1] * a
+    lower = image[top + 1, left] * (1 - a) + image[top + 1, left + 1] * a
+    return upper * (1 - b) + lower * b
+
+
+def where_to(flow: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Target coordinates of every pixel, put inside the frame, and whether they lie inside by themselves."""
+    height, width = flow.shape[:2]
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    x, y = x + flow[..., 0], y + flow[..., 1]
+    inside = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2)
+    return np.clip(x, 0, width - 1.001), np.clip(y, 0, height - 1.001), inside
+
+
+def next_of(t: int, length: int) -> int:
+    return t + 1 if t + 1 < length else t - 1
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_flow_takes_every_pixel_to_its_own_likeness(seed: int) -> None:
+    clip = make_clip((11, seed), 4, SIZE, options=CLEAN)
+    frames, flows, masks = clip["frames"].astype(np.float64), clip["flow"], clip["masks"]
+    for t in range(4):
+        u = next_of(t, 4)
+        x, y, inside = where_to(flows[t])
+        found_mask = look_up(masks[u].astype(np.float64), x, y)
+        # neither covered nor uncovered, and away from the feathered edge
+        visible = inside & (np.abs(found_mask - masks[t]) < 0.01)
+        error = np.abs(look_up(frames[u], x, y) - frames[t]).mean(axis=-1)
+        assert visible.mean() > 0.3
+        assert np.median(error[visible]) < 3  # grey levels: textures are sampled twice
+        # the flow means something: to stay where one is fits worse wherever something moves visibly
+        still_error = np.abs(frames[u] - frames[t]).mean(axis=-1)
+        assert error[visible].mean() <= still_error[visible].mean() + 1
+        # masks travel along the flow, but for what is covered and uncovered
+        assert ((found_mask > 0.5) != (masks[t] > 0))[inside].mean() < 0.1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_flow_there_and_back_ends_where_it_began(seed: int) -> None:
+    """The last frame's flow points back, so with the flow before it, it makes a closed way."""
+    flows = make_clip((12, seed), 3, SIZE, options=CLEAN)["flow"].astype(np.float64)
+    x, y, inside = where_to(flows[1])
+    back = look_up(flows[2], x, y)
+    error = np.linalg.norm(flows[1] + back, axis=-1)
+    assert np.median(error[inside]) < 0.02
+    assert (error[inside] < 0.1).mean() > 0.7  # the rest is at edges and where something is covered
+
+
+def test_motion_and_its_inverse() -> None:
+    rng = np.random.default_rng(0)
+    matrices = np.eye(3) + rng.normal(0, 0.1, (3, 3, 3))
+    matrices[:, 2] = [0.0006, -0.0004, 1.0]
+    wave = (rng.normal(0, 4, 3), rng.normal(0, 1, 3), 0.05)
+    motion = _Motion(matrices, wave, wave)
+    x, y = torch.arange(-50.0, 50)[None, None, :], torch.arange(-40.0, 40)[None, :, None]
+    texture_x, texture_y = motion.to_texture([0, 1, 2], x, y)
+    # back to the frame by plain arithmetic, point by point
+    for t in range(3):
+        sx, sy = texture_x[t].double().numpy(), texture_y[t].double().numpy()
+        sx = sx + wave[0][t] * np.sin(wave[2] * sy + wave[1][t])
+        sy = sy + wave[0][t] * np.sin(wave[2] * sx + wave[1][t])
+        points = np.stack([sx, sy, np.ones_like(sx)]).reshape(3, -1)
+        points = matrices[t] @ points
+        points = (points[:2] / points[2]).reshape(2, *sx.shape)
+        np.testing.assert_allclose(points[0], x[0].numpy() + 0 * sx, atol=1e-2)
+        np.testing.assert_allclose(points[1], y[0].numpy() + 0 * sx, atol=1e-2)
+
+
+def test_where_nothing_moves_there_is_no_flow() -> None:
+    clip = make_clip(3, 3, SIZE, options=STILL_LIFE)
+    assert (clip["flow"] == 0).all()
+    assert (clip["flow_images"] == 255).all()
+    assert (clip["frames"] == clip["frames"][:1]).all()
+    assert 0 < clip["masks"].mean() < 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_still_camera_leaves_all_but_the_object_at_rest_distractors_too(seed: int) -> None:
+    options = replace(CLEAN, camera_static=1.0, object_static=0.0, occluder=0.0, distractor=1.0, other_background=1.0)
+    clip = make_clip((21, seed), 3, SIZE, options=options)
+    background = clip["masks"] == 0
+    assert (clip["flow"][background] == 0).all()
+    assert np.abs(clip["flow"][~background]).max() > 0.05
+    assert (clip["flow_images"][background] == 255).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_object_may_show_by_parallax_alone(seed: int) -> None:
+    options = replace(CLEAN, camera_static=0.0, camera_speed=(0.03, 0.03), object_static=0.0, object_parallax=1.0)
+    options = replace(options, occluder=0.0, relief=0.0, second_object=0.0)
+    clip = make_clip((22, seed), 2, SIZE, options=options)
+    speeds = [np.median(clip["flow"][0][clip["masks"][0] == value], axis=0) for value in (0, 1)]
+    assert np.linalg.norm(speeds[0] - speeds[1]) > 0.3
+
+
+def test_occluders_hide_the_object_and_are_not_foreground() -> None:
+    """The same scene with and without: the mask only loses pixels."""
+    with_, without = (
+        [make_clip((23, s), 2, SIZE, options=replace(CLEAN, occluder=p))["masks"] for s in range(8)] for p in (1.0, 0.0)
+    )
+    assert all((a <= b).all() for a, b in zip(with_, without))
+    assert any((a < b).any() for a, b in zip(with_, without))
+
+
+def test_flow_errors_touch_the_picture_only() -> None:
+    right, wrong = (make_clip(5, 3, SIZE, options=replace(CLEAN, flow_errors=p)) for p in (0.0, 1.0))
+    for key in ("frames", "flow", "masks"):
+        np.testing.assert_array_equal(right[key], wrong[key])
+    assert (right["flow_images"] != wrong["flow_images"]).any()
+
+
+def test_shapes_and_types() -> None:
+    clip = make_clip(0, 2, (40, 60))
+    assert {k: (v.shape, v.dtype.name) for k, v in clip.items()} == {
+        "frames": ((2, 40, 60, 3), "uint8"),
+        "flow": ((2, 40, 60, 2), "float32"),
+        "masks": ((2, 40, 60), "uint8"),
+        "flow_images": ((2, 40, 60, 3), "uint8"),
+    }
+    assert set(np.unique(clip["masks"])) <= {0, 1}
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("size", [(32, 32), (100, 40), (41, 97)])
+def test_any_length_and_shape(length: int, size: tuple[int, int]) -> None:
+    clip = make_clip((8, length), length, size)
+    assert clip["frames"].shape == (length, *size, 3)
+    assert np.isfinite(clip["flow"]).all()
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="clip_len"):
+        make_clip(0, 0, (64, 64))
+    with pytest.raises(ValueError, match="size"):
+        make_clip(0, 2, (8, 64))
+
+
+def digest(item: dict) -> str:
+    return hashlib.sha256(b"".join(item[k].numpy().tobytes() for k in ("frames", "flows", "masks"))).hexdigest()
+
+
+def test_a_clip_is_the_same_in_every_process(repository: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from test_synthetic import digest, SyntheticClips\n"
+        "s = SyntheticClips(None, 10, 2, (48, 64), seed=5); s.set_epoch(2)\n"
+        "print(digest(s[7]), digest(s[1]))"
+    )
+    output = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=True)
+    here = SyntheticClips(None, 10, 2, (48, 64), seed=5)
+    here.set_epoch(2)
+    assert output.stdout.split() == [digest(here[7]), digest(here[1])]
+
+
+def test_workers_make_the_clips_that_the_main_process_would() -> None:
+    clips = SyntheticClips(None, 4, 2, (48, 64), seed=1)
+    batches = list(DataLoader(clips, batch_size=2, num_workers=2))
+    for number, batch in enumerate(batches):
+        assert batch["frames"].shape == (2, 2, 3, 48, 64)
+        assert batch["masks"].shape == (2, 2, 1, 48, 64) and batch["valid"].all()
+        for place in range(2):
+            assert torch.equal(batch["frames"][place], clips[2 * number + place]["frames"])
+            assert torch.equal(batch["flows"][place], clips[2 * number + place]["flows"])
+
+
+def test_seed_epoch_and_index_all_matter() -> None:
+    clips, other = (SyntheticClips(None, 3, 1, (32, 48), seed=seed) for seed in (0, 1))
+    seen = [digest(clips[0]), digest(clips[1]), digest(other[0])]
+    clips.set_epoch(1)
+    seen.append(digest(clips[0]))
+    assert len(set(seen)) == 4
+    with pytest.raises(IndexError):
+        clips[3]
+
+
+# --- stills -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def duts(tmp_path: Path) -> Path:
+    """Three made-up stills in the layout of DUTS-TR."""
+    rng = np.random.default_rng(0)
+    for folder in ("DUTS-TR-Image", "DUTS-TR-Mask"):
+        (tmp_path / "DUTS-TR" / folder).mkdir(parents=True)
+    for number in range(3):
+        picture = np.full((60, 90, 3), (40, 90, 40), dtype=np.uint8) + rng.integers(0, 20, (60, 90, 3), dtype=np.uint8)
+        mask = np.zeros((60, 90), dtype=np.uint8)
+        mask[20:40, 30 : 50 + 5 * number] = 255
+        picture[mask > 0] = (220, 30, 30)
+        Image.fromarray(picture).save(tmp_path / "DUTS-TR" / "DUTS-TR-Image" / f"s{number}.jpg", quality=95)
+        Image.fromarray(mask).save(tmp_path / "DUTS-TR" / "DUTS-TR-Mask" / f"s{number}.png")
+    return tmp_path
+
+
+def test_stills_are_found_from_either_folder(duts: Path) -> None:
+    stills = read_stills(duts)
+    assert [s.name for s in stills] == ["s0", "s1", "s2"]
+    assert read_stills(duts / "DUTS-TR") == stills
+    assert all(s.image.stem == s.mask.stem for s in stills)
+
+
+def test_broken_still_sets_say_what_is_wrong(duts: Path) -> None:
+    with pytest.raises(DataError, match="no image folder"):
+        read_stills(duts / "elsewhere")
+    (duts / "DUTS-TR" / "DUTS-TR-Mask" / "s1.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 3 .*s1\.jpg"):
+        read_stills(duts)
+
+
+def test_the_object_of_a_still_is_the_mask(duts: Path) -> None:
+    """The object is the only red thing in the stills, so its colour tells where it is."""
+    stills = read_stills(duts)
+    options = replace(CLEAN, other_background=0.0, distractor=0.0, second_object=0.0, occluder=0.0)
+    for seed in range(6):
+        clip = make_clip(seed, 3, SIZE, stills[seed % 3], stills, options)
+        red = clip["frames"].astype(int)
+        red = (red[..., 0] - red[..., 1]) > 60
+        mask = clip["masks"] > 0
+        assert (red & mask).sum() / (red | mask).sum() > 0.9
+
+
+def test_unusable_stills_are_named(duts: Path) -> None:
+    still = read_stills(duts)[0]
+    Image.fromarray(np.zeros((60, 90), dtype=np.uint8)).save(still.mask)
+    with pytest.raises(DataError, match=r"s0\.png.*brighter"):
+        make_clip(0, 2, SIZE, still)
+    Image.fromarray(np.full((30, 30), 255, dtype=np.uint8)).save(still.mask)
+    with pytest.raises(DataError, match=r"s0\.png: the mask is 30x30"):
+        make_clip(0, 2, SIZE, still)
+    still.image.write_bytes(still.image.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"s0\.jpg: cannot be read"):
+        make_clip(0, 2, SIZE, still)
+    with pytest.raises(DataError, match=r"gone\.jpg"):
+        make_clip(0, 2, SIZE, StillImage("gone", still.image.with_name("gone.jpg"), still.mask))
+    with pytest.raises(DataError, match="no still images"):
+        SyntheticClips([], 4, 2, SIZE)
+
+
+@pytest.mark.data
+def test_clips_from_duts(real_data: Path) -> None:
+    stills = read_stills(real_data)
+    clips = SyntheticClips(stills, 8, 3, (96, 160))
+    items = [clips[i] for i in range(8)]
+    assert {i["sequence"] for i in items} <= {s.name for s in stills}
+    assert 0.02 < np.mean([i["masks"].float().mean() for i in items]) < 0.6
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_written_set_is_read_as_davis_2016(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path, "DAVIS", videos=4, frames=3, size=(48, 64), seed=7, options=CLEAN)
+    train, val = (read_dataset("DAVIS-2016", tmp_path, split) for split in ("train", "val"))
+    assert [s.name for s in train] == ["video-000", "video-001", "video-002"]
+    assert [s.name for s in val] == ["video-003"]
+    assert all(len(s.frames) == len(s.flows) == len(s.masks) == 3 for s in train + val)
+    clip = make_clip((7, 3), 3, (48, 64), options=CLEAN)
+    stem = val[0].stems[1]
+    np.testing.assert_array_equal(np.asarray(Image.open(val[0].masks[stem])), clip["masks"][1] * 255)
+    np.testing.assert_array_equal(np.asarray(Image.open(val[0].flows[stem])), clip["flow_images"][1])
+    frame = np.asarray(Image.open(val[0].frames[1])).astype(int)
+    assert np.abs(frame - clip["frames"][1]).mean() < 9  # JPEG, at half the resolution for colour
+    assert not [p for p in folder.rglob("*") if p.name.startswith(".")]
+
+
+def test_flow_and_the_split_are_options(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path, videos=3, frames=2, size=(32, 48), flows=False, validation=2)
+    assert not (folder / "Flows").exists()
+    lists = folder / "ImageSets" / "2016"
+    assert (lists / "train.txt").read_text().split() == ["video-000"]
+    assert (lists / "val.txt").read_text().split() == ["video-001", "video-002"]
+    with pytest.raises(ValueError, match="validation"):
+        write_dataset(tmp_path, videos=2, validation=3)
