@@ -442,6 +442,24 @@ def test_two_sets_that_share_a_video_make_its_flow_once(tmp_path: Path):
     assert flow_module.run(dis(), [sequence, sequence]) == 3
 
 
+def test_flow_of_a_users_own_video(tmp_path: Path):
+    from utils.flow import video_flows
+    from utils.video import open_folder
+
+    frames = open_folder(make_sequence(tmp_path, count=4).frames[0].parent)
+    flows = video_flows(dis(), frames, tmp_path / "out")
+    assert len(flows) == 4 and flows.stems == frames.stems
+    for t, partner in ((0, 1), (1, 2), (2, 3), (3, 2)):
+        np.testing.assert_array_equal(flows[t], flow_to_image(dis_flow(frames[t], frames[partner])))
+    before = contents(tmp_path / "out")
+    video_flows(dis(), frames, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    # another video of the same name and length must not get this one's flow
+    Image.fromarray(texture(40, 56, seed=1)).save(frames.files[2])
+    with pytest.raises(UserError, match="of another video .*bytes"):
+        video_flows(dis(), open_folder(frames.files[0].parent), tmp_path / "out")
+
+
 def test_an_unreadable_frame_is_named(tmp_path: Path):
     sequence = make_sequence(tmp_path)
     sequence.frames[1].write_bytes(b"not an image")

@@ -27,9 +27,9 @@ from datasets.images import load_flow_image
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from models.errors import CheckpointError
 from utils.errors import UserError
-from utils.files import write_bytes, write_json, write_png
+from utils.files import write_bytes, write_json
 from utils.parallel import parallel_map
-from utils.video import FolderFrames
+from utils.video import FolderFrames, LazyFrames
 
 if TYPE_CHECKING:
     import torch
@@ -304,7 +304,7 @@ class FlowEstimator:
 
 
 def padding(size: tuple[int, int], multiple: int, least: int) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) that brings ``size`` to multiples of ``multiple`` and to ``least``; both sides alike."""
+    """(top, bottom, left, right) that brings ``size`` to multiples of ``multiple``, at least ``least``; centred."""
     amounts = []
     for side in size:
         missing = max(least, math.ceil(side / multiple) * multiple) - side
@@ -435,21 +435,22 @@ class FlowFiles:
         """Stores one flow (H, W, 2) under ``stem``; an image of that stem in the other format is replaced."""
         if self.raw_format is not None:
             write_raw_flow(flow_dir / f"{stem}.{self.raw_format}", flow)
+        from PIL import Image
+
         image = flow_to_image(flow)
         path = flow_dir / f"{stem}.{self.image_format}"
         # Two images of one stem would be ambiguous to a reader, hence first away with the other one.
         for suffix in FLOW_SUFFIXES:
             if suffix != path.suffix:
                 (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
+        buffer = io.BytesIO()
         if self.image_format == "png":
-            write_png(path, image)
+            # A third of the time of the usual level, for files that are a third larger.
+            Image.fromarray(image).save(buffer, format="PNG", compress_level=2)
         else:
-            from PIL import Image
-
-            buffer = io.BytesIO()
             # Full chroma resolution: hue is the direction of motion, and its edges are the edges of objects.
             Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
-            write_bytes(path, buffer.getvalue())
+        write_bytes(path, buffer.getvalue())
 
     def complete(self, flow_dir: Path, stem: str) -> bool:
         """Whether everything of this stem is there, in whichever image format, and can be read to its end."""
@@ -515,25 +516,32 @@ class FlowTask:
         stems: one name per frame.
         flow_dir: where the files go.
         pending: indices of the frames whose flow is to be made, ascending; `pending_frames` finds them.
+        source: what tells this video from another one of the same name, for `RECORD`.
     """
 
     frames: Sequence[np.ndarray]
     stems: Sequence[str]
     flow_dir: Path
     pending: Sequence[int]
+    source: dict[str, Any] | None = None
 
 
 def pending_frames(
-    stems: Sequence[str], flow_dir: Path, settings: FlowSettings, files: FlowFiles, overwrite: bool = False
+    stems: Sequence[str],
+    flow_dir: Path,
+    settings: FlowSettings,
+    files: FlowFiles,
+    overwrite: bool = False,
+    source: dict[str, Any] | None = None,
 ) -> list[int]:
     """Indices of the frames that have no readable flow yet; all of them if ``overwrite``.
 
     Raises:
-        UserError: ``flow_dir`` holds flow made with other settings, and ``overwrite`` is False.
+        UserError: ``flow_dir`` holds flow made with other settings or of another source, and ``overwrite`` is False.
     """
     if overwrite:
         return list(range(len(stems)))
-    _check_record(flow_dir, settings)
+    _check_record(flow_dir, settings.record() | (source or {}))
     return [t for t, stem in enumerate(stems) if not files.complete(flow_dir, stem)]
 
 
@@ -563,7 +571,7 @@ def write_flows(
                 continue
             if settings.method != "dis":
                 estimator.load()
-            write_json(Path(video.flow_dir) / RECORD, settings.record())
+            write_json(Path(video.flow_dir) / RECORD, settings.record() | (video.source or {}))
             if settings.method == "dis":
                 pairs = frame_pairs(video.frames, settings.size, video.pending)
             else:
@@ -592,7 +600,7 @@ def _write_job(flow_dir: Path, stem: str, files: FlowFiles, flow: np.ndarray) ->
     return flow_dir, stem
 
 
-def _check_record(flow_dir: Path, settings: FlowSettings) -> None:
+def _check_record(flow_dir: Path, wanted: dict[str, Any]) -> None:
     path = flow_dir / RECORD
     if not path.is_file():
         return
@@ -600,13 +608,12 @@ def _check_record(flow_dir: Path, settings: FlowSettings) -> None:
         made = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); remove it, or {RETRY}") from error
-    wanted = settings.record()
     differing = [key for key in wanted if made.get(key) != wanted[key]]
     if differing:
         raise UserError(
-            f"{flow_dir}: holds flow made with other settings ("
+            f"{flow_dir}: holds flow made with other settings or of another video ("
             + ", ".join(f"{key} {made.get(key)}, now {wanted[key]}" for key in differing)
-            + f"); give the same options to go on with it, or {RETRY}"
+            + f"); give the same options to go on with it, choose another folder, or {RETRY}"
         )
 
 
@@ -691,3 +698,35 @@ def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], device: st
             progress.set_postfix_str(flow_dir.name, refresh=False)
             progress.update()
     return total
+
+
+def video_flows(
+    args: argparse.Namespace, frames: LazyFrames, flow_dir: str | Path, device: str | torch.device = "cpu"
+) -> FolderFrames:
+    """Flow images of a user's own video: makes what is missing in ``flow_dir``, and returns all of them, read lazily.
+
+    Args:
+        frames: from `utils.video.open_video` or `open_folder`.
+        args: the ``--flow_…`` options, ``workers`` and ``overwrite``.
+
+    Raises:
+        UserError: ``flow_dir`` belongs to another video, or as `write_flows`. DataError, CheckpointError: likewise.
+    """
+    from tqdm import tqdm
+
+    settings = settings_from(args)
+    files = FlowFiles(args.flow_format, args.flow_raw)
+    flow_dir = Path(flow_dir)
+    first = frames.files[0]
+    source = {
+        "video": first.name if len(frames.files) == 1 else first.parent.name,
+        "frames": len(frames),
+        "bytes": sum(path.stat().st_size for path in frames.files),
+    }
+    pending = pending_frames(frames.stems, flow_dir, settings, files, args.overwrite, source)
+    task = FlowTask(frames, frames.stems, flow_dir, pending, source)
+    written = write_flows([task], settings, files, device=device, batch_size=args.flow_batch, workers=args.workers)
+    for _ in tqdm(written, total=len(pending), desc=f"flow ({settings.method})", unit="frame"):
+        pass
+    images = {path.stem: path for path in list_files(flow_dir, FLOW_SUFFIXES)}
+    return FolderFrames([images[stem] for stem in frames.stems])

@@ -33,12 +33,16 @@ class LazyFrames(Sequence[np.ndarray]):
     Two callers may get the same array: copy it before writing into it.
 
     Attributes:
+        files: where the frames are stored: one image per frame, or one video file.
         stems: one name per frame, under which its results are stored.
         size: (H, W) of every frame.
         fps: frames per second, for a video made from the results.
     """
 
-    def __init__(self, stems: Sequence[str], size: tuple[int, int], fps: float, window: int = WINDOW) -> None:
+    def __init__(
+        self, files: Sequence[Path], stems: Sequence[str], size: tuple[int, int], fps: float, window: int = WINDOW
+    ) -> None:
+        self.files = tuple(files)
         self.stems = tuple(stems)
         self.size = size
         self.fps = fps
@@ -84,18 +88,18 @@ class FolderFrames(LazyFrames):
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], window: int = WINDOW, fps: float = DEFAULT_FPS) -> None:
-        self.paths = tuple(Path(path) for path in paths)
-        if not self.paths:
+        files = [Path(path) for path in paths]
+        if not files:
             raise DataError("a video of no frames: expected at least one image")
-        first = load_frame(self.paths[0])
-        super().__init__([path.stem for path in self.paths], first.shape[:2], fps, window)
+        first = load_frame(files[0])
+        super().__init__(files, [path.stem for path in files], first.shape[:2], fps, window)
         self._keep(0, first)
 
     def _decode(self, index: int) -> np.ndarray:
-        frame = load_frame(self.paths[index])
+        frame = load_frame(self.files[index])
         if frame.shape[:2] != self.size:
             raise DataError(
-                f"{self.paths[index]}: size {_size(frame.shape[:2])}, but {self.paths[0].name} of the same video has "
+                f"{self.files[index]}: size {_size(frame.shape[:2])}, but {self.files[0].name} of the same video has "
                 f"{_size(self.size)} (width x height): all frames of a video need one size"
             )
         return frame
@@ -138,9 +142,8 @@ class VideoFrames(LazyFrames):
                 stacklevel=3,
             )
         usable_fps = math.isfinite(fps) and 0 < fps <= 1000
-        super().__init__(
-            [f"{i:05d}" for i in range(count)], first.shape[:2], float(fps) if usable_fps else DEFAULT_FPS, window
-        )
+        stems = [f"{i:05d}" for i in range(count)]
+        super().__init__([self.path], stems, first.shape[:2], float(fps) if usable_fps else DEFAULT_FPS, window)
 
     def _decode(self, index: int) -> np.ndarray:
         if self._capture is None or index < self._next:
