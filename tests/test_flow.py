@@ -221,7 +221,7 @@ def test_raft_small_reproduces_the_look_of_the_supplied_images(real_data: Path):
     """Mean absolute difference in grey levels; the frames here went through JPEG once more than those used there."""
     davis = real_data / "DAVIS"
     differences = []
-    for name, t in (("dog", 20), ("libby", 3), ("libby", 48)):  # libby's frame 48 is its last: backward flow
+    for name, t in (("dog", 20), ("libby", 48)):  # libby's frame 48 is its last: backward flow
         folder = davis / "JPEGImages" / "480p" / name
         frames = [np.array(Image.open(folder / f"{i:05d}.jpg").convert("RGB")) for i in (t - 1, t, t + 1) if i < 49]
         flows = compute_flows(
@@ -236,8 +236,8 @@ def test_raft_small_reproduces_the_look_of_the_supplied_images(real_data: Path):
         assert index == 1 and flow.shape == (288, 512, 2) and flow.dtype == np.float32
         supplied = np.array(Image.open(davis / "Flows" / "480p" / name / f"{t:05d}.jpg").convert("RGB"))
         differences.append(np.abs(flow_to_image(flow).astype(int) - supplied).mean())
-    # measured: 0.74, 1.64, 1.12; exchanged colour channels give up to 2.9, a wrong direction or axis 80 and more
-    assert max(differences) < 2.2, differences
+    # measured: 0.74 and 1.12; colour channels exchanged 1.15 and 1.48; a wrong direction or axis 80 and more
+    assert differences[0] < 1 and differences[1] < 1.3, differences
 
 
 # ---------------------------------------------------------------------------------------------------- pairs and padding

@@ -18,9 +18,10 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.images import load_frame, require_size
-from utils.errors import UserError
 from utils.files import write_bytes
 from utils.parallel import parallel_map
+
+# `utils.errors` is imported where it is raised: it brings torch, which the processes of `run` can do without.
 
 if TYPE_CHECKING:
     from datasets.sequences import VideoSequence
@@ -51,6 +52,8 @@ class CrfSettings:
     scale: float = 1.05
 
     def __post_init__(self) -> None:
+        from utils.errors import UserError
+
         if self.iters < 1:
             raise UserError(f"--crf_iters {self.iters}: expected 1 or more")
         for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb", "scale"):
@@ -132,6 +135,8 @@ def _import_densecrf() -> Any:
     try:
         import pydensecrf.densecrf as densecrf
     except ImportError as error:
+        from utils.errors import UserError
+
         raise UserError(
             f"the CRF needs pydensecrf, which is not installed here ({error}): pip install pydensecrf2. That needs a "
             "C++ compiler and Python 3.10 to 3.12; it does not build on 3.13 and later. All other tools work without it"

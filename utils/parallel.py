@@ -13,7 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from utils.errors import UserError
+# `utils.errors` is imported where it is raised: it brings torch, which takes a new process longer to import than many a
+# task takes.
 
 # Tasks handed out before their results are collected, per process: enough to keep every process busy while the
 # parent reads the next inputs, few enough that a long video is never in memory.
@@ -41,6 +42,7 @@ def _use_one_thread() -> None:
     """The processes share out the processors; more threads in each would only get in each other's way."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that is imported later
     if importlib.util.find_spec("cv2") is not None:
         import cv2
 
@@ -60,6 +62,8 @@ def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: 
     Raises:
         UserError: ``workers`` below 0, or a process that was killed.
     """
+    from utils.errors import UserError
+
     workers = default_workers() if workers is None else workers
     if workers < 0:
         raise UserError(f"--workers {workers}: expected 0 (no extra process) or more")
