@@ -1,12 +1,12 @@
 """Co-operative direction-aware graph attention (Co-DGA): fuses appearance and motion, frame by frame.
 
-The abstract: "co-operative direction-aware graph attention" that gives "attentional weights to neighboring points along the
-coordinate axis"; no formula is public. Our reading: every position of every stream is a node, joined to the nodes of its row
-and of its column, within its stream and in the other one. Edge weights are direction-aware (rows and columns have their own
-queries, keys and distance biases, and left differs from right, up from down), normalised jointly over row and column of one
-source, so that the node itself counts once (criss-cross attention, arXiv:1811.11721). A gate decides how much of both messages
-a node takes; the read-out fuses the streams under coordinate attention (arXiv:2103.02907) in its residual form. Two rounds
-reach every position.
+The abstract: "co-operative direction-aware graph attention" that gives "attentional weights to neighboring points
+along the coordinate axis"; no formula is public. Our reading: every position of every stream is a node, joined to the
+nodes of its row and of its column, within its stream and in the other one. Edge weights are direction-aware (rows and
+columns have their own queries, keys and distance biases, and left differs from right, up from down), normalised
+jointly over row and column of one source, so that the node itself counts once (criss-cross attention,
+arXiv:1811.11721). A gate decides how much of both messages a node takes; the read-out fuses the streams under
+coordinate attention (arXiv:2103.02907) in its residual form. Two rounds reach every position.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from models.mobilevit import ConvNormAct
 class CoordinateGate(nn.Module):
     """Coordinate attention as a residual gate: ``x * (1 + a_row * a_column)``, each in (0, 1), from axis-wise means.
 
-    Without the original's batch norm, whose statistics would mix row and column descriptors and change with the aspect ratio.
+    Without the original's batch norm, whose statistics would mix row and column descriptors and change with the
+    aspect ratio.
     """
 
     def __init__(self, channels: int) -> None:
@@ -53,7 +54,9 @@ class CoDGA(nn.Module):
         self.channels, self.streams, self.rounds, self.heads = channels, streams, rounds, heads
         if rounds:
             if channels % heads:
-                raise ValueError(f"the feature width must be a multiple of the number of heads, got {channels} and {heads}")
+                raise ValueError(
+                    f"the feature width must be a multiple of the number of heads, got {channels} and {heads}"
+                )
             self.key_dim = max(16, channels // 4) // heads
             keys = heads * self.key_dim
             # Per stream: queries and keys for each direction, (query, key) x (row, column) x heads x key_dim channels.
@@ -67,23 +70,28 @@ class CoDGA(nn.Module):
         self.readout = nn.Sequential(ConvNormAct(streams * channels, channels, 3), CoordinateGate(channels))
 
     def _bias(self, length: int, direction: int) -> Tensor:
-        """Distance bias (S target, S source, heads, length, length) of one direction, [.., p, q] for the edge p <- q."""
+        """Distance bias (S target, S source, heads, length, length) of one direction, [.., p, q] for the edge p <-
+        q.
+        """
         index = torch.arange(length, device=self.distance.device, dtype=self.distance.dtype)
-        offset = (index[None, :] - index[:, None]) / 16  # q - p; a sixteenth, so that a step of the optimiser is a gentle slope
+        # q - p; a sixteenth, so that a step of the optimiser is a gentle slope
+        offset = (index[None, :] - index[:, None]) / 16
         parts = torch.stack([(-offset).clamp(min=0), offset.clamp(min=0)])  # (2, length, length)
-        slopes = torch.einsum("osh,spq->ohpq", self.distance[:, direction], parts)  # (own or other, heads, length, length)
+        # (own or other, heads, length, length)
+        slopes = torch.einsum("osh,spq->ohpq", self.distance[:, direction], parts)
         other = ~torch.eye(self.streams, dtype=torch.bool, device=slopes.device)
         return slopes[other.long()]
 
     def messages(self, x: Tensor) -> Tensor:
         """One round: (B, S*C, H, W) -> (B, S*C, H, W).
 
-        Rows and columns are each one batched product in their own memory order; the joint softmax only exchanges its maxima
-        and sums between them, so that no map of edges is ever permuted.
+        Rows and columns are each one batched product in their own memory order; the joint softmax only exchanges its
+        maxima and sums between them, so that no map of edges is ever permuted.
         """
         b, _, height, width = x.shape
         s, n, d = self.streams, self.heads, self.key_dim
-        edges = self.edges(x).view(b, s, 2, 2, n, d, height, width)  # (B, S, query or key, row or column, heads, d, H, W)
+        # (B, S, query or key, row or column, heads, d, H, W)
+        edges = self.edges(x).view(b, s, 2, 2, n, d, height, width)
         values = self.values(x).view(b, s, n, self.channels // n, height, width)
 
         def along(maps: Tensor, axis: int) -> Tensor:  # (B, S, heads, d, H, W) -> (B, other axis, heads, S, axis, d)
@@ -91,22 +99,26 @@ class CoDGA(nn.Module):
 
         logits, maxima = [], []
         for axis, length in enumerate((width, height)):
-            query = along(edges[:, :, 0, axis], axis).flatten(3, 4)[:, :, :, None] * d**-0.5  # (B, other, heads, 1, S*axis, d)
+            # (B, other, heads, 1, S*axis, d)
+            query = along(edges[:, :, 0, axis], axis).flatten(3, 4)[:, :, :, None] * d**-0.5
             key = along(edges[:, :, 1, axis], axis).transpose(4, 5)  # (B, other, heads, S source, d, axis)
-            bias = self._bias(length, axis).permute(2, 1, 0, 3, 4).flatten(2, 3)  # (heads, S source, S target * axis, axis)
+            # (heads, S source, S target * axis, axis)
+            bias = self._bias(length, axis).permute(2, 1, 0, 3, 4).flatten(2, 3)
             if axis == 1:  # the node itself is in its row already; the row always remains, so no softmax is empty
                 itself = torch.eye(length, dtype=torch.bool, device=x.device).repeat(s, 1)  # (S target * H, H)
                 bias = bias.masked_fill(itself, float("-inf"))
             edge = query @ key + bias.to(query.dtype)  # (B, other, heads, S source, S target * axis, axis)
             logits.append(edge)
             maxima.append(edge.detach().amax(-1).unflatten(-1, (s, length)))  # (B, other, heads, source, target, axis)
-        maxima = torch.maximum(maxima[0], maxima[1].transpose(1, 5))  # as rows have it: (B, H, heads, source, target, W)
+        # as rows have it: (B, H, heads, source, target, W)
+        maxima = torch.maximum(maxima[0], maxima[1].transpose(1, 5))
 
         message, total = 0, 0
         for axis, length in enumerate((width, height)):
             shift = (maxima if axis == 0 else maxima.transpose(1, 5)).flatten(4, 5)[..., None]
             weight = (logits[axis] - shift).exp()
-            part = (weight @ along(values, axis)).unflatten(4, (s, length))  # (B, other, heads, source, target, axis, C/heads)
+            # (B, other, heads, source, target, axis, C/heads)
+            part = (weight @ along(values, axis)).unflatten(4, (s, length))
             mass = weight.sum(-1).unflatten(-1, (s, length))  # (B, other, heads, source, target, axis)
             message = message + (part if axis == 0 else part.transpose(1, 5))
             total = total + (mass if axis == 0 else mass.transpose(1, 5))
@@ -117,9 +129,12 @@ class CoDGA(nn.Module):
         # For each target its own message first, then the other stream's: both targets' weights see the same order.
         order = [(target + shift) % s for target in range(s) for shift in range(s)]
         message = message.flatten(3, 4).flatten(1, 2)  # (B, S*S, C, H, W)
-        message = message[:, [i // s * s + source for i, source in enumerate(order)]].view(b, s, s, self.channels, height, width)
+        message = message[:, [i // s * s + source for i, source in enumerate(order)]].view(
+            b, s, s, self.channels, height, width
+        )
         nodes = x.view(b, s, 1, self.channels, height, width)
-        gate = self.gate(torch.cat([nodes, message], 2).flatten(1, 3)).sigmoid()  # (B, S*(1+S)*C, H, W) -> (B, S*C, H, W)
+        # (B, S*(1+S)*C, H, W) -> (B, S*C, H, W)
+        gate = self.gate(torch.cat([nodes, message], 2).flatten(1, 3)).sigmoid()
         return x + self.scale * gate * self.mix(message.flatten(1, 3))
 
     def forward(self, x: Tensor) -> Tensor:

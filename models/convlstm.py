@@ -1,11 +1,11 @@
 """Dense bidirectional ConvLSTM: spatio-temporal feature propagation over all frames.
 
 The abstract names "dense bidirectional ConvLSTM"; the README thanks DenseNet (arXiv:1608.06993) and ConvLSTM
-(arXiv:1506.04214) and no code is public. Our reading: stacked bidirectional ConvLSTM layers with DenseNet's concatenation and
-growing dilation (1, 2, 4, after PDB-ConvLSTM, ECCV 2018), one block per backbone level and stream.
+(arXiv:1506.04214) and no code is public. Our reading: stacked bidirectional ConvLSTM layers with DenseNet's
+concatenation and growing dilation (1, 2, 4, after PDB-ConvLSTM, ECCV 2018), one block per backbone level and stream.
 
-Cost. The input projection of all frames is one convolution; only the hidden-to-hidden convolution is sequential, and both
-directions and all streams run in one grouped convolution per time step.
+Cost. The input projection of all frames is one convolution; only the hidden-to-hidden convolution is sequential, and
+both directions and all streams run in one grouped convolution per time step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ State = tuple[Tensor, Tensor]  # hidden and cell state, each (B, S*2*h, H, W): s
 class BiConvLSTM(nn.Module):
     """One bidirectional ConvLSTM layer for S streams that share a size but no weights.
 
-    Gates in the order i, f, g, o, each from a convolution of the input plus one of the hidden state, without peepholes; the
-    forget gate's bias starts at 1; the state starts at zero and is made for whatever size arrives.
+    Gates in the order i, f, g, o, each from a convolution of the input plus one of the hidden state, without
+    peepholes; the forget gate's bias starts at 1; the state starts at zero and is made for whatever size arrives.
 
     Args:
         channels: input channels per stream.
@@ -54,11 +54,13 @@ class BiConvLSTM(nn.Module):
             weight = weight.unflatten(0, (s, 2, gates))[:, direction].flatten(0, 1)
             bias = bias.view(s, 2, gates)[:, direction].flatten()
             directions = 1
-        z = F.conv2d(x.flatten(0, 1), weight, bias, 1, conv.padding, conv.dilation, s)  # (B*T, S*C, H, W) -> (B*T, S*D*4*h, H, W)
+        # (B*T, S*C, H, W) -> (B*T, S*D*4*h, H, W)
+        z = F.conv2d(x.flatten(0, 1), weight, bias, 1, conv.padding, conv.dilation, s)
         return z.view(b, t, s, directions, gates, *z.shape[-2:])
 
     def scan(self, z: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Run both chains at once over projected gates (B, T, S, 2, 4*h, H, W) whose direction 1 is already reversed in time.
+        """Run both chains at once over projected gates (B, T, S, 2, 4*h, H, W) whose direction 1 is already reversed
+        in time.
 
         Returns the hidden states in the order they were made, (B, T, S, 2, h, H, W), and the last state.
         """
@@ -79,20 +81,23 @@ class BiConvLSTM(nn.Module):
         return torch.stack(outputs, 1).view(b, t, s, 2, self.hidden, height, width), (h, c.flatten(1, 2))
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """(B, T, S*C, H, W) -> hidden states in frame order (B, T, S, 2*h, H, W), forward then backward, and the last state.
+        """(B, T, S*C, H, W) -> hidden states in frame order (B, T, S, 2*h, H, W), forward then backward, and the last
+        state.
 
-        With a carried `state`, a clip cut in two gives the same forward states as the whole (the backward chain of the first
-        piece has, of course, not seen the second: `models.predictor` feeds mirrored pieces for that).
+        With a carried `state`, a clip cut in two gives the same forward states as the whole (the backward chain of
+        the first piece has, of course, not seen the second: `models.predictor` feeds mirrored pieces for that).
         """
         z = self.project(x)
-        z = torch.cat([z[:, :, :, :1], z[:, :, :, 1:].flip(1)], 3)  # direction 1 reads the frames from the last to the first
+        # direction 1 reads the frames from the last to the first
+        z = torch.cat([z[:, :, :, :1], z[:, :, :, 1:].flip(1)], 3)
         y, state = self.scan(z, state)
         y = torch.cat([y[:, :, :, :1], y[:, :, :, 1:].flip(1)], 3)
         return y.flatten(3, 4), state  # (B, T, S, 2, h, H, W) -> (B, T, S, 2*h, H, W)
 
 
 class DenseBiConvLSTM(nn.Module):
-    """Stacked bidirectional ConvLSTMs, densely connected: layer l reads ``[F, H_1 … H_{l-1}]``; F + proj([F, H_1 … H_L]) comes out.
+    """Stacked bidirectional ConvLSTMs, densely connected: layer l reads ``[F, H_1 … H_{l-1}]``; F + proj([F, H_1 …
+    H_L]) comes out.
 
     Args:
         channels: feature width d of each stream.

@@ -1,8 +1,8 @@
 """DBSNet: the whole network, assembled.
 
 "Bidirectionally Learning Dense Spatio-temporal Feature Propagation Network for Unsupervised Video Object Segmentation",
-ACM Multimedia 2022. The order of the parts is the abstract's: dense bidirectional ConvLSTM, spatio-temporal Transformer,
-Co-DGA, mask. What the public record leaves open is marked "our reading" in each part's file.
+ACM Multimedia 2022. The order of the parts is the abstract's: dense bidirectional ConvLSTM, spatio-temporal
+Transformer, Co-DGA, mask. What the public record leaves open is marked "our reading" in each part's file.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class DBSNet(nn.Module):
         streams: ``("appearance", "motion")``, or one of them in ablations.
         dropout: of the backbones, in training.
 
-    Call: ``net(frames, flows)``, each (B, T, 3, H, W), RGB in [0, 1], gives logits (B, T, 1, H, W); any T >= 1 and any size
-    (padded to a multiple of 32, or 64 for ``wilile``, and cropped back).
+    Call: ``net(frames, flows)``, each (B, T, 3, H, W), RGB in [0, 1], gives logits (B, T, 1, H, W); any T >= 1 and
+    any size (padded to a multiple of 32, or 64 for ``wilile``, and cropped back).
     """
 
     levels = (8, 16, 32)  # strides that are propagated and fused
@@ -63,7 +63,10 @@ class DBSNet(nn.Module):
         encoder = self.encoders[streams[0]]
         self.multiple = encoder.multiple
         self.laterals = nn.ModuleDict(
-            {stream: nn.ModuleList(ConvNormAct(channels, width) for channels in encoder.channels[1:]) for stream in streams}
+            {
+                stream: nn.ModuleList(ConvNormAct(channels, width) for channels in encoder.channels[1:])
+                for stream in streams
+            }
         )
         self.skip = ConvNormAct(count * encoder.channels[0], width)
         self.propagation = nn.ModuleList(
@@ -71,7 +74,9 @@ class DBSNet(nn.Module):
         )
         self.refinement = nn.ModuleDict(
             {
-                stream: nn.ModuleList(SpatioTemporalTransformer(width, depth=depth, window=window) for _ in self.levels[1:])
+                stream: nn.ModuleList(
+                    SpatioTemporalTransformer(width, depth=depth, window=window) for _ in self.levels[1:]
+                )
                 for stream in streams
             }
         )
@@ -81,7 +86,9 @@ class DBSNet(nn.Module):
     # The four stages below are the network; `forward` chains them on a clip, `models.predictor` on a whole video.
 
     def encode(self, frames: Tensor, flows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Frames and flow images (N, 3, H, W), padded -> laterals (N, S*d, h, w) at strides 8, 16, 32 and the skip (N, d, H/4, W/4)."""
+        """Frames and flow images (N, 3, H, W), padded -> laterals (N, S*d, h, w) at strides 8, 16, 32 and the skip
+        (N, d, H/4, W/4).
+        """
         laterals, skips = [], []
         for stream in self.streams:
             maps = self.encoders[stream](frames if stream == "appearance" else flows)
@@ -90,21 +97,28 @@ class DBSNet(nn.Module):
         return [torch.cat(level, 1) for level in zip(*laterals)], self.skip(torch.cat(skips, 1))
 
     def refine(self, level: int, x: Tensor) -> Tensor:
-        """Spatio-temporal Transformer of one level (0, 1, 2 for strides 8, 16, 32) on (B, T, S*d, h, w); level 0 has none."""
+        """Spatio-temporal Transformer of one level (0, 1, 2 for strides 8, 16, 32) on (B, T, S*d, h, w); level 0 has
+        none.
+        """
         if level == 0:
             return x
         parts = x.split(self.width, 2)
         return torch.cat([self.refinement[stream][level - 1](part) for stream, part in zip(self.streams, parts)], 2)
 
     def decode(self, levels: list[Tensor], skip: Tensor, *, return_aux: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Co-DGA per level and the decoder: maps (N, S*d, h, w) and the skip -> logits (N, 1, H/4, W/4), auxiliary logits."""
+        """Co-DGA per level and the decoder: maps (N, S*d, h, w) and the skip -> logits (N, 1, H/4, W/4), auxiliary
+        logits.
+        """
         return self.decoder([fuse(x) for fuse, x in zip(self.fusion, levels)], skip, return_aux=return_aux)
 
     def forward(self, frames: Tensor, flows: Tensor, return_aux: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Logits (B, T, 1, H, W); with `return_aux` also the list of logits at strides 8, 16, 32, each (B, T, 1, h, w)."""
+        """Logits (B, T, 1, H, W); with `return_aux` also the list of logits at strides 8, 16, 32, each (B, T, 1, h,
+        w).
+        """
         if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape != flows.shape or not frames.shape[1]:
             raise ValueError(
-                f"expected frames and flows of one shape (B, T, 3, H, W) with T >= 1, got {tuple(frames.shape)} and {tuple(flows.shape)}"
+                "expected frames and flows of one shape (B, T, 3, H, W) with T >= 1, "
+                f"got {tuple(frames.shape)} and {tuple(flows.shape)}"
             )
         b, t, _, height, width = frames.shape
         x, size = pad_to_multiple(frames.flatten(0, 1), self.multiple), (height, width)  # (B, T, …) -> (B*T, …)
@@ -149,7 +163,10 @@ _WIDTHS = {"s": (64, 16), "xs": (64, 16), "xxs": (48, 8)}
 
 
 def build_dbsnet(variant: str = "s", flavour: str = "reference", **options: Any) -> DBSNet:
-    """Build a network by variant; any argument of `DBSNet` overrides. ``build_dbsnet(**net.config)`` rebuilds a network."""
+    """Build a network by variant; any argument of `DBSNet` overrides.
+
+    ``build_dbsnet(**net.config)`` rebuilds a network.
+    """
     if variant not in _WIDTHS:
         raise ValueError(f"unknown variant {variant!r}: expected one of {', '.join(_WIDTHS)}")
     width, hidden = _WIDTHS[variant]

@@ -24,7 +24,9 @@ class Decoder(nn.Module):
         self.aux_heads = nn.ModuleList(nn.Conv2d(channels, 1, 1) for _ in range(3))  # strides 8, 16, 32
 
     def forward(self, levels: list[Tensor], skip: Tensor, *, return_aux: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Maps (N, C, h, w) at strides 8, 16, 32 and at 4 -> logits (N, 1, H/4, W/4) and the auxiliary ones, finest first."""
+        """Maps (N, C, h, w) at strides 8, 16, 32 and at 4 -> logits (N, 1, H/4, W/4) and the auxiliary ones, finest
+        first.
+        """
         x, path = None, []
         for block, level in zip(self.blocks, [*levels[::-1], skip]):
             if x is not None:

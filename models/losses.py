@@ -1,7 +1,7 @@
 """Training loss: binary cross-entropy + soft IoU, of the logits and of the auxiliary ones.
 
-The paper does not state its loss; this is the one of the same authors' later public code, with an epsilon in the soft IoU
-(theirs is 0/0 for an empty mask under an empty prediction).
+The paper does not state its loss; this is the one of the same authors' later public code, with an epsilon in the soft
+IoU (theirs is 0/0 for an empty mask under an empty prediction).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
     bce, iou = _bce_and_iou(logits, masks, valid, epsilon)
     auxiliary = logits.new_zeros(())
     for coarse in aux:
-        small = F.adaptive_avg_pool2d(masks.flatten(0, 1), coarse.shape[-2:]).view(coarse.shape)  # (B*T, …) -> (B, T, …)
+        # (B*T, …) -> (B, T, …)
+        small = F.adaptive_avg_pool2d(masks.flatten(0, 1), coarse.shape[-2:]).view(coarse.shape)
         auxiliary = auxiliary + sum(_bce_and_iou(coarse.float(), small, valid, epsilon)) / len(aux)
     return {"total": bce + iou + aux_weight * auxiliary, "bce": bce, "iou": iou, "aux": auxiliary}

@@ -5,9 +5,9 @@
 
 * ``reference``: the paper's network, the one of Apple's cvnets and of timm;
 * ``wilile``: the re-implementation that DBSNet's README names as its backbone (wilile26811249/MobileViT), with its
-  deviations from the paper: no norm or activation in the stem, none after the 1x1 expansion's norm, one attention head of
-  width 32 without biases, a wider MLP at strides 16 and 32, no final LayerNorm, and plain convolutions with a bias where
-  the paper has convolution, norm and SiLU.
+  deviations from the paper: no norm or activation in the stem, none after the 1x1 expansion's norm, one attention
+  head of width 32 without biases, a wider MLP at strides 16 and 32, no final LayerNorm, and plain convolutions with a
+  bias where the paper has convolution, norm and SiLU.
 
 The module knows nothing of checkpoint formats; `models.pretrained` does.
 """
@@ -125,8 +125,15 @@ class MobileViTBlock(nn.Module):
         self.embed = nn.Conv2d(channels, dim, 1, bias=False) if reference else ConvNormAct(channels, dim)
         self.layers = nn.Sequential(
             *(
-                TransformerLayer(dim, heads=heads, head_dim=head_dim, scale=scale, bias=reference,
-                                 mlp_ratio=mlp_ratio, dropout=dropout)  # fmt: skip
+                TransformerLayer(
+                    dim,
+                    heads=heads,
+                    head_dim=head_dim,
+                    scale=scale,
+                    bias=reference,
+                    mlp_ratio=mlp_ratio,
+                    dropout=dropout,
+                )  # fmt: skip
                 for _ in range(depth)
             )
         )
@@ -162,8 +169,8 @@ class MobileViT(nn.Module):
     Attributes:
         channels: channels of the four maps, e.g. ``(64, 96, 128, 640)`` for S.
         reductions: their strides, ``(4, 8, 16, 32)``.
-        mean, std: buffers of shape (3,); the normalisation that the weights were trained with, kept with them. The input is
-            ``(rgb - mean) / std``. Both published channel orders become RGB when a checkpoint is loaded.
+        mean, std: buffers of shape (3,); the normalisation that the weights were trained with, kept with them. The
+            input is ``(rgb - mean) / std``. Both published channel orders become RGB when a checkpoint is loaded.
 
     Input: (B, 3, H, W); H and W multiples of 32 (``wilile``: 64). Raises ValueError otherwise.
     """
@@ -195,7 +202,11 @@ class MobileViT(nn.Module):
         self.stages = nn.ModuleList(
             [
                 nn.Sequential(residual(v.stem, v.stages[0], 1)),
-                nn.Sequential(residual(v.stages[0], v.stages[1], 2), *(residual(v.stages[1], v.stages[1], 1) for _ in range(2))),
+                nn.Sequential(
+                    residual(v.stages[0], v.stages[1], 2),
+                    residual(v.stages[1], v.stages[1], 1),
+                    residual(v.stages[1], v.stages[1], 1),
+                ),
                 stage(0),
                 stage(1),
                 stage(2),
@@ -217,8 +228,8 @@ class MobileViT(nn.Module):
         if h % self.multiple or w % self.multiple:
             padded = tuple(-(-side // self.multiple) * self.multiple for side in (h, w))
             raise ValueError(
-                f"MobileViT ({self.flavour}) needs height and width that are multiples of {self.multiple}, got {h}x{w}: "
-                f"pad the input to {padded[0]}x{padded[1]}"
+                f"MobileViT ({self.flavour}) needs height and width that are multiples of {self.multiple}, got {h}x{w}: pad "
+                f" the input to {padded[0]}x{padded[1]}"
             )
         x = self.stem((x - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1))
         maps = []

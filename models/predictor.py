@@ -1,10 +1,11 @@
 """Whole-video inference.
 
-The network is bidirectional over all frames, so a video is not cut into independent clips: all frames are encoded in batches,
-the recurrences run over the whole video in pieces that carry their state (the forward chain from the first piece on, the
-backward chain from the last), and refinement and decoding stream through it in windows. Between these passes the features of
-all frames are kept in half precision: on the accelerator while they are few, in host memory up to a limit, and beyond that in a
-temporary file. So peak accelerator memory and host memory do not grow with the video beyond those limits.
+The network is bidirectional over all frames, so a video is not cut into independent clips: all frames are encoded in
+batches, the recurrences run over the whole video in pieces that carry their state (the forward chain from the first
+piece on, the backward chain from the last), and refinement and decoding stream through it in windows. Between these
+passes the features of all frames are kept in half precision: on the accelerator while they are few, in host memory up
+to a limit, and beyond that in a temporary file. So peak accelerator memory and host memory do not grow with the video
+beyond those limits.
 """
 
 from __future__ import annotations
@@ -27,9 +28,14 @@ from models.refinement import temporal_windows
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+Images = Sequence[np.ndarray]  # (H, W, 3) uint8 RGB each
+Size = tuple[int, int]  # height, width
+
 
 class FrameStore:
-    """One tensor of a fixed shape per frame of a video, written and read in ranges; in memory or in a temporary file."""
+    """One tensor of a fixed shape per frame of a video, written and read in ranges; in memory or in a temporary
+    file.
+    """
 
     def __init__(self, length: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> None:
         """`device` says where the tensors live; None puts them into a file, which vanishes with the store."""
@@ -77,7 +83,9 @@ class FrameStore:
 class Storage:
     """Makes the stores of one video and decides where each lives, by what has been handed out already."""
 
-    def __init__(self, length: int, device: torch.device, dtype: torch.dtype, device_memory: int, host_memory: int) -> None:
+    def __init__(
+        self, length: int, device: torch.device, dtype: torch.dtype, device_memory: int, host_memory: int
+    ) -> None:
         self.length, self.dtype = length, dtype
         self.places = [(torch.device("cpu"), host_memory)] if device.type == "cpu" else [
             (device, device_memory), (torch.device("cpu"), host_memory)]  # fmt: skip
@@ -166,9 +174,9 @@ class Predictor:
         device_memory, host_memory: bytes of features kept on the accelerator and in host memory before the next, slower
             place is used (host memory, then a temporary file).
 
-    `frames` and `flows` are sequences (``len`` and indexing, lists or lazy) of (H, W, 3) uint8 RGB arrays; flow images may have
-    another size than frames. Yields (index, probability), float32 (H, W) in [0, 1] at the frame's own size, in order. Raises
-    ValueError when the numbers of frames and flow images differ.
+    `frames` and `flows` are sequences (``len`` and indexing, lists or lazy) of (H, W, 3) uint8 RGB arrays; flow
+    images may have another size than frames. Yields (index, probability), float32 (H, W) in [0, 1] at the frame's own
+    size, in order. Raises ValueError when the numbers of frames and flow images differ.
     """
 
     def __init__(self, net: DBSNet, *, device: str | torch.device | None = None, size: tuple[int, int] | None = None,
@@ -197,8 +205,14 @@ class Predictor:
         if not len(frames):
             return
         own = tuple(frames[0].shape[:2])
-        passes = [(self._scaled(own, scale), flip) for scale in self.scales for flip in ([False, True] if self.flip else [False])]
-        runs = [(self._clips if self.clip_len else self._whole)(frames, flows, own, size, flip) for size, flip in passes]
+        passes = [
+            (self._scaled(own, scale), flip)
+            for scale in self.scales
+            for flip in ([False, True] if self.flip else [False])
+        ]
+        runs = [
+            (self._clips if self.clip_len else self._whole)(frames, flows, own, size, flip) for size, flip in passes
+        ]
         for index, results in enumerate(zip(*runs)):
             yield index, sum(results) / len(results) if len(results) > 1 else results[0]
 
@@ -229,7 +243,9 @@ class Predictor:
         mirror = flip_image if flip else None
         mirror_flow = (self.mirror_flow or flip_image) if flip else None
         return read_ahead(
-            lambda span: (self._load(frames, *span, mirror), self._load(flows, *span, mirror_flow)), starts  # type: ignore[arg-type]
+            # type: ignore[arg-type]
+            lambda span: (self._load(frames, *span, mirror), self._load(flows, *span, mirror_flow)),
+            starts,
         )  # type: ignore[return-value]
 
     def _finish(self, logits: Tensor, size: tuple[int, int], own: tuple[int, int], flip: bool) -> Iterator[np.ndarray]:
@@ -245,10 +261,11 @@ class Predictor:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
-    def _clips(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray], own: tuple[int, int], size: tuple[int, int],
-               flip: bool) -> Iterator[np.ndarray]:  # fmt: skip
+    def _clips(self, frames: Images, flows: Images, own: Size, size: Size, flip: bool) -> Iterator[np.ndarray]:
         windows = list(temporal_windows(len(frames), self.clip_len))
-        for (start, _, keep, until), (x, y) in zip(windows, self._batches(frames, flows, [w[:2] for w in windows], flip)):
+        for (start, _, keep, until), (x, y) in zip(
+            windows, self._batches(frames, flows, [w[:2] for w in windows], flip)
+        ):
             with torch.inference_mode(), self._autocast():
                 levels, skip = self.net.encode(self._input(x, size), self._input(y, size))
                 kept = slice(keep - start, until - start)
@@ -258,8 +275,7 @@ class Predictor:
                 results = list(self._finish(logits, size, own, flip))
             yield from results
 
-    def _whole(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray], own: tuple[int, int], size: tuple[int, int],
-               flip: bool) -> Iterator[np.ndarray]:  # fmt: skip
+    def _whole(self, frames: Images, flows: Images, own: Size, size: Size, flip: bool) -> Iterator[np.ndarray]:
         length = len(frames)
         storage = Storage(length, self.device, self.store_dtype, self.device_memory, self.host_memory)
         try:
@@ -293,17 +309,20 @@ class Predictor:
             storage.close()
 
 
-def propagate_store(block: DenseBiConvLSTM, features: FrameStore, storage: Storage, piece: int, device: torch.device) -> None:
+def propagate_store(
+    block: DenseBiConvLSTM, features: FrameStore, storage: Storage, piece: int, device: torch.device
+) -> None:
     """Run a dense bi-ConvLSTM over all frames of a store and put its output in their place.
 
-    Layer by layer; step k feeds the forward chain frames k*piece … and the backward chain their mirror image from the end of the
-    video, in one grouped recurrence, so both chains carry their state over the whole video.
+    Layer by layer; step k feeds the forward chain frames k*piece … and the backward chain their mirror image from the
+    end of the video, in one grouped recurrence, so both chains carry their state over the whole video.
     """
     if not block.layers:
         return
     length, s = storage.length, block.streams
     height, width = features.shape[-2:]
-    hidden: list[tuple[FrameStore, FrameStore]] = []  # per layer: forward and backward states, each (S*h, H, W) per frame
+    # per layer: forward and backward states, each (S*h, H, W) per frame
+    hidden: list[tuple[FrameStore, FrameStore]] = []
 
     def dense(start: int, stop: int) -> Tensor:  # -> (n, S*C_l, H, W), per stream [F, H_1 …], H_l forward then backward
         parts = [features, *(store for pair in hidden for store in pair)]

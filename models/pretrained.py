@@ -1,9 +1,10 @@
 """Public MobileViT checkpoints: three formats, recognised by their keys, loaded strictly.
 
-wilile26811249/MobileViT ``.pth.tar`` (flavour ``wilile``), Apple cvnets ``.pt`` and timm ``.pth``/``.safetensors`` (flavour
-``reference``). Every trunk tensor of the file must be consumed and every tensor of ours filled; only the classifier is
-dropped. What each was trained on decides the normalisation that is kept with the weights: wilile RGB with ImageNet mean and
-std; cvnets BGR in [0, 1] (the first convolution is flipped here, so that callers always pass RGB); timm RGB in [0, 1].
+wilile26811249/MobileViT ``.pth.tar`` (flavour ``wilile``), Apple cvnets ``.pt`` and timm ``.pth``/``.safetensors``
+(flavour ``reference``). Every trunk tensor of the file must be consumed and every tensor of ours filled; only the
+classifier is dropped. What each was trained on decides the normalisation that is kept with the weights: wilile RGB
+with ImageNet mean and std; cvnets BGR in [0, 1] (the first convolution is flipped here, so that callers always pass
+RGB); timm RGB in [0, 1].
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ _CLASSIFIER = {"wilile": "fc.", "cvnets": "classifier.", "timm": "head."}
 
 def recognise(state: dict[str, Tensor]) -> str:
     """Name the format of a state dict by keys that only it has; raises CheckpointError when it is none of the three."""
-    for name, key in (("wilile", "stem.0.weight"), ("cvnets", "conv_1.block.conv.weight"), ("timm", "stem.conv.weight")):
+    for name, key in (
+        ("wilile", "stem.0.weight"),
+        ("cvnets", "conv_1.block.conv.weight"),
+        ("timm", "stem.conv.weight"),
+    ):
         if key in state:
             return name
     some = ", ".join(sorted(state)[:3])
     raise CheckpointError(
-        f"not a MobileViT checkpoint of a known format ({', '.join(FORMATS)}): {len(state)} tensors, the first keys are {some}"
+        f"not a MobileViT checkpoint of a known format ({', '.join(FORMATS)}): {len(state)} tensors, "
+        f"the first keys are {some}"
     )
 
 
@@ -52,13 +58,17 @@ def _tail(key: str, tails: dict[str, str]) -> str:
 def foreign_key(key: str, format: str) -> str:
     """The name that our tensor `key` has in a checkpoint of `format` (facts: the key map of the three public codes)."""
     if format == "timm":
-        key = _first(key, [(r"final\.", "final_conv."), (r"stages\.(\d)\.(\d)\.layers\.", r"stages.\1.\2.transformer.")])
+        key = _first(
+            key, [(r"final\.", "final_conv."), (r"stages\.(\d)\.(\d)\.layers\.", r"stages.\1.\2.transformer.")]
+        )
         key = _tail(key, {
             ".expand.": ".conv1_1x1.", ".depthwise.": ".conv2_kxk.", ".project.": ".conv3_1x1.",
             ".local.": ".conv_kxk.", ".embed.": ".conv_1x1.", ".fuse.": ".conv_fusion.",
-            ".attention.qkv.": ".attn.qkv.", ".attention.out.": ".attn.proj.", ".mlp.0.": ".mlp.fc1.", ".mlp.2.": ".mlp.fc2.",
+            ".attention.qkv.": ".attn.qkv.", ".attention.out.": ".attn.proj.",
+            ".mlp.0.": ".mlp.fc1.", ".mlp.2.": ".mlp.fc2.",
         })  # fmt: skip
-        # `project` names two things of ours: the inverted residual's (block 0, or anywhere in stages 0, 1) and the transformer's
+        # `project` names two things of ours: the inverted residual's (block 0, or anywhere in stages 0, 1) and the
+        # transformer's
         key = re.sub(r"^(stages\.[234]\.1)\.conv3_1x1\.", r"\1.conv_proj.", key)
         return re.sub(r"\.norm\.(?=weight|bias|running|num)", ".bn.", key) if not _is_layer_norm(key) else key
     if format == "cvnets":
@@ -78,36 +88,49 @@ def foreign_key(key: str, format: str) -> str:
                 ".norm2.": ".pre_norm_ffn.0.", ".mlp.0.": ".pre_norm_ffn.1.", ".mlp.2.": ".pre_norm_ffn.4.",
             })  # fmt: skip
         return _tail(key, {
-            ".expand.": ".block.exp_1x1.block.", ".depthwise.": ".block.conv_3x3.block.", ".project.": ".block.red_1x1.block.",
+            ".expand.": ".block.exp_1x1.block.", ".depthwise.": ".block.conv_3x3.block.",
+            ".project.": ".block.red_1x1.block.",
         })  # fmt: skip
     if format == "wilile":
-        key = _first(key, [(r"stem\.conv\.", "stem.0."), (r"final\.conv\.", "stage4.2."), (r"stages\.0\.0\.", "stem.1."),
+        key = _first(key, [(r"stem\.conv\.", "stem.0."), (r"final\.conv\.", "stage4.2."),
+                           (r"stages\.0\.0\.", "stem.1."),
                            (r"stages\.(\d)\.", lambda m: f"stage{m[1]}.")])  # fmt: skip
         if re.match(r"stage[234]\.1\.", key):
             key = _tail(key, {
                 ".local.": ".local_representation.0.", ".embed.": ".local_representation.1.",
-                ".project.conv.": ".fusion_block1.", ".fuse.conv.": ".fusion_block2.", ".layers.": ".transformer.layers.",
+                ".project.conv.": ".fusion_block1.", ".fuse.conv.": ".fusion_block2.",
+                ".layers.": ".transformer.layers.",
             })  # fmt: skip
             key = _tail(key, {
                 ".norm1.": ".0.norm.", ".attention.qkv.": ".0.fn.to_qvk.", ".attention.out.": ".0.fn.w_out.",
                 ".norm2.": ".1.norm.", ".mlp.0.": ".1.fn.net.0.", ".mlp.2.": ".1.fn.net.3.",
             })  # fmt: skip
             return re.sub(r"(local_representation\.\d)\.norm\.", r"\1.norm_layer.", key)
-        key = _tail(key, {".project.conv.": ".conv.2.", ".project.norm.": ".conv.3.", ".expand.": ".conv.0.", ".depthwise.": ".conv.1."})
+        key = _tail(
+            key,
+            {
+                ".project.conv.": ".conv.2.",
+                ".project.norm.": ".conv.3.",
+                ".expand.": ".conv.0.",
+                ".depthwise.": ".conv.1.",
+            },
+        )
         return re.sub(r"(\.conv\.[01])\.norm\.", r"\1.norm_layer.", key)
     raise ValueError(f"unknown checkpoint format {format!r}: expected one of {', '.join(FORMATS)}")
 
 
 def _is_layer_norm(timm_key: str) -> bool:
-    """timm calls the LayerNorm after the transformer `norm`, as we call every batch norm: only the latter are renamed."""
+    """timm calls the LayerNorm after the transformer `norm`, as we call every batch norm: only the latter are
+    renamed.
+    """
     return re.match(r"^stages\.[234]\.1\.norm\.", timm_key) is not None
 
 
 def load_pretrained(backbone: MobileViT, path: str | Path) -> str:
     """Fill a backbone from a public checkpoint and keep the checkpoint's normalisation with it.
 
-    Returns the format's name. Raises CheckpointError when the file cannot be read, is of the other flavour or another size,
-    or has a tensor that is missing, left over or of another shape.
+    Returns the format's name. Raises CheckpointError when the file cannot be read, is of the other flavour or another
+    size, or has a tensor that is missing, left over or of another shape.
     """
     state = read_state(path)
     try:
@@ -116,8 +139,8 @@ def load_pretrained(backbone: MobileViT, path: str | Path) -> str:
         raise CheckpointError(f"{path}: {error}") from None
     if FORMATS[format] != backbone.flavour:
         raise CheckpointError(
-            f"{path}: a {format} checkpoint belongs to the MobileViT flavour {FORMATS[format]!r}, but this network's is "
-            f"{backbone.flavour!r}: build it with flavour={FORMATS[format]!r} (of {', '.join(FLAVOURS)})"
+            f"{path}: a {format} checkpoint belongs to the MobileViT flavour {FORMATS[format]!r}, but this network's "
+            f"is {backbone.flavour!r}: build it with flavour={FORMATS[format]!r} (of {', '.join(FLAVOURS)})"
         )
     ours = {key: tensor for key, tensor in backbone.state_dict().items() if key not in ("mean", "std")}
     names = {key: foreign_key(key, format) for key in ours}
@@ -141,7 +164,9 @@ def load_pretrained(backbone: MobileViT, path: str | Path) -> str:
 def build_backbone(
     name: str = "mobilevit_s", flavour: str = "reference", checkpoint: str | Path | None = None, dropout: float = 0.0
 ) -> MobileViT:
-    """Build a MobileViT by name (``mobilevit_s``, ``mobilevit_xs``, ``mobilevit_xxs``), with a public checkpoint if given."""
+    """Build a MobileViT by name (``mobilevit_s``, ``mobilevit_xs``, ``mobilevit_xxs``), with a public checkpoint if
+    given.
+    """
     variant = name.removeprefix("mobilevit_")
     backbone = MobileViT(variant, flavour, dropout=dropout)
     if checkpoint is not None:

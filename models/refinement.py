@@ -1,8 +1,8 @@
 """Spatio-temporal Transformer: refines each stream with long-range dependencies among all frames.
 
-The abstract says no more than that. Our reading: pre-norm self-attention over all T*h*w tokens of a level, at strides 16 and
-32, per stream; positions come from a depth-wise convolution inside each frame and a sinusoid over time, so neither size nor
-length is baked in. For long videos the attention is over a window of frames.
+The abstract says no more than that. Our reading: pre-norm self-attention over all T*h*w tokens of a level, at strides
+16 and 32, per stream; positions come from a depth-wise convolution inside each frame and a sinusoid over time, so
+neither size nor length is baked in. For long videos the attention is over a window of frames.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 def temporal_windows(length: int, window: int) -> Iterator[tuple[int, int, int, int]]:
     """Cut a video into overlapping windows: yields (start, stop, keep_start, keep_stop).
 
-    Frames start..stop-1 attend to each other and keep_start..keep_stop-1 of the result are kept: the middle half, so that every
-    kept frame sees at least a quarter of the window on each side, except at the ends of the video. A video of at most `window`
-    frames is one window.
+    Frames start..stop-1 attend to each other and keep_start..keep_stop-1 of the result are kept: the middle half, so
+    that every kept frame sees at least a quarter of the window on each side, except at the ends of the video. A video
+    of at most `window` frames is one window.
     """
     if length <= window:
         yield 0, length, 0, length
@@ -61,7 +61,8 @@ class RefinementLayer(nn.Module):
         b, t, c, h, w = x.shape
         x = x + self.position(x.flatten(0, 1)).view_as(x)
         tokens = x.permute(0, 1, 3, 4, 2).reshape(b, t * h * w, c)  # (B, T, C, H, W) -> (B, T*H*W, C)
-        y = self.norm1(tokens).view(b, t, h * w, c) + time_encoding(t, c, tokens)[:, None]  # (T, C) over the H*W of a frame
+        # (T, C) over the H*W of a frame
+        y = self.norm1(tokens).view(b, t, h * w, c) + time_encoding(t, c, tokens)[:, None]
         qkv = self.qkv(y).view(b, t * h * w, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T*H*W, C/heads)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t * h * w, c)

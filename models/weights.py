@@ -1,8 +1,9 @@
 """Weights files of this network: read, check against a network, write.
 
-A published file is a ``.safetensors`` whose metadata holds the network's configuration (JSON under ``config``), so that the
-architecture and the normalisation come from the file. Training checkpoints (``.pt`` of main.py) are read too; of those the
-averaged weights (``ema``) are taken where there are any. Everything is read with ``weights_only=True``.
+A published file is a ``.safetensors`` whose metadata holds the network's configuration (JSON under ``config``), so
+that the architecture and the normalisation come from the file. Training checkpoints (``.pt`` of main.py) are read
+too; of those the averaged weights (``ema``) are taken where there are any. Everything is read with
+``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ FORMAT = "dbsnet-1"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a ``.safetensors`` or a torch file to the CPU, whatever dict it holds; raises CheckpointError, naming the file.
+    """Read a ``.safetensors`` or a torch file to the CPU, whatever dict it holds; raises CheckpointError, naming the
+    file.
 
     A safetensors file gives ``{"state_dict": tensors, "metadata": {str: str}}``.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: give the path of an existing .safetensors, .pt, .pth or .pth.tar file")
+        raise CheckpointError(
+            f"no checkpoint at {path}: give the path of an existing .safetensors, .pt, .pth or .pth.tar file"
+        )
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -38,18 +42,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
                 return {"state_dict": state, "metadata": file.metadata() or {}}
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file ({error}): copy or download it again") from None
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file ({error}): copy or download it again"
+            ) from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds Python objects beside tensors, which are not read (weights_only=True): {str(error).splitlines()[0]} "
-            "Save its state dict alone and give that file"
+            f"{path} holds Python objects beside tensors, which are not read (weights_only=True): "
+            f"{str(error).splitlines()[0]} Save its state dict alone and give that file"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable torch file ({error}): copy or download it again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dict of tensors or a checkpoint dict")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, expected a dict of tensors or a checkpoint dict"
+        )
     return content
 
 
@@ -65,7 +73,9 @@ def tensors_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     state = {}
     for key, tensor in content.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: {key!r} is a {type(tensor).__name__}, expected tensors only: not a state dict")
+            raise CheckpointError(
+                f"{path}: {key!r} is a {type(tensor).__name__}, expected tensors only: not a state dict"
+            )
         state[key.replace("_orig_mod.", "").removeprefix("module.")] = tensor
     if not state:
         raise CheckpointError(f"{path} holds no tensors")
@@ -95,14 +105,17 @@ def describe_mismatch(expected: dict[str, torch.Size], given: dict[str, torch.Si
 def load_state(net: torch.nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Fill a network from a state dict, strictly; a CheckpointError counts and names what does not fit."""
     problem = describe_mismatch(
-        {key: tensor.shape for key, tensor in net.state_dict().items()}, {key: tensor.shape for key, tensor in state.items()}
+        {key: tensor.shape for key, tensor in net.state_dict().items()},
+        {key: tensor.shape for key, tensor in state.items()},
     )
     if problem:
         raise CheckpointError(f"{path} does not fit this network: {problem}")
     net.load_state_dict(state)
 
 
-def save_weights(path: str | Path, net: torch.nn.Module, *, half: bool = False, metadata: dict[str, str] | None = None) -> None:
+def save_weights(
+    path: str | Path, net: torch.nn.Module, *, half: bool = False, metadata: dict[str, str] | None = None
+) -> None:
     """Write a network's weights and configuration as one safetensors file, atomically.
 
     `half` stores floating-point tensors as float16 (half the size; loading widens them again).
@@ -145,10 +158,15 @@ def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.n
             f"{path} does not say which network it is of: expected a file written by this project (main.py's .pt, or "
             ".safetensors with a 'config' in its metadata). A MobileViT checkpoint goes to main.py --pretrained"
         )
-    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors_of(content, path).items()}
+    state = {
+        key: tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in tensors_of(content, path).items()
+    }
     try:
         net = build_dbsnet(**config)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its configuration does not describe a network of this version: {error}") from None
+        raise CheckpointError(
+            f"{path}: its configuration does not describe a network of this version: {error}"
+        ) from None
     load_state(net, state, path)
     return net.to(device).eval()

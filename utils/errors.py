@@ -11,7 +11,10 @@ from models.errors import CheckpointError
 
 
 class UserError(ValueError):
-    """A wrong option, config key or file outside `datasets` and `models`. Says what, where, expected, and what to do."""
+    """A wrong option, config key or file outside `datasets` and `models`.
+
+    Says what, where, expected, and what to do.
+    """
 
 
 USER_ERRORS = (UserError, DataError, CheckpointError)
