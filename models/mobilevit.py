@@ -228,8 +228,8 @@ class MobileViT(nn.Module):
         if h % self.multiple or w % self.multiple:
             padded = tuple(-(-side // self.multiple) * self.multiple for side in (h, w))
             raise ValueError(
-                f"MobileViT ({self.flavour}) needs height and width that are multiples of {self.multiple}, got {h}x{w}: pad "
-                f" the input to {padded[0]}x{padded[1]}"
+                f"MobileViT ({self.flavour}) needs height and width that are multiples of {self.multiple}, "
+                f"got {h}x{w}: pad the input to {padded[0]}x{padded[1]}"
             )
         x = self.stem((x - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1))
         maps = []
