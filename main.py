@@ -108,7 +108,10 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
         path = Path(config.finetune)
         net = load_dbsnet(path)
     else:
-        net = build_dbsnet(variant=config.variant, flavour=config.flavour, **config.network)
+        try:
+            net = build_dbsnet(variant=config.variant, flavour=config.flavour, **config.network)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"network: {error}; the valid keys and values are those of models.DBSNet") from None
         if config.pretrained is not None:
             net.load_backbones(config.pretrained)
         return net

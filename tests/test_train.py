@@ -1,0 +1,378 @@
+"""main.py: it resumes exactly, validates, stops when asked, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from datasets.synthetic import write_dataset
+from models import Predictor, build_dbsnet, load_dbsnet, save_weights
+from utils.config import TrainConfig, load_config
+from utils.errors import UserError
+
+SMALL = ["streams:[appearance]", "depth:0", "dilations:[1]", "rounds:1"]  # --network, to be quick
+OPTIONS = {"streams": ["appearance"], "depth": 0, "dilations": [1], "rounds": 1}
+TINY = [
+    *"--config configs/demo.yaml --variant xxs --size 32 64 --clip_len 2 --batch_size 2 --max_steps 4".split(),
+    *"--steps_per_epoch 3 --workers 0 --log_every 1 --panels_every 0 --no-tensorboard --device cpu".split(),
+    *"--warmup_steps 2 --network".split(),
+    *SMALL,
+]
+
+
+@pytest.fixture(autouse=True)
+def at_the_checkout(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """Folder of a run of four steps, epochs of three, in one go."""
+    folder = tmp_path_factory.mktemp("finished")
+    before = os.getcwd()
+    os.chdir(repository)
+    try:
+        assert main.main([*TINY, "--save_dir", str(folder)]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of three synthetic videos in DAVIS's layout, all in its train split."""
+    return write_dataset(tmp_path_factory.mktemp("data"), videos=3, frames=5, size=(48, 80), seed=1, validation=0)
+
+
+def read(folder: Path, name: str = "last.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def lines(folder: Path, kind: str = "train") -> list[dict]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a call that ends with exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        main.main(arguments)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "Traceback" not in message
+    return message
+
+
+def equal(one: object, other: object, path: str = "") -> None:
+    """Asserts that two nested structures hold the same tensors and numbers, to the last bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            equal(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for number, (a, b) in enumerate(zip(one, other)):
+            equal(a, b, f"{path}/{number}")
+    else:
+        assert one == other, path
+
+
+@pytest.mark.parametrize("stop", [2, 3], ids=["inside an epoch", "between two epochs"])
+def test_a_resumed_run_equals_one_that_never_stopped(
+    stop: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*TINY, "--save_dir", str(tmp_path)]
+    assert main.main([*arguments, "--stop_after", str(stop)]) == 0
+    assert f"stopped at step {stop} of 4" in capsys.readouterr().out
+    assert read(tmp_path)["step"] == stop
+    assert main.main(arguments) == 0
+    assert f"resuming {tmp_path / 'last.pt'} at step {stop}" in capsys.readouterr().out
+    resumed, whole = read(tmp_path), read(finished)
+    for key in ("model", "ema", "optimizer", "scheduler", "step", "epoch", "best", "rng"):
+        equal(resumed[key], whole[key], key)
+    exact = ("step", "epoch", "loss", "bce", "iou", "aux", "lr", "grad_norm")
+    assert [[line[key] for key in exact] for line in lines(tmp_path)] == [
+        [line[key] for key in exact] for line in lines(finished)
+    ]
+
+
+def test_the_loader_workers_change_nothing(finished: Path, tmp_path: Path) -> None:
+    assert main.main([*TINY, "--workers", "2", "--save_dir", str(tmp_path)]) == 0
+    equal(read(tmp_path)["model"], read(finished)["model"])
+
+
+def test_a_finished_run_is_left_as_it_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "last.pt").read_bytes()
+    assert main.main([*TINY, "--save_dir", str(finished)]) == 0
+    assert "done: 4 steps" in capsys.readouterr().out
+    assert (finished / "last.pt").read_bytes() == before
+    assert len(lines(finished)) == 4
+
+
+def test_the_files_of_a_run(finished: Path) -> None:
+    config = load_config(finished / "config.yaml")
+    assert config.save_dir == str(finished) and config.max_steps == 4
+    # The weights that are handed out are the averaged ones, and build their own network.
+    net = load_dbsnet(finished / "weights.safetensors")
+    assert net.config == read(finished)["config_model"]
+    equal(dict(net.state_dict()), read(finished)["ema"])
+    equal(dict(load_dbsnet(finished / "last.pt").state_dict()), read(finished)["ema"])
+
+
+def test_resume_none_starts_anew_and_keeps_the_old_run(tmp_path: Path) -> None:
+    arguments = [*TINY, "--save_dir", str(tmp_path), "--max_steps", "1"]
+    assert main.main(arguments) == 0
+    first = (tmp_path / "last.pt").read_bytes()
+    assert main.main([*arguments, "--resume", "none", "--seed", "5"]) == 0
+    assert (tmp_path / "previous-1" / "last.pt").read_bytes() == first
+    assert len(lines(tmp_path)) == 1
+    new, old = (read(folder)["model"] for folder in (tmp_path, tmp_path / "previous-1"))
+    assert any(not torch.equal(new[name], old[name]) for name in new)
+
+
+def test_accumulated_batches_equal_one_batch(tmp_path: Path) -> None:
+    """With fixed batch norm statistics, which are the only thing that batches of a step do not share."""
+    arguments = [*TINY, "--bn", "frozen", "--max_steps", "3"]
+    assert main.main([*arguments, "--save_dir", str(tmp_path / "one")]) == 0
+    split = ["--batch_size", "1", "--accumulate", "2"]
+    assert main.main([*arguments, *split, "--save_dir", str(tmp_path / "two")]) == 0
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two")):
+        for key in ("loss", "bce", "iou", "aux", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key
+    started = build_dbsnet("xxs", **OPTIONS).state_dict()
+    for name, value in read(tmp_path / "one")["model"].items():
+        if "running" in name:
+            assert torch.equal(value, started[name]), name
+
+
+def test_validation_keeps_the_best(videos: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    data = ["--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", names[0], names[2]]
+    assert main.main([*TINY, *data, "--val_every", "2", "--save_dir", str(tmp_path)]) == 0
+    scores = lines(tmp_path, "val")
+    assert [line["step"] for line in scores] == [2, 4]
+    assert all(set(line["sequences"]) == {names[0], names[2]} for line in scores)
+    best = max(scores, key=lambda line: line["J"])
+    assert read(tmp_path, "best.pt")["step"] == best["step"] == read(tmp_path)["best"]["step"]
+    # The score again, from the file and pixel by pixel: frames 1 … 3 of 0 … 4, at the video's own size.
+    predictor = Predictor(load_dbsnet(tmp_path / "weights.safetensors"), size=(32, 64))
+    for name in (names[0], names[2]):
+        images, flows, masks = (
+            [load_image(path) for path in sorted((videos / folder / "480p" / name).iterdir())]
+            for folder in ("JPEGImages", "Flows", "Annotations")
+        )
+        found = []
+        for index, probability in predictor(images, flows):
+            mask, truth = np.round(probability * 255) > 127, masks[index] > 0
+            union = np.count_nonzero(mask | truth)
+            found.append(np.count_nonzero(mask & truth) / union if union else 1.0)
+        assert best["sequences"][name] == pytest.approx(np.mean(found[1:-1]), abs=1e-6)
+
+
+def load_image(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(path))
+
+
+def test_held_out_sequences_are_not_trained_on(videos: Path) -> None:
+    names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    config = TrainConfig(data_dir=str(videos), datasets={"DAVIS-2016": 1.0}, val_sequences=[names[1]])
+    training, validation = main.build_sequences(config)
+    assert [sequence.name for sequence in training["DAVIS-2016"]] == [names[0], names[2]]
+    assert [sequence.name for sequence in validation] == [names[1]]
+    with pytest.raises(UserError, match=rf"'{names[1]}x' is not in the train split of DAVIS-2016; .*{names[1]}"):
+        main.build_sequences(TrainConfig(**{**vars(config), "val_sequences": [names[1] + "x"]}))
+    with pytest.raises(UserError, match="DAVIS-2016 has no training sequence left"):
+        main.build_sequences(TrainConfig(**{**vars(config), "val_sequences": names}))
+
+
+def test_an_interrupted_validation_comes_first_in_the_next_call(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())[0]
+    arguments = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    arguments += ["--max_steps", "2", "--steps_per_epoch", "1", "--save_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "validate", lambda run: None)  # what it returns when asked to stop
+        assert main.main(arguments) == 0
+    assert read(tmp_path)["step"] == 1 and not lines(tmp_path, "val")
+    assert main.main(arguments) == 0
+    assert [line["step"] for line in lines(tmp_path, "val")] == [1, 2]
+
+
+def test_finetune_starts_from_the_weights(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = read(finished)["ema"]
+    for weights in ("last.pt", "weights.safetensors"):
+        folder = tmp_path / weights
+        arguments = [*TINY, "--finetune", str(finished / weights), "--save_dir", str(folder)]
+        # A learning rate of nought shows the weights that it starts from; statistics are kept by bn frozen.
+        frozen = [*arguments, "--lr", "0", "--bn", "frozen", "--ema", "0", "--max_steps", "1"]
+        assert main.main(frozen) == 0
+        equal(read(folder)["model"], expected)
+    # The same command resumes; from other weights it is another run.
+    assert main.main(frozen) == 0
+    assert "resuming" in capsys.readouterr().out
+    other = fails([*frozen, "--finetune", str(finished / "last.pt")], capsys)
+    assert "--resume none" in other and str(finished / "weights.safetensors") in other
+
+
+def test_weights_of_another_network(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    anew = ["--save_dir", str(tmp_path)]
+    message = fails([*TINY, *anew, "--variant", "xs", "--finetune", str(finished / "last.pt")], capsys)
+    assert "variant xxs, not xs" in message and "--variant xxs" in message and str(finished / "last.pt") in message
+    message = fails([*TINY, "--variant", "xs", "--save_dir", str(finished)], capsys)
+    assert "variant xxs, not xs" in message and "--save_dir" in message
+    save_weights(tmp_path / "other.safetensors", build_dbsnet("xxs", flavour="wilile", **OPTIONS))
+    message = fails([*TINY, *anew, "--finetune", str(tmp_path / "other.safetensors")], capsys)
+    assert "flavour wilile, not reference" in message
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    assert "text.pt" in fails([*TINY, *anew, "--finetune", str(tmp_path / "text.pt")], capsys)
+    assert "text.pt" in fails([*TINY, *anew, "--pretrained", str(tmp_path / "text.pt")], capsys)
+
+
+def test_a_run_that_cannot_go_on_says_why(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [*TINY, "--save_dir", str(finished)]
+    assert "2 clips per step" in fails([*run, "--batch_size", "3"], capsys)
+    assert "3 steps per epoch" in fails([*run, "--steps_per_epoch", "4"], capsys)
+    assert "--ema" in fails([*run, "--ema", "0"], capsys)
+    assert "--optimizer adamw" in fails([*run, "--optimizer", "sgd"], capsys)
+    assert "nowhere.pt" in fails([*TINY, "--save_dir", str(tmp_path), "--resume", "nowhere.pt"], capsys)
+    assert "widht" in fails([*TINY, "widht:3", "--save_dir", str(tmp_path)], capsys)
+
+
+def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--data_dir", str(tmp_path), "--save_dir", str(tmp_path / "run")]
+    assert "DAVIS-2016" in fails([*arguments, "--datasets", "DAVIS-2016"], capsys)
+    assert "DUTS-TR" in fails([*arguments, "--datasets", "DUTS-TR"], capsys)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--save_dir", str(tmp_path), "--schedule", "constant"]
+    assert main.main([*arguments, "--stop_after", "1"]) == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    message = fails([*arguments, "--lr", "1e30", "--warmup_steps", "0", "--optimizer", "adamw"], capsys)
+    assert "at step" in message and "lr" in message
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_max_minutes_stops_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([*TINY, "--save_dir", str(tmp_path), "--max_minutes", "1e-6"]) == 0
+    assert "run the same command again" in capsys.readouterr().out
+    assert read(tmp_path)["step"] == 0
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
+def test_a_signal_stops_with_a_checkpoint(number: signal.Signals, tmp_path: Path, repository: Path) -> None:
+    arguments = [*TINY, "--workers", "1", "--max_steps", "100000", "--save_dir", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *arguments],
+        cwd=repository,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ((tmp_path / "log.jsonl").is_file() and lines(tmp_path)):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    last = out.splitlines()[-1]
+    assert last.startswith("stopped at step") and number.name in last and "run the same command again" in last
+    assert read(tmp_path)["step"] == lines(tmp_path)[-1]["step"] >= 1
+    main.main([*arguments, "--stop_after", "1"])
+    steps = [line["step"] for line in lines(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_the_learning_rate_over_the_steps() -> None:
+    config = TrainConfig(warmup_steps=10, schedule="cosine")
+    factors = [main.lr_factor(config, step, 110, 11) for step in range(110)]
+    assert factors[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert factors[10] == 1 and factors[60] == pytest.approx(0.5)
+    assert all(a > b for a, b in zip(factors[10:], factors[11:])) and 0 < factors[-1] < 1e-3
+    config = TrainConfig(warmup_steps=0, schedule="step", step_epochs=2)
+    drops = [main.lr_factor(config, step, 60, 10) for step in (19, 20, 40)]
+    assert drops == pytest.approx([1, 0.1, 0.01])
+
+
+def test_parameter_groups() -> None:
+    net = build_dbsnet("xxs", **OPTIONS)
+    optimizer = main.build_optimizer(TrainConfig(lr=1e-3, backbone_lr_factor=0.1, weight_decay=0.02), net)
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(group_of) == len(list(net.parameters()))
+    encoder = {id(parameter) for parameter in net.encoder_parameters()}
+    for name, parameter in net.named_parameters():
+        group = group_of[id(parameter)]
+        assert math.isclose(group["lr"], 1e-4 if id(parameter) in encoder else 1e-3), name
+        assert group["weight_decay"] == (0.0 if parameter.ndim <= 1 else 0.02), name
+        if name.endswith("bias"):
+            assert group["weight_decay"] == 0, name
+
+
+@pytest.mark.parametrize("amp", [pytest.param("bf16"), pytest.param("fp16", marks=pytest.mark.gpu)])
+def test_mixed_precision_trains(amp: str, tmp_path: Path) -> None:
+    device = "cuda" if amp == "fp16" else "cpu"
+    arguments = [*TINY, "--amp", amp, "--device", device, "--channels_last", "--save_dir", str(tmp_path)]
+    assert main.main([*arguments, "--stop_after", "2"]) == 0
+    assert main.main(arguments) == 0
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
+    assert {value.dtype for value in read(tmp_path)["model"].values()} <= {torch.float32, torch.int64}
+
+
+def test_fp16_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "amp: fp16 needs a GPU" in fails([*TINY, "--amp", "fp16", "--save_dir", str(tmp_path)], capsys)
+
+
+def test_tensorboard_and_panels(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = [*TINY, "--tensorboard", "--panels_every", "1", "--max_steps", "1", "--save_dir", str(tmp_path)]
+    assert main.main(arguments) == 0
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([lines(tmp_path)[0]["loss"]])
+    assert events.Images("train")
+    picture = load_image(tmp_path / "panels" / "train_0000001.png")
+    assert picture.ndim == 3 and picture.std() > 10
+
+
+@pytest.mark.slow
+def test_it_compiles(tmp_path: Path) -> None:
+    assert main.main([*TINY, "--compile", "--max_steps", "2", "--save_dir", str(tmp_path)]) == 0
+    load_dbsnet(tmp_path / "weights.safetensors")  # no _orig_mod. in the names
+
+
+@pytest.mark.slow
+def test_it_learns_synthetic_clips(tmp_path: Path) -> None:
+    arguments = [*TINY, "--max_steps", "150", "--steps_per_epoch", "150", "--lr", "2e-3", "--log_every", "30"]
+    assert main.main([*arguments, "--size", "64", "96", "--save_dir", str(tmp_path)]) == 0
+    curve = [line["iou"] for line in lines(tmp_path)]
+    assert curve[-1] < 0.75 * curve[0], curve
