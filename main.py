@@ -47,7 +47,7 @@ from utils.distributed import Processes, freeze_batch_norm, set_batch_norm, star
 from utils.ema import WeightAverage
 from utils.errors import UserError, exit_on_user_error
 from utils.files import write_text
-from utils.loading import ClipOrder, build_loader
+from utils.loading import ClipOrder, build_loader, read_batches
 from utils.metrics import jaccard
 from utils.runlog import RunLog
 from utils.stopping import StopRequest
@@ -279,7 +279,7 @@ def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
     order.epoch, order.first_step = divmod(run.step, run.steps_per_epoch)
     loader.dataset.set_epoch(order.epoch)
     meter = Meter(run)
-    batches = iter(loader)
+    batches = read_batches(loader)
     while run.step < run.total_steps:
         waiting = time.monotonic()
         parts = [batch for _, batch in zip(range(config.accumulate), batches)]
@@ -560,13 +560,17 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
             for path in old:
                 os.replace(path, folder / f"previous-{number}" / path.name)
         return None
-    if config.resume == "auto" and not resume_path(config).is_file():
+    path = resume_path(config)
+    present = processes.gather(path.is_file())
+    if any(present) and not all(present):
+        raise UserError(f"{path} is there for some processes only; save_dir must be a folder that all machines share")
+    if config.resume == "auto" and not any(present):
         return None
-    checkpoint = load_checkpoint(resume_path(config))
+    checkpoint = load_checkpoint(path)
     started_from = checkpoint["config"].get("finetune")
     if config.finetune is not None and started_from != config.finetune:
         raise UserError(
-            f"{resume_path(config)} is of a run that started from {started_from or 'no other weights'}, not from "
+            f"{path} is of a run that started from {started_from or 'no other weights'}, not from "
             f"{config.finetune}; give another --save_dir, or --resume none to start anew"
         )
     return checkpoint
@@ -732,6 +736,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes = start_processes(config.device, local_rank)
         try:
             return train(config, processes)
+        except KeyboardInterrupt:
+            print("interrupted at once; what was not in last.pt yet is lost", file=sys.stderr)
+            return INTERRUPTED
         finally:
             stop_processes()
 

@@ -20,7 +20,7 @@ from utils.loading import ClipOrder
 
 TINY = (
     "--config configs/demo.yaml --variant xxs --network depth:1 dilations:[1] --size 32 64 --clip_len 2 --max_steps 3 "
-    "--steps_per_epoch 2 --workers 0 --log_every 1 --panels_every 0 --no-tensorboard --warmup_steps 2 --device cpu"
+    "--steps_per_epoch 2 --workers 0 --log_every 1 --panels_every 0 --no-tensorboard --warmup_steps 2 --lr 1e-4 --device cpu"
 ).split()
 
 
@@ -120,8 +120,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     together, alone = losses(two_processes), losses(tmp_path)
     assert [line["step"] for line in together] == [1, 2, 3]
     for one, other in zip(together, alone):
-        for name in ("loss", "bce", "iou", "aux", "grad_norm"):
-            assert one[name] == pytest.approx(other[name], rel=2e-5), name
+        for name in ("loss", "bce", "iou", "aux"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     # The running statistics too: those of the whole batch, not of one share.
     ours, theirs = (torch.load(path / "last.pt", weights_only=True)["model"] for path in (two_processes, tmp_path))
     for name, value in ours.items():

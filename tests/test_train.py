@@ -92,16 +92,16 @@ def equal(one: object, other: object, path: str = "") -> None:
         assert one == other, path
 
 
-@pytest.mark.parametrize("stop", [2, 3], ids=["inside an epoch", "between two epochs"])
 def test_a_resumed_run_equals_one_that_never_stopped(
-    stop: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*TINY, "--save_dir", str(tmp_path)]
-    assert main.main([*arguments, "--stop_after", str(stop)]) == 0
-    assert f"stopped at step {stop} of 4" in capsys.readouterr().out
-    assert read(tmp_path)["step"] == stop
+    for stop, more in ((2, "2"), (3, "1")):  # inside an epoch, and between two
+        assert main.main([*arguments, "--stop_after", more]) == 0
+        assert f"stopped at step {stop} of 4" in capsys.readouterr().out
+        assert read(tmp_path)["step"] == stop
     assert main.main(arguments) == 0
-    assert f"resuming {tmp_path / 'last.pt'} at step {stop}" in capsys.readouterr().out
+    assert f"resuming {tmp_path / 'last.pt'} at step 3" in capsys.readouterr().out
     resumed, whole = read(tmp_path), read(finished)
     for key in ("model", "ema", "optimizer", "scheduler", "step", "epoch", "best", "rng"):
         equal(resumed[key], whole[key], key)
@@ -147,7 +147,7 @@ def test_resume_none_starts_anew_and_keeps_the_old_run(tmp_path: Path) -> None:
 
 def test_accumulated_batches_equal_one_batch(tmp_path: Path) -> None:
     """With fixed batch norm statistics, which are the only thing that batches of a step do not share."""
-    arguments = [*TINY, "--bn", "frozen", "--max_steps", "3"]
+    arguments = [*TINY, "--bn", "frozen", "--max_steps", "2"]
     assert main.main([*arguments, "--save_dir", str(tmp_path / "one")]) == 0
     split = ["--batch_size", "1", "--accumulate", "2"]
     assert main.main([*arguments, *split, "--save_dir", str(tmp_path / "two")]) == 0
@@ -262,6 +262,16 @@ def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "DUTS-TR" in fails([*arguments, "--datasets", "DUTS-TR"], capsys)
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_frame_is_named(workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_dataset(tmp_path, videos=1, frames=2, size=(32, 64))
+    frame = next((root / "JPEGImages").rglob("00000.jpg"))
+    frame.write_bytes(frame.read_bytes()[:200])
+    arguments = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(root), "--workers", workers]
+    message = fails([*arguments, "--save_dir", str(tmp_path / "run")], capsys)
+    assert message.startswith(f"error: {frame}: ") and len(message.splitlines()) == 1
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--save_dir", str(tmp_path), "--schedule", "constant"]
     assert main.main([*arguments, "--stop_after", "1"]) == 0
@@ -336,7 +346,9 @@ def test_parameter_groups() -> None:
             assert group["weight_decay"] == 0, name
 
 
-@pytest.mark.parametrize("amp", [pytest.param("bf16"), pytest.param("fp16", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "amp", [pytest.param("bf16", marks=pytest.mark.slow), pytest.param("fp16", marks=pytest.mark.gpu)]
+)
 def test_mixed_precision_trains(amp: str, tmp_path: Path) -> None:
     device = "cuda" if amp == "fp16" else "cpu"
     arguments = [*TINY, "--amp", amp, "--device", device, "--channels_last", "--save_dir", str(tmp_path)]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datasets.errors import DataError
 
 
 class ClipOrder(Sampler):
@@ -50,6 +53,18 @@ def build_loader(clips: Dataset, order: ClipOrder, *, workers: int, pin_memory: 
         # Workers are seeded from this; without it each epoch would draw from the global generator.
         generator=torch.Generator().manual_seed(order.seed),
     )
+
+
+def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of an epoch. An error about the data that a worker met is raised here as it was there.
+
+    PyTorch would hand it on with the worker's traceback as its message.
+    """
+    try:
+        yield from loader
+    except DataError as error:
+        message = str(error).rstrip().rsplit(f"{DataError.__name__}: ", 1)[-1]
+        raise DataError(message) from None
 
 
 def _start_worker(_: int) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 class StopRequest:
     """Ctrl-C, SIGTERM or the end of the time given: noticed at once, obeyed where the run looks at ``wanted``.
 
-    Use as a context manager, in the main thread. A second Ctrl-C interrupts at once.
+    Use as a context manager, in the main thread. A second Ctrl-C, a second or more after the first, interrupts at once;
+    sooner it is the same one, which a launcher has passed on.
     """
 
     def __init__(self, max_minutes: float = 0) -> None:
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         self.signal: signal.Signals | None = None
+        self._since = math.inf
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -28,9 +30,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _catch(self, number: int, _: object) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), now
+        elif number == signal.SIGINT and now > self._since + 1:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
 
     @property
     def wanted(self) -> bool:
