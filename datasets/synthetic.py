@@ -228,13 +228,19 @@ def _draw_texture(rng: np.random.Generator, size: tuple[int, int], palette: np.n
     for _ in range(int(rng.integers(0, 9))):  # things: boxes and ellipses, some large and faint
         cx, cy = rng.uniform(-1, 1) * width / height, rng.uniform(-1, 1)
         half_x, half_y, turn = rng.uniform(0.04, 0.5), rng.uniform(0.04, 0.35), rng.uniform(0, math.pi)
-        u = (math.cos(turn) * (x - cx) + math.sin(turn) * (y - cy)) / half_x
-        v = (math.cos(turn) * (y - cy) - math.sin(turn) * (x - cx)) / half_y
-        power = 2 if rng.random() < 0.5 else 8
+        power, sharpness, strength = (2 if rng.random() < 0.5 else 8), rng.uniform(6, 30), rng.uniform(0.3, 1.0)
+        colour = torch.from_numpy(rng.uniform(0, 1, (3, 1, 1)).astype(np.float32))
+        # only the square that the turned shape reaches
+        reach = math.hypot(half_x, half_y)
+        top, bottom = (round(np.clip((cy + d + 1) / 2, 0, 1) * height) for d in (-reach, reach))
+        left, right = (round(np.clip(((cx + d) * height / width + 1) / 2, 0, 1) * width) for d in (-reach, reach))
+        part_x, part_y = x[:, left:right] - cx, y[top:bottom] - cy
+        u = (math.cos(turn) * part_x + math.sin(turn) * part_y) / half_x
+        v = (math.cos(turn) * part_y - math.sin(turn) * part_x) / half_y
         distance = u.abs().pow_(power) + v.abs().pow_(power)
-        inside = ((1 - distance) * rng.uniform(6, 30)).clamp_(0, 1) * rng.uniform(0.3, 1.0)
-        colour = torch.from_numpy(rng.uniform(0, 1, 3).astype(np.float32))
-        texture = texture + inside * (colour[:, None, None] - texture)
+        inside = ((1 - distance) * sharpness).clamp_(0, 1) * strength
+        part = texture[:, top:bottom, left:right]
+        part += inside * (colour - part)
     return texture.clamp_(0, 1)
 
 
@@ -274,9 +280,20 @@ def _draw_still(rng: np.random.Generator, size: tuple[int, int]) -> tuple[torch.
     palette = rng.uniform(0, 1, (3, 3))
     background = _draw_texture(rng, size, palette)
     mask = _draw_shape(rng, size)
+    if not bool(mask.any()):  # all outside the picture
+        mask[size[0] // 3 : size[0] // 2, size[1] // 3 : size[1] // 2] = True
     # a third of the objects wear the colours of their surroundings and show only by moving
-    surface = _draw_texture(rng, size, palette if rng.random() < 0.3 else rng.uniform(0, 1, (3, 3)))
-    return torch.where(mask, surface, background), mask
+    colours = palette if rng.random() < 0.3 else rng.uniform(0, 1, (3, 3))
+    rows, columns = _extent(mask)
+    part = background[:, rows, columns]
+    part.copy_(torch.where(mask[rows, columns], _draw_texture(rng, tuple(part.shape[1:]), colours), part))
+    return background, mask
+
+
+def _extent(mask: torch.Tensor) -> tuple[slice, slice]:
+    """Rows and columns of the smallest box that holds a mask (H, W), which must not be empty."""
+    rows, columns = torch.where(mask.any(dim=1))[0], torch.where(mask.any(dim=0))[0]
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def _load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,6 +301,7 @@ def _load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor,
     height, width = size
     try:
         with Image.open(still.image) as picture:
+            full_size = picture.size
             picture.draft("RGB", (math.ceil(1.3 * width), math.ceil(1.3 * height)))
             picture = picture.convert("RGB")
     except (OSError, SyntaxError) as error:
@@ -293,12 +311,11 @@ def _load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor,
             mask_size, mask = mask.size, mask.convert("L")
     except (OSError, SyntaxError) as error:
         raise DataError(f"{still.mask}: cannot be read as an image ({error}); replace or remove it") from error
-    with Image.open(still.image) as header:
-        if header.size != mask_size:
-            raise DataError(
-                f"{still.mask}: the mask is {mask_size[0]}x{mask_size[1]}, its image {still.image} is "
-                f"{header.size[0]}x{header.size[1]}; they must be of one size"
-            )
+    if full_size != mask_size:
+        raise DataError(
+            f"{still.mask}: the mask is {mask_size[0]}x{mask_size[1]}, its image {still.image} is "
+            f"{full_size[0]}x{full_size[1]}; they must be of one size"
+        )
     ratio = min(picture.width / width, picture.height / height)
     if ratio > 1.4:
         target = (max(1, round(picture.width * 1.2 / ratio)), max(1, round(picture.height * 1.2 / ratio)))
@@ -371,14 +388,12 @@ def _cut_out(picture: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
     The edge is feathered over about two pixels; half coverage runs along the mask's edge.
     """
     height, width = mask.shape
-    rows, columns = torch.where(mask.any(dim=1))[0], torch.where(mask.any(dim=0))[0]
-    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    rows, columns = _extent(mask)
     pad = 3
-    alpha = F.pad(mask[top:bottom, left:right].float()[None, None], (pad,) * 4)
+    alpha = F.pad(mask[rows, columns].float()[None, None], (pad,) * 4)
     alpha = F.avg_pool2d(alpha, 3, 1, 1)[0]
-    colour = picture[None, :, top:bottom, left:right]
-    colour = F.pad(colour, (pad,) * 4, mode="replicate")[0]
-    centre = ((left + right - width) / 2, (top + bottom - height) / 2)
+    colour = F.pad(picture[None, :, rows, columns], (pad,) * 4, mode="replicate")[0]
+    centre = ((columns.start + columns.stop - width) / 2, (rows.start + rows.stop - height) / 2)
     return torch.cat([colour * alpha, alpha]), centre
 
 
@@ -408,8 +423,6 @@ class _Sources:
     def _get(self, rng: np.random.Generator, still: StillImage | None) -> tuple[torch.Tensor, torch.Tensor]:
         if still is None:
             picture, mask = _draw_still(rng, (round(1.15 * self.size[0]), round(1.15 * self.size[1])))
-            if not bool(mask.any()):
-                mask[mask.shape[0] // 3 : mask.shape[0] // 2, mask.shape[1] // 3 : mask.shape[1] // 2] = True
         else:
             picture, mask = _load_still(still, self.size)
         if rng.random() < 0.5:
@@ -561,6 +574,8 @@ def _compose(
     if second is not None:
         moving = replace(options, object_static=0.0)
         layers.append(_object_layer(rng, length, size, moving, *second, camera, camera_shift, None))
+    if surroundings is not None or distractor is not None:
+        options = replace(options, object_static=0.0)  # nothing would say which of the things is meant
     layers.append(
         _object_layer(rng, length, size, options, picture, mask, camera, camera_shift, view if at_home else None)
     )
@@ -660,10 +675,14 @@ def _expose(rng: np.random.Generator, frames: torch.Tensor, flow: torch.Tensor, 
     return exposed
 
 
-def _estimated(rng: np.random.Generator, flow: torch.Tensor, options: SceneOptions) -> torch.Tensor:
-    """The flow as an estimator might see it: softened at a coarse grid, with smooth errors. For the picture only."""
+def _flow_pictures(rng: np.random.Generator, flow: torch.Tensor, options: SceneOptions) -> torch.Tensor:
+    """Colour pictures (T, 3, H, W) of the flow, as it is or as an estimator might see it.
+
+    The estimate is the flow on a coarse grid with smooth errors. It is coloured at half the size, as flow that was
+    computed on smaller frames is; that also saves half of the time.
+    """
     if rng.random() >= options.flow_errors:
-        return flow
+        return flows_to_images(flow)
     length, _, height, width = flow.shape
     cell = int(rng.integers(2, 7))
     coarse = flow[:, :, cell // 2 :: cell, cell // 2 :: cell]  # (T, 2, h, w)
@@ -677,7 +696,9 @@ def _estimated(rng: np.random.Generator, flow: torch.Tensor, options: SceneOptio
         grid = rng.standard_normal((length, 2, cells, round(cells * columns / rows) + 1), dtype=np.float32)
         noise = F.interpolate(torch.from_numpy(grid), size=(rows, columns), mode="bilinear", align_corners=True)
         coarse = coarse + 0.7 * amount * noise
-    return F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+    half = F.interpolate(coarse, size=((height + 1) // 2, (width + 1) // 2), mode="bilinear", align_corners=False)
+    pictures = flows_to_images(half).float()
+    return F.interpolate(pictures, size=(height, width), mode="bilinear", align_corners=False).to(torch.uint8)
 
 
 def _clip(
@@ -701,7 +722,7 @@ def _clip(
         "frames": _expose(rng, frames, flow, options),
         "flow": flow,
         "masks": mask,
-        "flow_images": flows_to_images(_estimated(rng, flow, options)),
+        "flow_images": _flow_pictures(rng, flow, options),
     }
 
 
