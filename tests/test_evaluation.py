@@ -505,3 +505,15 @@ def test_official_results_end_to_end(real_data, tmp_path):
                     assert figure == pytest.approx(expected[method][name][statistic], abs=1e-9)
             else:
                 np.testing.assert_allclose(ours, expected[method][name]["per_frame_rounded3"], rtol=0, atol=0.00051)
+
+
+def test_the_benchmark_compares_ways_that_agree():
+    from utils.evaluation_benchmark import moving_ellipses, plain_scikit_image, plain_scipy, time_frames, time_processes
+
+    masks = moving_ellipses(6, (60, 107))
+    for pred, gt in ((masks[0], masks[3]), (masks[0] & False, masks[0]), (masks[0] & False, masks[0] & False)):
+        expected = (jaccard(pred, gt), boundary_f(pred, gt))
+        assert plain_scipy(pred, gt) == plain_scikit_image(pred, gt) == pytest.approx(expected, abs=1e-12)
+    assert set(time_frames(masks, repeat=1)) == {"ours", "scipy", "scikit_image"}
+    result = time_processes(masks, frames=12)
+    assert result["frames"] == 8 and result["wall_ratio"] > 0

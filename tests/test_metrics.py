@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,7 @@ def test_published_globals_follow_from_the_per_frame_values(davis16):
             continue
         for name in "JF":
             statistics = [sequence_statistics(frames[name]) for frames in sequences.values()]
-            for statistic, tolerance in (("mean", 6e-4), ("decay", 1.1e-3), ("recall", 3.5e-3)):
+            for statistic, tolerance in (("mean", 5.1e-4), ("decay", 5.1e-4), ("recall", 3.5e-3)):
                 # Published per-frame values are rounded to 3 digits; a rounded 0.500 changes the recall.
                 overall = np.mean([s[statistic] for s in statistics])
                 assert overall == pytest.approx(published[file.stem][name + statistic], abs=tolerance), file.stem
@@ -241,10 +242,13 @@ def test_published_globals_follow_from_the_per_frame_values(davis16):
 @pytest.mark.data
 def test_published_globals_follow_from_the_full_precision_sequences(davis16):
     published = json.loads((davis16 / "published_val.json").read_text())["methods"]
+    # osvos is semi-supervised and only in the site's own table, a script.
+    script = (davis16 / "global_eval_val_2016.js").read_text()
+    osvos = re.search(r'"osvos": \{(.*?)\}', script, re.DOTALL)
+    published["osvos"] = {key: float(value) for key, value in re.findall(r'"(\w+)": "([-\d.]+)"', osvos[1])}
     methods = json.loads((davis16 / "per_sequence_full_precision.json").read_text())
+    assert {"fst", "nlc", "osvos", "cut", "cvos"} <= set(methods)
     for method, values in methods.items():
-        if method not in published:
-            continue
         for name in "JF":
             assert len(values[name]) == 20
             for statistic in ("mean", "recall", "decay"):
