@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))  # how torch names a class that it does not admit
+        if found is None:
+            raise CheckpointError(f"{path} is not a readable torch file: copy or download it again") from None
         raise CheckpointError(
-            f"{path} holds Python objects beside tensors, which are not read (weights_only=True): "
-            f"{str(error).splitlines()[0]} Save its state dict alone and give that file"
+            f"{path} holds Python objects beside tensors ({found[1]}), which are not read (weights_only=True): save its state "
+            "dict alone and give that file"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable torch file ({error}): copy or download it again") from None
