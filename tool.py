@@ -1,0 +1,304 @@
+"""Everything around training: check the data, make flow, segment, refine, score, report, demonstrate.
+
+    python tool.py --checkpoint model_weight_path --tools test
+    python tool.py --checkpoint model_weight_path --tools flow test crf eval report --data_dir data --datasets DAVIS-2016
+    python tool.py --checkpoint model_weight_path --tools test --video clip.mp4
+    python tool.py --tools demo
+    torchrun --nproc-per-node=2 tool.py --tools test --datasets DAVIS-2016
+
+Several tools run in the order given. Without --datasets, all of DAVIS-2016, FBMS, DAVSOD and MCL that lie in --data_dir.
+Results: <save_dir>/probability, crf and binary/<dataset>/<video>/<frame>.png, evaluation.json and report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# What the tools need is imported where they use it: the worker processes of flow, crf and eval read this file again,
+# and would otherwise each import PyTorch, also those that need nothing but NumPy.
+if TYPE_CHECKING:
+    from datasets.sequences import VideoSequence
+    from utils.distributed import Processes
+    from utils.inference import OwnVideo
+
+DEFAULT_DATASETS = ("DAVIS-2016", "FBMS", "DAVSOD", "MCL")
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+class _Unsaid(str):
+    """A default value that can be told from the same word given by the user."""
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; each tool's own options come from its module."""
+    from utils import crf, demo, evaluation, export, flow, inference, parallel, report
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--tools", nargs="+", required=True, choices=TOOLS, metavar="TOOL", help=f"in this order: {', '.join(TOOLS)}"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="weights: .pt or .safetensors of a training run, or published ones. Default: "
+        f"{inference.PUBLISHED_WEIGHTS.parent.name}/{inference.PUBLISHED_WEIGHTS.name} where it is there",
+    )
+    parser.add_argument("--save_dir", default="results", metavar="DIR", help="of all results; default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA where there is one")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_dir", default="data", metavar="DIR", help="holds the data sets, or is one; default: data")
+    data.add_argument(
+        "--datasets", nargs="+", metavar="NAME", help=f"default: those of {', '.join(DEFAULT_DATASETS)} that are there"
+    )
+    data.add_argument("--split", metavar="NAME", help="default: val (check: train and val, as far as they are there)")
+    data.add_argument("--sequences", nargs="+", metavar="NAME", help="only these videos; default: all")
+    data.add_argument(
+        "--num_frames", type=int, default=5, metavar="N", help="every N-th frame of YouTube-VOS's train split; default: 5"
+    )
+    data.add_argument("--video", metavar="FILE", help="a video of your own, instead of data sets (flow, test)")
+    data.add_argument("--frames", metavar="DIR", help="a folder of frames of your own (flow, test, crf)")
+
+    network = parser.add_argument_group("network (test, bench)")
+    network.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="of its input; default: the checkpoint's, or 384 640"
+    )
+    network.add_argument("--batch_size", type=int, default=4, metavar="N", help="frames at once; default: 4")
+    network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="mixed precision; default: none")
+
+    parallel.add_arguments(parser)
+    for module in (flow, inference, crf, evaluation, report, demo, export):
+        module.add_arguments(parser)
+    parser.set_defaults(flow_method=_Unsaid(parser.get_default("flow_method")))
+    # For launchers that pass it; newer ones set LOCAL_RANK.
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=local_rank, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What one option alone cannot tell, and what is cheaper to say now than after an hour of the first tool."""
+    from utils.errors import UserError
+
+    if args.video and args.frames:
+        raise UserError("--video and --frames: give one of them")
+    if args.video or args.frames:
+        unable = [tool for tool in args.tools if tool not in ("flow", "test", "crf")]
+        if unable:
+            raise UserError(
+                f"--tools {unable[0]} does not work on a video of your own (--video, --frames): flow, test and crf do"
+            )
+        # The user of a single video has most likely no weights of RAFT, and a download must not come unasked.
+        if isinstance(args.flow_method, _Unsaid) and args.flow_weights is None:
+            args.flow_method = "dis"
+
+
+# ------------------------------------------------------------------------------------------------------------- tools
+
+
+def run_check(args: argparse.Namespace, processes: Processes) -> int:
+    from datasets import check
+
+    if not processes.is_main:
+        return 0
+    problems = check.run(
+        args.data_dir,
+        _dataset_names(args),
+        splits=[args.split] if args.split else None,
+        num_frames=args.num_frames,
+        require_flow="flow" not in args.tools,  # it is about to be made
+        workers=args.workers,
+    )
+    return 1 if problems else 0
+
+
+def run_flow(args: argparse.Namespace, processes: Processes) -> int:
+    from utils import flow
+    from utils.inference import run_own_flow, share
+
+    if args.video or args.frames:
+        if processes.is_main:
+            run_own_flow(args, _own(args), processes.device)
+        return 0
+    # One frame in num_frames is a matter of training; stored flow is of neighbours, and of every frame.
+    sequences = [s for part in _read(args, num_frames=1).values() for s in part]
+    mine = share([len(sequence) for sequence in sequences], processes.rank, processes.world_size)
+    flow.run(args, [sequences[index] for index in mine], processes.device)
+    processes.wait()
+    return 0
+
+
+def run_test(args: argparse.Namespace, processes: Processes) -> int:
+    from utils import inference
+
+    weights = inference.load_weights(args.checkpoint)
+    if args.video or args.frames:
+        own = _own(args)
+        if processes.is_main:
+            inference.run_own_flow(args, own, processes.device)
+        processes.wait()
+        inference.run_own(args, own, processes, weights)
+        return 0
+    videos = [inference.video_of(sequence) for part in _read(args).values() for sequence in part]
+    inference.run(args, videos, processes, weights)
+    return 0
+
+
+def run_crf(args: argparse.Namespace, processes: Processes) -> int:
+    from utils import crf
+
+    if processes.is_main:
+        if args.video or args.frames:
+            sequences = [_own(args).sequence(Path(args.save_dir))]
+        else:
+            sequences = [s for part in _read(args).values() for s in part]
+        crf.run(args, sequences, args.save_dir)
+    return 0
+
+
+def run_eval(args: argparse.Namespace, processes: Processes) -> int:
+    from utils import evaluation
+
+    if processes.is_main:
+        evaluation.run(args, _read(args), args.results or [Path(args.save_dir)])
+    return 0
+
+
+def run_report(args: argparse.Namespace, processes: Processes) -> int:
+    from utils import report
+
+    if processes.is_main:
+        report.run(args, _read(args))
+    return 0
+
+
+def run_demo(args: argparse.Namespace, processes: Processes) -> int:
+    from main import main as train
+    from utils import demo
+    from utils.errors import UserError
+
+    if processes.world_size > 1:
+        raise UserError("--tools demo runs in one process: python tool.py --tools demo")
+    demo.run(args, train, main)
+    return 0
+
+
+def run_bench(args: argparse.Namespace, processes: Processes) -> int:
+    from utils import benchmark
+
+    if processes.is_main:
+        benchmark.run(args)
+    return 0
+
+
+def run_export(args: argparse.Namespace, processes: Processes) -> int:
+    from utils import export
+
+    if processes.is_main:
+        export.run(args)
+    return 0
+
+
+# A tool returns the exit code; anything but 0 ends the row of tools.
+TOOLS: dict[str, Callable[[argparse.Namespace, Any], int]] = {
+    "check": run_check,
+    "flow": run_flow,
+    "test": run_test,
+    "crf": run_crf,
+    "eval": run_eval,
+    "report": run_report,
+    "demo": run_demo,
+    "bench": run_bench,
+    "export": run_export,
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def _dataset_names(args: argparse.Namespace) -> list[str]:
+    """The data sets given, or those of `DEFAULT_DATASETS` that are there."""
+    from datasets.errors import DataError
+    from datasets.sequences import canonical_name, find_root
+    from utils.errors import UserError
+
+    if args.datasets:
+        return list(dict.fromkeys(canonical_name(name) for name in args.datasets))
+    found = []
+    for name in DEFAULT_DATASETS:
+        try:
+            find_root(name, args.data_dir)
+        except DataError:
+            continue
+        found.append(name)
+    if not found:
+        raise UserError(
+            f"--data_dir {args.data_dir}: none of {', '.join(DEFAULT_DATASETS)} is there. Put the unpacked data set "
+            "there (its folder, for instance DAVIS), give --data_dir DIR or --datasets NAME; for a video of your own "
+            "give --video FILE or --frames DIR; python tool.py --tools demo needs no data"
+        )
+    return found
+
+
+def _read(args: argparse.Namespace, num_frames: int | None = None) -> dict[str, list[VideoSequence]]:
+    """The videos of each data set, those of --sequences if given."""
+    from datasets.sequences import read_dataset
+    from utils.config import nearest
+    from utils.errors import UserError
+
+    if args.num_frames < 1:
+        raise UserError(f"--num_frames {args.num_frames}: expected 1 or more")
+    found = {
+        name: read_dataset(name, args.data_dir, args.split or "val", num_frames or args.num_frames)
+        for name in _dataset_names(args)
+    }
+    if args.sequences:
+        known = [sequence.name for part in found.values() for sequence in part]
+        unknown = [name for name in args.sequences if name not in known]
+        if unknown:
+            raise UserError(f"--sequences {unknown[0]}: not in {', '.join(found)}; {nearest(unknown[0], known)}")
+        found = {name: [s for s in part if s.name in args.sequences] for name, part in found.items()}
+        found = {name: part for name, part in found.items() if part}
+    return found
+
+
+def _own(args: argparse.Namespace) -> OwnVideo:
+    from utils.inference import open_own
+
+    return open_own(args.video, args.frames)
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the tools; returns the exit code."""
+    from utils.distributed import start_processes, stop_processes
+    from utils.errors import exit_on_user_error
+
+    with exit_on_user_error():
+        args = parse_args(arguments)
+        processes = start_processes(args.device, args.local_rank)
+        try:
+            for tool in args.tools:
+                code = TOOLS[tool](args, processes)
+                if code:
+                    return code
+            return 0
+        finally:
+            stop_processes()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

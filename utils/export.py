@@ -1,0 +1,69 @@
+"""`tool.py --tools export`: from a training checkpoint to weights that can be handed out.
+
+The result is one .safetensors in half precision whose metadata say which network it is, the input size that it is for,
+and how it was trained; `models.load_dbsnet` and ``tool.py --checkpoint`` need nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from utils.errors import UserError
+
+RESERVED = ("format", "config", "size")  # keys of the metadata that are not notes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``export``; ``--checkpoint`` and ``--size`` are shared ones."""
+    group = parser.add_argument_group("export")
+    group.add_argument("--output", metavar="FILE", help="the .safetensors to write")
+    group.add_argument(
+        "--note", nargs="+", default=[], metavar="KEY=VALUE", help="facts for its metadata, for instance licence=…"
+    )
+
+
+def parse_notes(words: list[str]) -> dict[str, str]:
+    """``KEY=VALUE`` words as a dict.
+
+    Raises:
+        UserError: a word without =, an empty key, a key given twice, or one of `RESERVED`.
+    """
+    notes: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"--note {word!r}: expected KEY=VALUE")
+        if key in RESERVED:
+            raise UserError(f"--note {word!r}: {key} is written by export itself; for the size give --size H W")
+        if key in notes:
+            raise UserError(f"--note {word!r}: {key} is given twice")
+        notes[key] = value
+    return notes
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Writes ``--output`` from ``--checkpoint``; notes that the checkpoint has already are kept. Returns the path.
+
+    Raises:
+        UserError: an option that is missing or wrong, or a checkpoint whose input size is not known.
+        CheckpointError: a checkpoint that is unreadable or of another network.
+    """
+    from models.weights import save_weights
+    from utils.inference import load_weights
+
+    if not args.checkpoint:
+        raise UserError("--tools export: give --checkpoint FILE, the training checkpoint (best.pt or last.pt)")
+    if not args.output or Path(args.output).suffix != ".safetensors":
+        raise UserError(f"--output {args.output or ''}: expected the name of a .safetensors file to write")
+    notes = parse_notes(args.note)
+    weights = load_weights(args.checkpoint)
+    size = tuple(args.size) if args.size else weights.size
+    if size is None:
+        raise UserError(f"{weights.path}: does not say the input size that it is for; give --size H W")
+    metadata = {**weights.notes, **notes, "size": f"{size[0]} {size[1]}"}
+    output = Path(args.output)
+    save_weights(output, weights.net, half=True, metadata=metadata)
+    facts = ", ".join(f"{key} {value}" for key, value in metadata.items())
+    print(f"export: {output}, {output.stat().st_size / 2**20:.1f} MiB; {facts}", flush=True)
+    return output

@@ -1,0 +1,466 @@
+"""`tool.py --tools test`: masks of whole videos, for data sets and for a user's own video.
+
+Each frame gives ``<save_dir>/probability/<dataset>/<video>/<stem>.png``, 8-bit grey at the frame's own size, and
+``<save_dir>/binary/…``, 255 where the grey value is above 127. Frames and flow images are decoded when they are needed,
+so a video of any length is never in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasets.images import load_flow_image, load_frame
+from datasets.video_sequence import VideoSequence
+from utils.errors import UserError
+from utils.files import write_bytes, write_json
+from utils.scoring import THRESHOLD
+
+if TYPE_CHECKING:
+    from models.dbsnet import DBSNet
+    from utils.distributed import Processes
+    from utils.video import LazyFrames
+
+PUBLISHED_WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "dbsnet_xxs.safetensors"
+"""The weights that come with the project, used where no ``--checkpoint`` is given."""
+
+DEFAULT_SIZE = (384, 640)
+# Text field of the probability maps: what they were made with, so that a later run knows which of them it may keep.
+FIELD = "dbsnet-test"
+# Beside the maps, the same and more in full, for the report.
+RECORD = "test.json"
+WRITERS, WAITING = 2, 32  # threads that write maps, and maps that may wait for them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network and what it was trained for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network and where it came from.
+
+    Attributes:
+        net: in evaluation mode, on the CPU.
+        path: of the checkpoint.
+        sha256: of the file, the first 16 digits.
+        notes: what the file says about itself (metadata of a .safetensors, step and options of a training checkpoint).
+        size: (H, W) that the file says its network is for, or None.
+    """
+
+    net: DBSNet
+    path: Path
+    sha256: str
+    notes: dict[str, str] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+
+
+def find_checkpoint(given: str | Path | None) -> Path:
+    """The checkpoint that a command means: the one given, or the published weights.
+
+    Raises:
+        UserError: none given, and no published weights in this checkout.
+    """
+    if given is not None:
+        return Path(given)
+    if PUBLISHED_WEIGHTS.is_file():
+        return PUBLISHED_WEIGHTS
+    raise UserError(
+        f"no weights: this checkout has no {PUBLISHED_WEIGHTS.parent.name}/{PUBLISHED_WEIGHTS.name}. Give --checkpoint "
+        "FILE (last.pt, best.pt or weights.safetensors of a training run), or train first: python main.py …; "
+        "python tool.py --tools demo needs no weights"
+    )
+
+
+def load_weights(given: str | Path | None) -> Weights:
+    """The network of a checkpoint (`find_checkpoint`) with its notes.
+
+    Raises:
+        UserError: no checkpoint given and none published. CheckpointError: unreadable, or of another network.
+    """
+    from models import load_dbsnet
+
+    path = find_checkpoint(given)
+    net = load_dbsnet(path)
+    notes, size = read_notes(path)
+    return Weights(net, path, hashlib.sha256(path.read_bytes()).hexdigest()[:16], notes, size)
+
+
+def read_notes(path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
+    """What a checkpoint says about itself beside its tensors, and the (H, W) it is for, if it says so.
+
+    A .safetensors has these in its metadata (key ``size``: ``"384 640"``), a training checkpoint in its options.
+
+    Raises:
+        UserError: a ``size`` that is not two numbers.
+    """
+    from models.weights import read_checkpoint
+
+    content = read_checkpoint(path)
+    if "metadata" in content:
+        metadata = content["metadata"]
+        notes = {key: value for key, value in metadata.items() if key not in ("format", "config")}
+        if "size" not in metadata:
+            return notes, None
+        words = metadata["size"].split()
+        if len(words) != 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
+            raise UserError(f"{path}: its metadata say size {metadata['size']!r}; expected height and width: 384 640")
+        return notes, (int(words[0]), int(words[1]))
+    options = content.get("config") or {}
+    best = content.get("best") or {}
+    notes = {"step": str(content.get("step", "unknown"))}
+    if "J" in best:
+        notes["J"] = f"{best['J']:.4f}"
+    if options.get("datasets"):
+        notes["trained_on"] = ", ".join(options["datasets"])
+    size = options.get("size")
+    return notes, (int(size[0]), int(size[1])) if size else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Videos to segment
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LazyImages(Sequence[np.ndarray]):
+    """Images of a video, decoded from their files when asked for; none is kept.
+
+    Args:
+        paths: one per frame.
+        load: `datasets.images.load_frame` or `load_flow_image`; raises DataError naming the file.
+    """
+
+    def __init__(self, paths: Sequence[Path], load: Callable[[Path], np.ndarray]) -> None:
+        self.paths, self.load = tuple(paths), load
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        return self.load(self.paths[index])
+
+
+class SharedFrames(Sequence[np.ndarray]):
+    """`LazyFrames` that several threads may ask: a decoder has one position, so they take turns."""
+
+    def __init__(self, frames: LazyFrames) -> None:
+        self.frames, self._lock = frames, threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        with self._lock:
+            return self.frames[index]
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to segment: where its results go (below ``probability/`` and ``binary/``), and its pictures."""
+
+    place: Path
+    stems: tuple[str, ...]
+    frames: Sequence[np.ndarray]
+    flows: Sequence[np.ndarray]
+
+    def probability(self, save_dir: Path, stem: str) -> Path:
+        return save_dir / "probability" / self.place / f"{stem}.png"
+
+    def binary(self, save_dir: Path, stem: str) -> Path:
+        return save_dir / "binary" / self.place / f"{stem}.png"
+
+
+def video_of(sequence: VideoSequence) -> Video:
+    """A video of a data set.
+
+    Raises:
+        DataError: a frame without flow; names the file, and the command that makes it.
+    """
+    flows = [sequence.flow_path(stem) for stem in sequence.stems]
+    return Video(
+        place=Path(sequence.dataset, sequence.name),
+        stems=sequence.stems,
+        frames=LazyImages(sequence.frames, load_frame),
+        flows=LazyImages(flows, load_flow_image),
+    )
+
+
+def share(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """Which videos, by index, are this process's: the longest first, each to whoever has the least to do so far."""
+    loads = [0] * world_size
+    mine = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        who = loads.index(min(loads))
+        loads[who] += lengths[index]
+        if who == rank:
+            mine.append(index)
+    return sorted(mine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``test`` alone; ``--size``, ``--batch_size`` and ``--amp`` are shared with ``bench``."""
+    group = parser.add_argument_group("test")
+    group.add_argument("--clip_len", type=int, metavar="N", help="overlapping clips of N frames; default: whole video")
+    group.add_argument("--flip", action="store_true", help="average with the result on the mirrored video")
+    group.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="average over these multiples of --size"
+    )
+
+
+def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
+    """What the maps depend on. Not the batch size, nor the device, which change them by rounding alone.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: expected 1 or more")
+    if args.clip_len is not None and args.clip_len < 1:
+        raise UserError(f"--clip_len {args.clip_len}: expected 1 or more")
+    if min(args.scales) <= 0:
+        raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0")
+    if args.size is not None and min(args.size) < 1:
+        raise UserError(f"--size {args.size[0]} {args.size[1]}: expected a height and a width above 0")
+    return {
+        "weights": weights.sha256,
+        "size": list(args.size or weights.size or DEFAULT_SIZE),
+        "clip_len": args.clip_len,
+        "flip": args.flip,
+        "scales": list(args.scales),
+        "amp": args.amp,
+    }
+
+
+def run(args: argparse.Namespace, videos: Sequence[Video], processes: Processes, weights: Weights) -> int:
+    """``--tools test``: the maps that are missing, of the videos that are this process's; returns how many.
+
+    A video all of whose maps are there, made with the same weights and settings, is kept, unless ``--overwrite``.
+
+    Raises:
+        UserError: options out of range. DataError: a frame or flow image that is missing or damaged.
+    """
+    from tqdm import tqdm
+
+    from models import Predictor
+
+    settings = settings_from(args, weights)
+    save_dir = Path(args.save_dir)
+    mine = [videos[index] for index in share([len(v.stems) for v in videos], processes.rank, processes.world_size)]
+    todo = [video for video in mine if args.overwrite or not is_current(video, save_dir, settings)]
+    total = sum(len(video.stems) for video in todo)
+    if processes.is_main:
+        kept = f", {len(mine) - len(todo)} videos are there already" if len(todo) < len(mine) else ""
+        size = "×".join(map(str, settings["size"]))
+        print(f"test: {weights.path} at {size}, {total} frames to do{kept}", flush=True)
+    predictor = Predictor(
+        weights.net,
+        device=processes.device,
+        size=tuple(settings["size"]),
+        batch_size=args.batch_size,
+        amp=args.amp,
+        clip_len=args.clip_len,
+        flip=args.flip,
+        mirror_flow=mirror_flow,
+        scales=args.scales,
+    )
+    began = time.monotonic()
+    with (
+        tqdm(total=total, desc="test", unit="frame", disable=not processes.is_main) as progress,
+        ThreadPoolExecutor(WRITERS) as writers,
+    ):
+        for video in todo:
+            progress.set_postfix_str(video.place.name, refresh=False)
+            waiting: deque[Future] = deque()
+            for index, probability in predictor(video.frames, video.flows):
+                waiting.append(writers.submit(write_maps, video, save_dir, video.stems[index], probability, settings))
+                if len(waiting) > WAITING:
+                    waiting.popleft().result()
+                progress.update()
+            for writing in waiting:
+                writing.result()
+    seconds = time.monotonic() - began
+    frames = sum(processes.gather(total))  # also waits for the other processes
+    if processes.is_main and (frames or not (save_dir / RECORD).is_file()):
+        write_json(save_dir / RECORD, describe(weights, settings, processes, frames, seconds))
+    return total
+
+
+def mirror_flow(image: np.ndarray) -> np.ndarray:
+    """The flow image (H, W, 3) uint8 of the mirrored scene: pixels flipped, and the colours those of -u."""
+    import torch
+
+    from datasets.flow_colour import mirror_colours
+
+    colours = mirror_colours(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])  # (H, W, 3) -> (1, 3, H, W)
+    return colours[0].permute(1, 2, 0).numpy()[:, ::-1]
+
+
+def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray, settings: dict[str, Any]) -> None:
+    """Writes both maps of one frame. The grey one, which says what it was made with, comes last: it vouches for both.
+
+    Args:
+        probability: (H, W) float in [0, 1].
+    """
+    from PIL import Image, PngImagePlugin
+
+    grey = np.rint(np.clip(probability, 0, 1) * 255).astype(np.uint8)
+    text = PngImagePlugin.PngInfo()
+    text.add_text(FIELD, json.dumps(settings))
+    for path, picture, info in (
+        (video.binary(save_dir, stem), (grey > THRESHOLD) * np.uint8(255), None),
+        (video.probability(save_dir, stem), grey, text),
+    ):
+        buffer = io.BytesIO()
+        # Level 1: on maps the files are hardly larger, and writing them takes a third of the time.
+        Image.fromarray(picture).save(buffer, format="PNG", pnginfo=info, compress_level=1)
+        write_bytes(path, buffer.getvalue())
+
+
+def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
+    """Whether all maps of a video are there and were made with these settings."""
+    return all(
+        video.binary(save_dir, stem).is_file() and made_with(video.probability(save_dir, stem)) == settings
+        for stem in video.stems
+    )
+
+
+def made_with(path: Path) -> dict[str, Any] | None:
+    """The settings that a probability map was made with; None where there is no such file, or it does not say."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.info[FIELD])
+    except (OSError, SyntaxError, ValueError, KeyError):
+        return None
+
+
+def describe(
+    weights: Weights, settings: dict[str, Any], processes: Processes, frames: int, seconds: float
+) -> dict[str, Any]:
+    """What `RECORD` holds."""
+    import torch
+
+    device = "CPU"
+    if processes.device.type == "cuda":
+        device = torch.cuda.get_device_name(processes.device)
+    return {
+        "checkpoint": str(weights.path),
+        "sha256": weights.sha256,
+        "notes": weights.notes,
+        "network": weights.net.config,
+        "parameters": sum(parameter.numel() for parameter in weights.net.parameters()),
+        "settings": settings,
+        "device": f"{processes.world_size} × {device}",
+        "torch": torch.__version__,
+        "frames": frames,
+        "frames_per_second": round(frames / seconds, 2) if frames else None,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A user's own video
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OwnVideo:
+    """A video file or a folder of frames; the name is that of the file without suffix, or of the folder."""
+
+    name: str
+    frames: LazyFrames
+    paths: tuple[Path, ...] = ()  # of the frames, where they are files
+
+    def flow_dir(self, save_dir: Path) -> Path:
+        return save_dir / "flow" / self.name
+
+    def sequence(self, save_dir: Path) -> VideoSequence:
+        """The same for tools that read frames from files (crf).
+
+        Raises:
+            UserError: a video file, whose frames are no files.
+        """
+        if not self.paths:
+            raise UserError(
+                f"{self.name}: the CRF reads frames from image files; extract them, and give --frames FOLDER instead "
+                "of --video: ffmpeg -i VIDEO -start_number 0 FOLDER/%05d.png"
+            )
+        return VideoSequence(self.name, "", self.paths, {}, {}, "nonzero", self.flow_dir(save_dir))
+
+
+def open_own(video: str | None, frames: str | None) -> OwnVideo:
+    """The user's video, opened.
+
+    Raises:
+        UserError: a video that is not there or cannot be decoded. DataError: a folder without frames.
+    """
+    from utils.video import open_folder, open_video
+
+    if video is not None:
+        return OwnVideo(Path(video).stem, open_video(video))
+    folder = open_folder(frames)
+    return OwnVideo(Path(frames).resolve().name, folder, folder.paths)
+
+
+def run_own_flow(args: argparse.Namespace, own: OwnVideo, device: Any) -> int:
+    """Makes the flow of a user's video that is missing, in ``<save_dir>/flow/<name>``; returns how many frames."""
+    from tqdm import tqdm
+
+    from utils import flow
+
+    settings = flow.settings_from(args)
+    files = flow.FlowFiles(args.flow_format, args.flow_raw)
+    folder = own.flow_dir(Path(args.save_dir))
+    pending = flow.pending_frames(own.frames.stems, folder, settings, files, args.overwrite)
+    hint = "; --flow_method raft is better and slower, and downloads its weights" if settings.method == "dis" else ""
+    print(f"flow: {len(pending)} frames to do, by {settings.method}{hint}", flush=True)
+    task = flow.FlowTask(own.frames, own.frames.stems, folder, pending)
+    written = flow.write_flows(
+        [task], settings, files, device=device, batch_size=args.flow_batch, workers=args.workers
+    )
+    for _ in tqdm(written, total=len(pending), desc=f"flow ({settings.method})", unit="frame"):
+        pass
+    return len(pending)
+
+
+def run_own(args: argparse.Namespace, own: OwnVideo, processes: Processes, weights: Weights) -> Path:
+    """``--tools test`` on a user's video whose flow is there: maps, and an overlay video, whose path is returned."""
+    from tqdm import tqdm
+
+    from utils.crf import load_probability
+    from utils.flow import FlowFiles
+    from utils.visualise import overlay_video
+
+    save_dir = Path(args.save_dir)
+    folder = own.flow_dir(save_dir)
+    suffix = "." + FlowFiles(args.flow_format, args.flow_raw).image_format
+    flows = [next((p for p in (folder / f"{s}{e}" for e in (suffix, ".png", ".jpg")) if p.is_file()), None)
+             for s in own.frames.stems]  # fmt: skip
+    video = Video(Path(own.name), own.frames.stems, SharedFrames(own.frames), LazyImages(flows, load_flow_image))
+    run(args, [video], processes, weights)
+    path = save_dir / "overlay" / f"{own.name}.mp4"
+    if processes.is_main:
+        maps = (load_probability(video.probability(save_dir, stem)) for stem in video.stems)
+        counted = tqdm(maps, total=len(video.stems), desc="overlay", unit="frame")
+        overlay_video(path, video.frames, counted, own.frames.fps)
+        print(f"masks: {save_dir / 'binary' / own.name}\noverlay: {path}", flush=True)
+    return path

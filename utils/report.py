@@ -1,0 +1,448 @@
+"""`tool.py --tools report`: one HTML page of what was run and what came out, with pictures; it needs no other file."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import html
+import io
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.images import load_flow_image, load_frame, load_mask
+from datasets.sequences import VideoSequence
+from utils.errors import UserError
+from utils.files import write_text
+from utils.inference import RECORD
+from utils.scoring import THRESHOLD, read_map
+from utils.tables import COLUMNS
+from utils.visualise import outline, overlay
+
+TRUTH = (0, 220, 255)  # cyan beside the overlay's orange: told apart by colour-blind eyes as well
+PICTURE_WIDTH = 400
+EXAMPLES = 2  # sequences shown from either end
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``report``; the folder is ``--save_dir``."""
+    group = parser.add_argument_group("report")
+    group.add_argument("--report", metavar="FILE", help="the page to write; default: report.html in --save_dir")
+    group.add_argument(
+        "--log", metavar="FILE", help="log.jsonl of the training run, for its curves; default: beside the checkpoint"
+    )
+
+
+def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[VideoSequence]]) -> Path:
+    """``--tools report``: the page for what ``--save_dir`` holds after ``eval``; returns its path.
+
+    Raises:
+        UserError: no scores there, or none of a data set. DataError: a picture that cannot be read.
+    """
+    save_dir = Path(args.save_dir)
+    record = _json(save_dir / RECORD) if (save_dir / RECORD).is_file() else {}
+    log = Path(args.log) if args.log else Path(record.get("checkpoint", save_dir / "none")).parent / "log.jsonl"
+    if args.log and not log.is_file():
+        raise UserError(f"--log {log}: no such file; expected the log.jsonl of a training run")
+    path = Path(args.report) if args.report else save_dir / "report.html"
+    return write_report(path, save_dir, sequences_by_dataset, log=log if log.is_file() else None)
+
+
+def write_report(
+    path: Path,
+    save_dir: Path,
+    sequences_by_dataset: Mapping[str, Sequence[VideoSequence]],
+    *,
+    title: str = "DBSNet: results",
+    introduction: Sequence[str] = (),
+    log: Path | None = None,
+) -> Path:
+    """Writes the page and says where it is.
+
+    Args:
+        save_dir: holds evaluation.json and its CSV files, and the maps.
+        introduction: paragraphs to begin with.
+        log: ``log.jsonl`` of the training run whose weights were tested.
+
+    Raises:
+        As `run`.
+    """
+    if not (save_dir / "evaluation.json").is_file():
+        raise UserError(f"{save_dir}: no evaluation.json to report on; run --tools eval with this --save_dir first")
+    document = _json(save_dir / "evaluation.json")
+    record = _json(save_dir / RECORD) if (save_dir / RECORD).is_file() else {}
+    body = [f"<h1>{_text(title)}</h1>", *(f"<p>{_text(paragraph)}</p>" for paragraph in introduction)]
+    scores = [read_scores(save_dir, document, dataset) for dataset in sequences_by_dataset]
+    body += [_tiles(score) for score in scores]
+    body.append(_facts(record, scores))
+    for score in scores:
+        body.append(f"<h2>{_text(score.dataset)}</h2>")
+        body.append(_table(score))
+        body.append(_examples(save_dir, score, sequences_by_dataset[score.dataset]))
+        body.append(_curves(score))
+    if log is not None:
+        body.append(_training(log))
+    page = _PAGE.format(title=_text(title), body="\n".join(body))
+    write_text(path, page)
+    print(f"report: {path}", flush=True)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What ``eval`` wrote of one data set; parts by "" and, where it was run, "crf".
+
+    Attributes:
+        overall: part -> figure -> value.
+        sequences: part -> sequence -> figure -> value.
+        frames: part -> sequence -> stem -> J, or S where there is no J.
+        protocols: measure -> the frames that count, in words.
+        key, frame_key: the figure that ranks sequences, and that of one frame ("J_mean" and "J", or "S").
+    """
+
+    dataset: str
+    overall: dict[str, dict[str, float]]
+    sequences: dict[str, dict[str, dict[str, float]]]
+    frames: dict[str, dict[str, dict[str, float]]]
+    protocols: dict[str, str]
+    key: str
+    frame_key: str
+
+
+def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Scores:
+    """One data set's part of evaluation.json and of the CSV files beside it.
+
+    Raises:
+        UserError: the data set was not scored there, or its files were removed.
+    """
+    if dataset not in document.get("datasets", []):
+        raise UserError(
+            f"{save_dir / 'evaluation.json'}: has {', '.join(document.get('datasets', [])) or 'nothing'}, not "
+            f"{dataset}; run --tools eval with the same --datasets"
+        )
+    several = len(document["datasets"]) > 1
+
+    def part(source: dict[str, Any], name: str) -> dict[str, Any]:
+        return source[name][dataset] if several else source[name]
+
+    sources = {"": document, **({"crf": document["crf"]} if "crf" in document else {})}
+    sources = {label: source for label, source in sources.items() if not several or dataset in source["overall"]}
+    overall = {label: part(source, "overall") for label, source in sources.items()}
+    key, frame_key = ("J_mean", "J") if "J_mean" in overall[""] else ("S", "S")
+    frames: dict[str, dict[str, dict[str, float]]] = {}
+    for label in sources:
+        name = f"evaluation_{dataset}{'_' + label if label else ''}_frames.csv"
+        if not (save_dir / name).is_file():
+            raise UserError(f"{save_dir / name}: no such file, though evaluation.json is there; run --tools eval again")
+        frames[label] = {}
+        with open(save_dir / name, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row[frame_key]:
+                    frames[label].setdefault(row["sequence"], {})[row["frame"]] = float(row[frame_key])
+    protocol = part(document, "protocol")
+    return Scores(
+        dataset=dataset,
+        overall=overall,
+        sequences={label: part(source, "sequences") for label, source in sources.items()},
+        frames=frames,
+        protocols={name: protocol[name]["frames"] for name in ("uvos", "vsod") if name in protocol},
+        key=key,
+        frame_key=frame_key,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); make it again with --overwrite") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _text(words: object) -> str:
+    return html.escape(str(words))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _tiles(score: Scores) -> str:
+    """The figures that a reader came for."""
+    keys = [("J_mean", "J"), ("F_mean", "F")] if score.key == "J_mean" else [("S", "S"), ("max_F", "max F")]
+    tiles = []
+    for key, name in keys:
+        for label in score.overall:
+            value = _percent(score.overall[label].get(key))
+            tiles.append(f'<div class="tile"><b>{value}</b>{name}{" after the CRF" if label else ""}</div>')
+    tiles.append(f'<div class="tile"><b>{len(score.sequences[""])}</b>sequences of {_text(score.dataset)}</div>')
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _facts(record: dict[str, Any], scores: Sequence[Scores]) -> str:
+    """What was run, by what, and by which rule it was scored."""
+    import torch
+
+    rows: list[tuple[str, str]] = []
+    if record:
+        settings, network = record["settings"], record["network"]
+        notes = ", ".join(f"{key} {value}" for key, value in record["notes"].items())
+        rows += [
+            ("checkpoint", f"{record['checkpoint']} (SHA-256 {record['sha256']}…{'; ' + notes if notes else ''})"),
+            ("network", f"MobileViT-{network['variant'].upper()}, {record['parameters']:,} parameters"),
+            (
+                "test",
+                f"{settings['size'][0]}×{settings['size'][1]}, "
+                + (f"clips of {settings['clip_len']}" if settings["clip_len"] else "whole video")
+                + (", flip" if settings["flip"] else "")
+                + (f", scales {settings['scales']}" if settings["scales"] != [1.0] else "")
+                + (f", {settings['amp']}" if settings["amp"] != "none" else ""),
+            ),
+            (
+                "run",
+                f"{record['date']} on {record['device']}"
+                + (f", {record['frames_per_second']} frames/s" if record["frames_per_second"] else ""),
+            ),
+        ]
+    for score in scores:
+        for measures, sentence in score.protocols.items():
+            figures = "J and F" if measures == "uvos" else "MAE, S, F and E"
+            rows.append((f"{score.dataset}, {figures}", sentence))
+    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, NumPy {np.__version__}"
+    rows.append(("page", f"{time.strftime('%Y-%m-%d %H:%M')}; {versions}"))
+    cells = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in rows)
+    return f"<dl>{cells}</dl>"
+
+
+def _table(score: Scores) -> str:
+    """A line per sequence, the worst last; with the CRF's figures beside the plain ones."""
+    measures = "uvos" if score.key == "J_mean" else "vsod"
+    wanted = ("J_mean", "F_mean", "J_recall", "J_decay", "F_recall", "F_decay") if measures == "uvos" else None
+    columns = [c for c in COLUMNS[measures] if c.key in score.overall[""] and (wanted is None or c.key in wanted)]
+    extra = [c for c in columns if c.key in ("J_mean", "F_mean", "S", "MAE")] if "crf" in score.overall else []
+    order = sorted(score.sequences[""], key=lambda name: -score.sequences[""][name][score.key])
+    head = "".join(f"<th>{_text(c.title)}</th>" for c in columns)
+    head += "".join(f"<th>{_text(c.title)} + CRF</th>" for c in extra)
+    lines = []
+    for name in [None, *order]:
+        plain = score.overall[""] if name is None else score.sequences[""][name]
+        refined = (score.overall if name is None else score.sequences).get("crf", {})
+        refined = refined if name is None else refined.get(name, {})
+        cells = "".join(f"<td>{c.format(plain.get(c.key))}</td>" for c in columns)
+        cells += "".join(f"<td>{c.format(refined.get(c.key))}</td>" for c in extra)
+        label = f"all {len(order)}" if name is None else _text(name)
+        lines.append(f"<tr{' class=all' if name is None else ''}><th>{label}</th>{cells}</tr>")
+    unit = "Percent. " if measures == "uvos" else ""
+    return (
+        f'<p class="note">{unit}Best sequence first.</p><div class="wide"><table><thead><tr><th>sequence</th>{head}'
+        f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _examples(save_dir: Path, score: Scores, sequences: Sequence[VideoSequence]) -> str:
+    """Pictures of the best and the worst sequences: flow, and the best, the median and the worst frame."""
+    order = sorted(score.sequences[""], key=lambda name: -score.sequences[""][name][score.key])
+    count = min(EXAMPLES, max(1, len(order) // 2))
+    chosen = {"best": order[:count], "worst": order[len(order) - count :] if len(order) > count else []}
+    by_name = {sequence.name: sequence for sequence in sequences}
+    parts = []
+    for kind, names in chosen.items():
+        for name in names:
+            if name not in by_name:
+                continue
+            value = f"{score.frame_key} {_percent(score.sequences[''][name][score.key])}"
+            parts.append(f"<h3>{_text(name)} <small>{kind}, {value}</small></h3>")
+            pictures = _pictures(save_dir, score, by_name[name])
+            parts.append(f'<div class="pictures">{"".join(pictures)}</div>')
+    legend = (
+        '<p class="note"><span class="key" style="background:#ff7800"></span>prediction '
+        '<span class="key" style="background:#00dcff"></span>outline of the ground truth</p>'
+    )
+    return legend + "".join(parts)
+
+
+def _pictures(save_dir: Path, score: Scores, sequence: VideoSequence) -> list[str]:
+    values = score.frames[""].get(sequence.name, {})
+    stems = sorted(values, key=lambda stem: -values[stem])
+    picked = dict(zip(("best frame", "median frame", "worst frame"), (stems[0], stems[len(stems) // 2], stems[-1])))
+    if len(stems) < 3:
+        picked = {"frame": stems[0]}
+    frames = {frame.stem: frame for frame in sequence.frames}
+    parts = []
+    middle = list(picked.values())[len(picked) // 2]
+    if middle in sequence.flows:
+        parts.append(_figure(load_flow_image(sequence.flows[middle]), f"flow of frame {middle}"))
+    for name, stem in picked.items():
+        place = Path(sequence.dataset, sequence.name, f"{stem}.png")
+        found = [save_dir / kind / place for kind in ("binary", "probability", "crf")]
+        path = next((path for path in found if path.is_file()), None)
+        if path is None:
+            raise UserError(f"{found[0]}: no such map, though evaluation.json has its score; run --tools test again")
+        mask = read_map(path)[0] > THRESHOLD
+        picture = overlay(load_frame(frames[stem]), mask, contour=False)
+        truth = load_mask(sequence.mask_path(stem), sequence.mask_rule) > 0
+        picture[outline(truth, max(1, round(picture.shape[0] / 200)))] = TRUTH
+        parts.append(_figure(picture, f"{name} {stem}: {score.frame_key} {_percent(values[stem])}"))
+    return parts
+
+
+def _figure(image: np.ndarray, caption: str) -> str:
+    """A picture within the page, (H, W, 3) uint8, at most `PICTURE_WIDTH` wide."""
+    from PIL import Image
+
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if picture.width > PICTURE_WIDTH:
+        height = max(1, round(picture.height * PICTURE_WIDTH / picture.width))
+        picture = picture.resize((PICTURE_WIDTH, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return (
+        f'<figure><img alt="{_text(caption)}" width="{picture.width}" height="{picture.height}" '
+        f'src="data:image/jpeg;base64,{data}"><figcaption>{_text(caption)}</figcaption></figure>'
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ curves
+
+
+def _curves(score: Scores) -> str:
+    """One small diagram per sequence: J of each frame, and of each frame after the CRF."""
+    order = sorted(score.frames[""], key=lambda name: -score.sequences[""][name][score.key])
+    parts = []
+    for name in order:
+        stems = list(score.frames[""][name])
+        lines = {}
+        for label, frames in score.frames.items():
+            lines["crf" if label else "plain"] = [frames.get(name, {}).get(stem) for stem in stems]
+        caption = f"{name}, {len(stems)} frames"
+        parts.append(f"<figure>{chart(lines)}<figcaption>{_text(caption)}</figcaption></figure>")
+    legend = '<p class="note"><span class="key plain"></span>as predicted'
+    legend += ' <span class="key crf"></span>after the CRF' if "crf" in score.frames else ""
+    return f'<h3>{score.frame_key} of each frame</h3>{legend}</p><div class="curves">{"".join(parts)}</div>'
+
+
+def _training(log: Path) -> str:
+    """Loss over the steps, and J on the sequences held out where there were any."""
+    entries = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a run that was cut off
+    losses = [(e["step"], e["loss"]) for e in entries if e.get("kind") == "train" and e.get("loss") is not None]
+    scores = [(e["step"], e["J"]) for e in entries if e.get("kind") == "val" and e.get("J") is not None]
+    parts = []
+    for name, points in (("loss", losses), ("J on held-out sequences", scores)):
+        if len(points) > 1:
+            steps, values = zip(*points)
+            top = 1.0 if name.startswith("J") else max(values)
+            figure = chart({"plain": list(values)}, top=top, positions=list(steps))
+            caption = f"{name}: {values[0]:.3f} at step {steps[0]}, {values[-1]:.3f} at step {steps[-1]}"
+            parts.append(f"<figure>{figure}<figcaption>{_text(caption)}</figcaption></figure>")
+    if not parts:
+        return ""
+    return f'<h2>Training</h2><p class="note">{_text(log)}</p><div class="curves">{"".join(parts)}</div>'
+
+
+def chart(
+    lines: Mapping[str, Sequence[float | None]], *, top: float = 1.0, positions: Sequence[float] | None = None
+) -> str:
+    """An SVG of curves from 0 to ``top``; a line's name is its CSS class, None a gap.
+
+    Args:
+        positions: of the values along the horizontal axis; evenly spaced by default.
+    """
+    width, height, left, right, border = 280, 110, 30, 6, 8
+    top = top if top > 0 else 1.0
+    count = max(len(values) for values in lines.values())
+    positions = list(range(count)) if positions is None else list(positions)
+    span = (positions[-1] - positions[0]) or 1
+
+    def x(position: float) -> float:
+        return left + (position - positions[0]) / span * (width - left - right)
+
+    def y(value: float) -> float:
+        return border + (1 - min(max(value / top, 0), 1)) * (height - 2 * border)
+
+    parts = []
+    for part in (0, 0.5, 1):
+        at, label = y(part * top), f"{part * top:.3g}"
+        parts.append(f'<path class="grid" d="M{left} {at:.1f}H{width - right}"/>')
+        parts.append(f'<text x="{left - 4}" y="{at + 3:.1f}" text-anchor="end">{label}</text>')
+    for name, values in lines.items():
+        runs: list[list[str]] = [[]]
+        for position, value in zip(positions, values):
+            if value is None:
+                runs.append([])
+            else:
+                runs[-1].append(f"{x(position):.1f} {y(value):.1f}")
+        # A single point has a length, so that its round end is seen.
+        path = "".join(f"M{run[0]}" + ("L" + " ".join(run[1:]) if run[1:] else "h.1") for run in runs if run)
+        parts.append(f'<path class="line {name}" d="{path}"/>')
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --ink: #1d2430; --dim: #5d6778; --page: #fff; --soft: #f2f4f7; --rule: #d5dae2;
+  --plain: #2563b8; --crf: #c2570c; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ee; --dim: #9aa5b5; --page: #14181f; --soft: #1f2530;
+  --rule: #37404e; --plain: #6ba7f5; --crf: #f0944d; }} }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; padding: 1rem; max-width: 64rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.6rem; margin: .5rem 0 1rem; }}
+h2 {{ font-size: 1.25rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--rule); }}
+h3 {{ font-size: 1rem; margin: 1.4rem 0 .4rem; }}
+h3 small, .note, figcaption {{ color: var(--dim); font-size: .85rem; font-weight: 400; }}
+.tiles {{ display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }}
+.tile {{ background: var(--soft); border-radius: .5rem; padding: .5rem .9rem; min-width: 7rem; font-size: .85rem; }}
+.tile b {{ display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }}
+dl {{ display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .15rem 1rem; font-size: .9rem; }}
+dt {{ color: var(--dim); }}
+dd {{ margin: 0; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }}
+th:first-child {{ text-align: left; }}
+tbody th {{ font-weight: 400; }}
+tr.all th, tr.all td {{ font-weight: 700; background: var(--soft); }}
+figure {{ margin: 0; }}
+figcaption {{ line-height: 1.3; padding-top: .2rem; }}
+.pictures {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .7rem; }}
+.pictures img {{ width: 100%; height: auto; display: block; border-radius: .3rem; }}
+.curves {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; }}
+.key {{ display: inline-block; width: .9rem; height: .6rem; margin: 0 .3rem 0 .6rem; border-radius: .15rem; }}
+.key.plain {{ background: var(--plain); }}
+.key.crf {{ background: var(--crf); }}
+svg {{ width: 100%; height: auto; display: block; }}
+svg text {{ font: 9px system-ui, sans-serif; fill: var(--dim); }}
+svg .grid {{ stroke: var(--rule); stroke-width: 1; }}
+svg .line {{ fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; }}
+svg .plain {{ stroke: var(--plain); }}
+svg .crf {{ stroke: var(--crf); }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
