@@ -131,7 +131,8 @@ def test_fbms_scores_annotated_frames_and_names_the_alternatives(tmp_path, capsy
     assert alternatives[(False, True)]["J_mean"] == pytest.approx(np.mean([js[i] for i in (0, 1, 3, 4)]))
     assert alternatives[(True, True)]["uvos_frames"] == 2
     printed = capsys.readouterr().out
-    assert "annotated frames, none left out" in printed and "by another convention" in printed
+    assert "annotated frames, none left out (--no-skip_first --no-skip_last --no-skip_empty)" in printed
+    assert "by another convention, --skip_first --skip_last --skip_empty: J_mean" in printed
 
     chosen = score(maps, [sequence], "--skip_first", "--skip_last", "--skip_empty", table_dir=tmp_path / "out2")
     assert chosen["overall"]["J_mean"] == alternatives[(True, True)]["J_mean"]

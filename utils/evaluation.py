@@ -65,6 +65,7 @@ class Protocol:
         """All of it in words and values, for `evaluation.json`."""
         facts: dict[str, Any] = dataclasses.asdict(self)
         facts["frames"] = self.sentence()
+        facts["options"] = self.options()
         if self.measures == "uvos":
             facts["binarisation"] = f"value > {THRESHOLD} of 255 (masks of 0 and 1, 1-bit and palette masks: > 0)"
             facts["boundary_tolerance"] = BOUNDARY_TOLERANCE
@@ -81,6 +82,11 @@ class Protocol:
         ends = " and ".join(n for n, skip in (("first", self.skip_first), ("last", self.skip_last)) if skip)
         phrase = "annotated frames" + (f" without the {ends} of each sequence" if ends else ", none left out")
         return phrase + (", only those with foreground in the ground truth" if self.skip_empty else "")
+
+    def options(self) -> str:
+        """The options of `--tools eval` that ask for these frames."""
+        values = {name: getattr(self, name) for name in ("skip_first", "skip_last", "skip_empty")}
+        return " ".join(f"--{name}" if value else f"--no-{name}" for name, value in values.items())
 
 
 def default_protocol(dataset: str, measures: str) -> Protocol:
@@ -398,8 +404,8 @@ def _alternatives(
             if other == ours or not all(counted.values()):
                 continue
             rows = [_uvos_statistics(unit, name, frames) for name, frames in counted.items()]
-            options = {"skip_first": skip_first, "skip_last": skip_last, "skip_empty": skip_empty}
-            found.append({**options, "frames": other.sentence(), **_mean_rows(rows)})
+            chosen = {"skip_first": skip_first, "skip_last": skip_last, "skip_empty": skip_empty}
+            found.append({**chosen, "frames": other.sentence(), "options": other.options(), **_mean_rows(rows)})
     return found
 
 
@@ -648,11 +654,11 @@ def _comparison(args: argparse.Namespace, scores: Sequence[DatasetScores]) -> li
             protocol = ours[0].unit.protocols[measures]
             rows = [tables.Row(score.unit.name, score.overall) for score in ours]
             count = len(ours[0].sequences)
-            notes = [f"{count} sequence{'s' if count > 1 else ''}; {protocol.sentence()}."]
+            notes = [f"{count} sequence{'s' if count > 1 else ''}; {protocol.sentence()} ({protocol.options()})."]
             for score in ours if measures == "uvos" else []:
                 for other in score.alternatives:
                     figures = ", ".join(f"{key} {100 * other[key]:.1f}" for key in ("J_mean", "F_mean", "J&F"))
-                    notes.append(f"{score.unit.name} by another convention ({other['frames']}): {figures}.")
+                    notes.append(f"{score.unit.name} by another convention, {other['options']}: {figures}.")
             usual = dataclasses.replace(default_protocol(dataset, measures), resize=protocol.resize)
             whole = count == SEQUENCE_COUNTS.get(dataset) and protocol == usual
             published = [p for p in PUBLISHED if p.dataset == dataset and p.measures == measures]
