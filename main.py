@@ -260,8 +260,6 @@ def distribute(config: TrainConfig, processes: Processes, net: nn.Module) -> nn.
     return DistributedDataParallel(
         model,
         device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-        # Synchronised and frozen statistics are equal everywhere by themselves.
-        broadcast_buffers=config.bn == "local",
         # Without their loss the auxiliary heads get no gradient; with one frame neither does the recurrence.
         find_unused_parameters=config.aux_weight == 0 or config.clip_len == 1,
     )
@@ -328,14 +326,11 @@ def train_step(
         batch = to_device(part, processes.device)
         # Mean over the labelled frames of all parts and processes, however they are spread.
         share = int(part["valid"].sum()) / max(1.0, total_labelled)
-        wait_for_others = number == len(parts) - 1
         if isinstance(run.model, DistributedDataParallel):
-            run.model.require_backward_grad_sync = wait_for_others
+            run.model.require_backward_grad_sync = number == len(parts) - 1  # once a step is enough
         with autocast(config, processes.device):
             logits, aux = run.model(batch["frames"], batch["flows"], return_aux=True)
-        part_losses = segmentation_loss(
-            logits, batch["masks"], batch["valid"], aux, aux_weight=config.aux_weight
-        )
+        part_losses = segmentation_loss(logits, batch["masks"], batch["valid"], aux, aux_weight=config.aux_weight)
         # Distributed gradients are averaged over the processes, hence the factor.
         run.scaler.scale(part_losses["total"] * (share * processes.world_size)).backward()
         for name, value in part_losses.items():
@@ -567,8 +562,8 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
     if config.resume == "auto" and not any(present):
         return None
     checkpoint = load_checkpoint(path)
-    started_from = checkpoint["config"].get("finetune")
-    if config.finetune is not None and started_from != config.finetune:
+    started_from = checkpoint["config"]["finetune"]
+    if config.finetune and Path(config.finetune).resolve() != Path(started_from or "").resolve():
         raise UserError(
             f"{path} is of a run that started from {started_from or 'no other weights'}, not from "
             f"{config.finetune}; give another --save_dir, or --resume none to start anew"

@@ -20,7 +20,8 @@ from utils.loading import ClipOrder
 
 TINY = (
     "--config configs/demo.yaml --variant xxs --network depth:1 dilations:[1] --size 32 64 --clip_len 2 --max_steps 3 "
-    "--steps_per_epoch 2 --workers 0 --log_every 1 --panels_every 0 --no-tensorboard --warmup_steps 2 --lr 1e-4 --device cpu"
+    "--steps_per_epoch 2 --workers 0 --log_every 1 --panels_every 0 --no-tensorboard --warmup_steps 2 --lr 1e-4 "
+    "--device cpu"
 ).split()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from typing import Any
 
@@ -11,8 +12,8 @@ from typing import Any
 class StopRequest:
     """Ctrl-C, SIGTERM or the end of the time given: noticed at once, obeyed where the run looks at ``wanted``.
 
-    Use as a context manager, in the main thread. A second Ctrl-C, a second or more after the first, interrupts at once;
-    sooner it is the same one, which a launcher has passed on.
+    Use as a context manager; outside the main thread, where Python has no signals, only the time counts. A second
+    Ctrl-C, a second or more after the first, interrupts at once; sooner it is the first one, passed on by a launcher.
     """
 
     def __init__(self, max_minutes: float = 0) -> None:
@@ -22,7 +23,8 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
