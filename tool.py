@@ -1,12 +1,13 @@
 """Everything around training: check the data, make flow, segment, refine, score, report, demonstrate.
 
     python tool.py --checkpoint model_weight_path --tools test
-    python tool.py --checkpoint model_weight_path --tools flow test crf eval report --data_dir data --datasets DAVIS-2016
+    python tool.py --checkpoint model_weight_path --tools flow test crf eval report --data_dir data \\
+        --datasets DAVIS-2016
     python tool.py --checkpoint model_weight_path --tools test --video clip.mp4
     python tool.py --tools demo
     torchrun --nproc-per-node=2 tool.py --tools test --datasets DAVIS-2016
 
-Several tools run in the order given. Without --datasets, all of DAVIS-2016, FBMS, DAVSOD and MCL that lie in --data_dir.
+Several tools run in the order given. Without --datasets: all of DAVIS-2016, FBMS, DAVSOD and MCL that --data_dir has.
 Results: <save_dir>/probability, crf and binary/<dataset>/<video>/<frame>.png, evaluation.json and report.html.
 """
 
@@ -53,7 +54,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         f"{inference.PUBLISHED_WEIGHTS.parent.name}/{inference.PUBLISHED_WEIGHTS.name} where it is there",
     )
     parser.add_argument("--save_dir", default="results", metavar="DIR", help="of all results; default: %(default)s")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA where there is one")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA if there is one")
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", default="data", metavar="DIR", help="holds the data sets, or is one; default: data")
@@ -63,7 +64,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--split", metavar="NAME", help="default: val (check: train and val, as far as they are there)")
     data.add_argument("--sequences", nargs="+", metavar="NAME", help="only these videos; default: all")
     data.add_argument(
-        "--num_frames", type=int, default=5, metavar="N", help="every N-th frame of YouTube-VOS's train split; default: 5"
+        "--num_frames",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of YouTube-VOS's train split every N-th frame; default: 5",
     )
     data.add_argument("--video", metavar="FILE", help="a video of your own, instead of data sets (flow, test)")
     data.add_argument("--frames", metavar="DIR", help="a folder of frames of your own (flow, test, crf)")
@@ -73,7 +78,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--size", type=int, nargs=2, metavar=("H", "W"), help="of its input; default: the checkpoint's, or 384 640"
     )
     network.add_argument("--batch_size", type=int, default=4, metavar="N", help="frames at once; default: 4")
-    network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="mixed precision; default: none")
+    network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: full precision")
 
     parallel.add_arguments(parser)
     for module in (flow, inference, crf, evaluation, report, demo, export):
@@ -144,11 +149,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> int:
 
     weights = inference.load_weights(args.checkpoint)
     if args.video or args.frames:
-        own = _own(args)
-        if processes.is_main:
-            inference.run_own_flow(args, own, processes.device)
-        processes.wait()
-        inference.run_own(args, own, processes, weights)
+        inference.run_own(args, _own(args), processes, weights)
         return 0
     videos = [inference.video_of(sequence) for part in _read(args).values() for sequence in part]
     inference.run(args, videos, processes, weights)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.images import load_flow_image, load_frame
-from datasets.video_sequence import VideoSequence
+from datasets.video_sequence import FRAME_SUFFIXES, VideoSequence
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
 from utils.scoring import THRESHOLD
@@ -388,7 +388,6 @@ class OwnVideo:
 
     name: str
     frames: LazyFrames
-    paths: tuple[Path, ...] = ()  # of the frames, where they are files
 
     def flow_dir(self, save_dir: Path) -> Path:
         return save_dir / "flow" / self.name
@@ -399,12 +398,13 @@ class OwnVideo:
         Raises:
             UserError: a video file, whose frames are no files.
         """
-        if not self.paths:
+        files = self.frames.files
+        if len(files) != len(self.frames) or files[0].suffix.lower() not in FRAME_SUFFIXES:
             raise UserError(
-                f"{self.name}: the CRF reads frames from image files; extract them, and give --frames FOLDER instead "
-                "of --video: ffmpeg -i VIDEO -start_number 0 FOLDER/%05d.png"
+                f"{files[0]}: the CRF reads frames from image files; extract them, and give --frames FOLDER instead of "
+                "--video: ffmpeg -i VIDEO -start_number 0 FOLDER/%05d.png"
             )
-        return VideoSequence(self.name, "", self.paths, {}, {}, "nonzero", self.flow_dir(save_dir))
+        return VideoSequence(self.name, "", files, {}, {}, "nonzero", self.flow_dir(save_dir))
 
 
 def open_own(video: str | None, frames: str | None) -> OwnVideo:
@@ -417,50 +417,42 @@ def open_own(video: str | None, frames: str | None) -> OwnVideo:
 
     if video is not None:
         return OwnVideo(Path(video).stem, open_video(video))
-    folder = open_folder(frames)
-    return OwnVideo(Path(frames).resolve().name, folder, folder.paths)
+    return OwnVideo(Path(frames).resolve().name, open_folder(frames))
 
 
-def run_own_flow(args: argparse.Namespace, own: OwnVideo, device: Any) -> int:
-    """Makes the flow of a user's video that is missing, in ``<save_dir>/flow/<name>``; returns how many frames."""
-    from tqdm import tqdm
+def run_own_flow(args: argparse.Namespace, own: OwnVideo, device: Any) -> LazyFrames:
+    """Makes the flow of a user's video that is missing, in ``<save_dir>/flow/<name>``; returns its images.
 
-    from utils import flow
+    Raises:
+        As `utils.flow.video_flows`.
+    """
+    from utils.flow import video_flows
 
-    settings = flow.settings_from(args)
-    files = flow.FlowFiles(args.flow_format, args.flow_raw)
-    folder = own.flow_dir(Path(args.save_dir))
-    pending = flow.pending_frames(own.frames.stems, folder, settings, files, args.overwrite)
-    hint = "; --flow_method raft is better and slower, and downloads its weights" if settings.method == "dis" else ""
-    print(f"flow: {len(pending)} frames to do, by {settings.method}{hint}", flush=True)
-    task = flow.FlowTask(own.frames, own.frames.stems, folder, pending)
-    written = flow.write_flows(
-        [task], settings, files, device=device, batch_size=args.flow_batch, workers=args.workers
-    )
-    for _ in tqdm(written, total=len(pending), desc=f"flow ({settings.method})", unit="frame"):
-        pass
-    return len(pending)
+    hint = "; --flow_method raft is better and slower, and downloads its weights" if args.flow_method == "dis" else ""
+    print(f"flow: {len(own.frames)} frames, by {args.flow_method}{hint}", flush=True)
+    return video_flows(args, own.frames, own.flow_dir(Path(args.save_dir)), device)
 
 
-def run_own(args: argparse.Namespace, own: OwnVideo, processes: Processes, weights: Weights) -> Path:
-    """``--tools test`` on a user's video whose flow is there: maps, and an overlay video, whose path is returned."""
+def run_own(args: argparse.Namespace, own: OwnVideo, processes: Processes, weights: Weights) -> None:
+    """``--tools test`` on a user's video: flow, maps, and an overlay video. One process does it all.
+
+    Raises:
+        As `run` and `run_own_flow`.
+    """
     from tqdm import tqdm
 
     from utils.crf import load_probability
-    from utils.flow import FlowFiles
     from utils.visualise import overlay_video
 
+    if not processes.is_main:
+        run(args, [], processes, weights)
+        return
     save_dir = Path(args.save_dir)
-    folder = own.flow_dir(save_dir)
-    suffix = "." + FlowFiles(args.flow_format, args.flow_raw).image_format
-    flows = [next((p for p in (folder / f"{s}{e}" for e in (suffix, ".png", ".jpg")) if p.is_file()), None)
-             for s in own.frames.stems]  # fmt: skip
-    video = Video(Path(own.name), own.frames.stems, SharedFrames(own.frames), LazyImages(flows, load_flow_image))
+    flows = run_own_flow(args, own, processes.device)
+    video = Video(Path(own.name), own.frames.stems, SharedFrames(own.frames), SharedFrames(flows))
     run(args, [video], processes, weights)
     path = save_dir / "overlay" / f"{own.name}.mp4"
-    if processes.is_main:
-        maps = (load_probability(video.probability(save_dir, stem)) for stem in video.stems)
-        counted = tqdm(maps, total=len(video.stems), desc="overlay", unit="frame")
-        overlay_video(path, video.frames, counted, own.frames.fps)
-        print(f"masks: {save_dir / 'binary' / own.name}\noverlay: {path}", flush=True)
-    return path
+    maps = (load_probability(video.probability(save_dir, stem)) for stem in video.stems)
+    counted = tqdm(maps, total=len(video.stems), desc="overlay", unit="frame")
+    overlay_video(path, video.frames, counted, own.frames.fps)
+    print(f"masks: {save_dir / 'binary' / own.name}\noverlay: {path}", flush=True)

@@ -1,0 +1,219 @@
+"""`--tools test`: maps are the predictor's, at the source's size; it resumes, shares videos, and takes one's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tool
+from datasets.flow_colour import flow_to_image
+from datasets.images import load_flow_image, load_frame
+from datasets.sequences import read_dataset
+from datasets.synthetic import write_dataset
+from models import Predictor, build_dbsnet, load_dbsnet
+from models.weights import save_weights
+from utils import inference
+
+FRAMES, SIZE = 4, (48, 80)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three synthetic videos with flow, all in val."""
+    root = tmp_path_factory.mktemp("data")
+    write_dataset(root, "DAVIS", videos=3, frames=FRAMES, size=SIZE, seed=2, validation=3)
+    return root
+
+
+def weights_file(path: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    net = build_dbsnet("xxs", depth=1, dilations=[1])
+    with torch.no_grad():  # a random network says about the same everywhere; this spreads its answers around 0.5
+        net.decoder.head.weight.mul_(100)
+    save_weights(path, net, metadata={"size": "32 64"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return weights_file(tmp_path_factory.mktemp("weights") / "w.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def call(weights: Path, save_dir: Path, *words: object) -> None:
+    arguments = ["--checkpoint", weights, "--tools", "test", "--save_dir", save_dir, "--device", "cpu", *words]
+    assert tool.main([str(word) for word in arguments]) == 0
+
+
+def maps(save_dir: Path, kind: str = "probability") -> dict[str, np.ndarray]:
+    folder = save_dir / kind
+    return {str(path.relative_to(folder)): np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.png"))}
+
+
+def expected(weights: Path, data: Path, **options: object) -> dict[str, np.ndarray]:
+    """Maps straight from the predictor on decoded pictures."""
+    predictor = Predictor(load_dbsnet(weights), size=(32, 64), **options)
+    found = {}
+    for sequence in read_dataset("DAVIS-2016", data):
+        frames = [load_frame(path) for path in sequence.frames]
+        flows = [load_flow_image(sequence.flow_path(stem)) for stem in sequence.stems]
+        for index, probability in predictor(frames, flows):
+            grey = np.floor(probability * 255 + 0.5).astype(np.uint8)
+            found[f"DAVIS-2016/{sequence.name}/{sequence.stems[index]}.png"] = grey
+    return found
+
+
+def test_maps_are_the_predictors_at_the_size_of_the_source(data: Path, weights: Path, tmp_path: Path) -> None:
+    call(weights, tmp_path, "--data_dir", data)
+    probability, binary = maps(tmp_path), maps(tmp_path, "binary")
+    wanted = expected(weights, data)
+    assert probability.keys() == binary.keys() == wanted.keys() and len(wanted) == 3 * FRAMES
+    for name, grey in probability.items():
+        assert grey.dtype == np.uint8 and grey.shape == SIZE
+        assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name
+        assert np.array_equal(binary[name], np.where(grey >= 128, 255, 0)), name
+    spread = np.concatenate([grey.ravel() for grey in probability.values()])
+    assert spread.min() < 120 and spread.max() > 135  # the threshold had something to decide
+    record = json.loads((tmp_path / "test.json").read_text())
+    assert record["frames"] == 3 * FRAMES and record["settings"]["size"] == [32, 64]
+
+
+def test_options_reach_the_predictor(data: Path, weights: Path, tmp_path: Path) -> None:
+    call(weights, tmp_path, "--data_dir", data, "--flip", "--scales", 1, 1.5, "--clip_len", 3, "--batch_size", 2)
+    wanted = expected(weights, data, flip=True, scales=(1.0, 1.5), clip_len=3, mirror_flow=inference.mirror_flow)
+    for name, grey in maps(tmp_path).items():
+        assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name
+
+
+def test_it_goes_on_where_it_stopped(data: Path, weights: Path, tmp_path: Path) -> None:
+    words = ["--data_dir", data, "--datasets", "DAVIS-2016"]
+    call(weights, tmp_path / "r", *words)
+    folders = [tmp_path / "r" / kind / "DAVIS-2016" for kind in ("probability", "binary")]
+
+    def times() -> dict[str, set[int]]:
+        """When the maps of each video were written."""
+        return {
+            video.name: {path.stat().st_mtime_ns for folder in folders for path in (folder / video.name).iterdir()}
+            for video in sorted(folders[0].iterdir())
+        }
+
+    first = times()
+    call(weights, tmp_path / "r", *words, "--batch_size", 1)  # no matter for the result
+    assert times() == first
+    (folders[1] / "video-001" / "00002.png").unlink()
+    call(weights, tmp_path / "r", *words)
+    second = times()
+    assert second["video-000"] == first["video-000"] and second["video-002"] == first["video-002"]
+    assert not second["video-001"] & first["video-001"] and (folders[1] / "video-001" / "00002.png").is_file()
+    # Maps of other weights or settings are not kept.
+    before = maps(tmp_path / "r")
+    call(weights_file(tmp_path / "other.safetensors", seed=1), tmp_path / "r", *words)
+    assert all(not times()[name] & second[name] for name in second)
+    assert any(not np.array_equal(grey, before[name]) for name, grey in maps(tmp_path / "r").items())
+    third = times()
+    call(tmp_path / "other.safetensors", tmp_path / "r", *words, "--flip", "--sequences", "video-002")
+    assert times()["video-000"] == third["video-000"] and not times()["video-002"] & third["video-002"]
+    call(tmp_path / "other.safetensors", tmp_path / "r", *words, "--sequences", "video-000", "--overwrite")
+    assert not times()["video-000"] & third["video-000"]
+    assert not list((tmp_path / "r").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_processes_share_the_videos(world_size: int) -> None:
+    lengths = [40, 3, 90, 55, 55, 20, 1]
+    parts = [inference.share(lengths, rank, world_size) for rank in range(world_size)]
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    loads = [sum(lengths[index] for index in part) for part in parts]
+    assert max(loads) <= max(max(lengths), 1.34 * sum(lengths) / world_size)  # 4/3 is the rule's proven bound
+
+
+def test_a_mirrored_flow_image_is_that_of_the_mirrored_flow() -> None:
+    rng = np.random.default_rng(0)
+    flow = np.cumsum(np.cumsum(rng.normal(size=(30, 40, 2)), 0), 1).astype(np.float32)
+    mirrored = flow[:, ::-1] * np.array([-1, 1], np.float32)
+    found = inference.mirror_flow(flow_to_image(flow)).astype(int)
+    assert np.abs(found - flow_to_image(mirrored)).mean() < 3
+
+
+def test_pictures_are_decoded_when_asked_for() -> None:
+    asked = []
+    images = inference.LazyImages([Path("a"), Path("b"), Path("c")], lambda path: asked.append(path) or np.zeros(1))
+    assert len(images) == 3 and not asked
+    _ = images[1], images[1]
+    assert asked == [Path("b"), Path("b")]
+
+
+# ------------------------------------------------------------------------------------------------------- own videos
+
+
+def test_ones_own_frames_and_video(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    cv2 = pytest.importorskip("cv2")
+    from utils.video import open_video, write_video
+
+    frames = data / "DAVIS" / "JPEGImages" / "480p" / "video-001"
+    pictures = [load_frame(path) for path in sorted(frames.iterdir())]
+    write_video(tmp_path / "clip.mp4", pictures, fps=10)
+    call(weights, tmp_path / "a", "--video", tmp_path / "clip.mp4", "--workers", 1)
+    assert "by dis" in capsys.readouterr().out
+    # The decoded frames as files give the same maps.
+    (tmp_path / "clip").mkdir()
+    decoded = open_video(tmp_path / "clip.mp4")
+    for stem, frame in zip(decoded.stems, decoded):
+        Image.fromarray(frame).save(tmp_path / "clip" / f"{stem}.png")
+    call(weights, tmp_path / "b", "--frames", tmp_path / "clip", "--workers", 1, "--tools", "test")
+    one, two = maps(tmp_path / "a"), maps(tmp_path / "b")
+    assert list(one) == [f"clip/{stem}.png" for stem in decoded.stems] and len(one) == FRAMES
+    for name, grey in one.items():
+        assert grey.shape == SIZE and np.array_equal(grey, two[name])
+    assert maps(tmp_path / "a", "binary").keys() == one.keys()
+    assert not list(frames.parent.rglob("*flow*"))  # nothing is written beside the user's files
+    for folder in ("a", "b"):
+        capture = cv2.VideoCapture(str(tmp_path / folder / "overlay" / "clip.mp4"))
+        count = 0
+        while capture.grab():
+            count += 1
+        assert count == FRAMES
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(data: Path, weights: Path, tmp_path: Path, repository: Path) -> None:
+    call(weights, tmp_path / "one", "--data_dir", data)
+    words = [
+        "--checkpoint",
+        weights,
+        "--tools",
+        "test",
+        "eval",
+        "--metrics",
+        "uvos",
+        "--data_dir",
+        data,
+        "--device",
+        "cpu",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tool.py"]
+    done = subprocess.run(
+        [str(word) for word in [*launch, *words, "--save_dir", tmp_path / "two"]],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = maps(tmp_path / "one"), maps(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, grey in one.items():
+        assert np.abs(grey.astype(int) - two[name]).max() <= 1
+    assert json.loads((tmp_path / "two" / "evaluation.json").read_text())["protocol"]["sequences"] == 3
