@@ -1,0 +1,320 @@
+"""tool.py: the documented lines run as they stand, and bad input of each kind gets one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("cv2")
+
+import tool
+from datasets.synthetic import write_dataset
+from models import build_dbsnet, load_dbsnet
+from models.weights import save_weights
+from utils import inference
+
+FRAMES = 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with a DAVIS of four synthetic videos, two of them val, without flow."""
+    root = tmp_path_factory.mktemp("data")
+    write_dataset(root, "DAVIS", videos=4, frames=FRAMES, size=(48, 80), seed=2, validation=2, flows=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    net = build_dbsnet("xxs", depth=1, dilations=[1])
+    with torch.no_grad():
+        net.decoder.head.weight.mul_(100)  # answers on both sides of 0.5
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_weights(path, net, metadata={"size": "32 64", "trained_on": "nothing at all"})
+    return path
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)  # what goes to the default folders goes here
+
+
+def call(*words: object) -> int:
+    return tool.main([str(word) for word in ["--device", "cpu", "--workers", 1, *words]])
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The message of a call that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        call(*words)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "error: " in message and "Traceback" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def results(data: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole row of tools as the README has it, with the default folders, run in a folder of its own."""
+    folder = tmp_path_factory.mktemp("work")
+    shutil.copytree(data, folder / "data")
+    tools = ["flow", "test", "eval", "report"]
+    try:
+        import pydensecrf.densecrf  # noqa: F401
+
+        tools.insert(2, "crf")
+    except ImportError:
+        pass
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        words = ["--checkpoint", weights, "--tools", *tools, "--data_dir", "data", "--datasets", "DAVIS-2016"]
+        assert call(*words, "--flow_method", "dis", "--metrics", "uvos") == 0
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- the row of tools
+
+
+def test_the_row_of_tools_scores_what_it_wrote(results: Path) -> None:
+    document = json.loads((results / "results" / "evaluation.json").read_text())
+    names = ["video-002", "video-003"]
+    assert sorted(document["sequences"]) == names
+    for name in names:
+        scores = []
+        for t in range(1, FRAMES - 1):  # the first and the last frame do not count on DAVIS
+            mask = np.asarray(Image.open(results / f"results/binary/DAVIS-2016/{name}/{t:05d}.png")) > 0
+            truth = np.asarray(Image.open(results / f"data/DAVIS/Annotations/480p/{name}/{t:05d}.png")) > 0
+            scores.append((mask & truth).sum() / max(1, (mask | truth).sum()))
+        assert document["sequences"][name]["J_mean"] == pytest.approx(np.mean(scores), abs=1e-9)
+    assert 0.01 < document["overall"]["J_mean"] < 1
+
+
+def test_the_page_needs_no_other_file(results: Path) -> None:
+    page = (results / "results" / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    sources = re.findall(r'src="([^"]{30})', page)
+    assert len(sources) >= 8 and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    document = json.loads((results / "results" / "evaluation.json").read_text())
+    for name, values in document["sequences"].items():
+        row = re.search(rf"<tr><th>{name}</th>(.*?)</tr>", page)[1]
+        assert row.startswith(f"<td>{100 * values['J_mean']:.1f}</td><td>")
+    assert "trained_on nothing at all" in page and "annotated frames without the first and last" in page
+    assert "viewport" in page and "prefers-color-scheme: dark" in page
+    if "crf" in document:
+        assert f"<b>{100 * document['crf']['overall']['J_mean']:.1f}</b>J after the CRF" in page
+
+
+def test_the_page_shows_the_training_run(results: Path, data: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    lines = [{"kind": "train", "step": step, "loss": 2 - step / 50} for step in (10, 20, 30)]
+    lines.append({"kind": "val", "step": 30, "J": 0.5})
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st')
+    words = ["--tools", "report", "--save_dir", results / "results", "--data_dir", results / "data"]
+    assert call(*words, "--datasets", "DAVIS-2016", "--log", log, "--report", tmp_path / "page.html") == 0
+    assert "loss: 1.800 at step 10, 1.400 at step 30" in (tmp_path / "page.html").read_text()
+
+
+def test_default_datasets_are_those_that_are_there(results: Path, weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(results / "data", tmp_path / "data")
+    assert call("--checkpoint", weights, "--tools", "test") == 0  # as the README has it
+    assert [path.name for path in (tmp_path / "results" / "binary").iterdir()] == ["DAVIS-2016"]
+    first = sorted((tmp_path / "results" / "binary").rglob("*.png"))
+    assert len(first) == 2 * FRAMES
+
+
+def test_published_weights_are_the_default(
+    results: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--tools",
+        "test",
+        "--data_dir",
+        results / "data",
+        "--sequences",
+        "video-003",
+        "--save_dir",
+        tmp_path / "r",
+    ]
+    monkeypatch.setattr(inference, "PUBLISHED_WEIGHTS", tmp_path / "weights" / "none.safetensors")
+    message = fails(capsys, *words)
+    assert "main.py" in message and "--checkpoint" in message and "weights/none.safetensors" in message
+    monkeypatch.setattr(inference, "PUBLISHED_WEIGHTS", weights)
+    assert call(*words) == 0
+    assert json.loads((tmp_path / "r" / "test.json").read_text())["checkpoint"] == str(weights)
+    assert len(list((tmp_path / "r" / "binary").rglob("*.png"))) == FRAMES
+
+
+def test_check_before_flow_does_not_ask_for_flow(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data_dir", data, "--datasets", "DAVIS-2016", "--split", "train"]
+    assert call("--tools", "check", *words) == 1  # the flow of train is not there
+    assert "--tools flow" in capsys.readouterr().out
+    assert call("--tools", "check", "flow", "check", *words, "--flow_method", "dis") == 0
+    flows = list((data / "DAVIS" / "Flows").rglob("*.png"))
+    assert len(flows) == 2 * FRAMES
+    assert call("--tools", "check", *words) == 0
+    shutil.rmtree(data / "DAVIS" / "Flows")
+
+
+def test_tools_stop_after_a_check_with_problems(data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--data_dir", data, "--datasets", "DAVIS-2016", "--save_dir", tmp_path / "r"]
+    assert call("--tools", "check", "test", *words) == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.safetensors"
+    words = ["--tools", "export", "--checkpoint", weights, "--output", out]
+    assert call(*words, "--note", "licence=CC BY-NC 4.0", "sequences=a=b") == 0
+    notes, size = inference.read_notes(out)
+    assert size == (32, 64)
+    assert notes["licence"] == "CC BY-NC 4.0" and notes["sequences"] == "a=b"
+    assert notes["trained_on"] == "nothing at all"  # what the checkpoint said already
+    assert out.stat().st_size < 0.55 * weights.stat().st_size
+    before, after = load_dbsnet(weights).state_dict(), load_dbsnet(out).state_dict()
+    for key, value in before.items():
+        assert torch.allclose(value.float(), after[key].float(), rtol=1e-3, atol=1e-6), key
+    assert call(*words, "--size", 64, 96) == 0 and inference.read_notes(out)[1] == (64, 96)
+    assert "KEY=VALUE" in fails(capsys, *words, "--note", "licence")
+    assert "--size" in fails(capsys, *words, "--note", "size=3")
+    assert ".safetensors" in fails(capsys, "--tools", "export", "--checkpoint", weights, "--output", "out.pt")
+    assert "--checkpoint" in fails(capsys, "--tools", "export", "--output", out)
+
+
+def test_export_of_a_training_checkpoint(tmp_path: Path, repository: Path) -> None:
+    import main
+
+    run = tmp_path / "run"
+    words = f"--config {repository / 'configs/demo.yaml'} --size 32 64 --max_steps 1 --steps_per_epoch 1 --workers 0"
+    words += f" --device cpu --batch_size 2 --network depth:1 dilations:[1] --save_dir {run}"
+    assert main.main(words.split()) == 0
+    assert call("--tools", "export", "--checkpoint", run / "last.pt", "--output", tmp_path / "w.safetensors") == 0
+    notes, size = inference.read_notes(tmp_path / "w.safetensors")
+    assert size == (32, 64) and notes["step"] == "1" and notes["trained_on"] == "synthetic"
+
+
+# ------------------------------------------------------------------------------------------------------ what is wrong
+
+
+def test_an_unknown_tool(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "--tools", "evaluate")
+    assert "'evaluate'" in message and "eval" in message
+
+
+def test_no_data(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "--tools", "test", "--checkpoint", weights)
+    assert "--data_dir data" in message and "--video" in message and "demo" in message
+    (tmp_path / "empty").mkdir()
+    message = fails(capsys, "--tools", "flow", "--data_dir", tmp_path / "empty", "--datasets", "FBMS")
+    assert "FBMS" in message and str(tmp_path / "empty") in message
+
+
+def test_missing_flow(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tools", "test", "--checkpoint", weights, "--data_dir", data, "--save_dir", tmp_path / "r"]
+    message = fails(capsys, *words)
+    assert str(data / "DAVIS/Flows/480p/video-002/00000") in message
+    assert "python tool.py --tools flow --datasets DAVIS-2016" in message
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.fixture
+def broken(results: Path, tmp_path: Path) -> Path:
+    """A copy of the data with flow, to be damaged."""
+    shutil.copytree(results / "data", tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+def test_a_truncated_frame(broken: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = broken / "DAVIS/JPEGImages/480p/video-003/00002.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    words = ["--tools", "test", "--checkpoint", weights, "--data_dir", broken, "--save_dir", tmp_path / "r"]
+    assert str(path) in fails(capsys, *words, "--sequences", "video-003")
+    assert not list((tmp_path / "r").rglob("*.tmp"))
+
+
+def test_a_damaged_flow_image(broken: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = broken / "DAVIS/Flows/480p/video-003/00001.png"
+    path.write_bytes(b"no picture")
+    words = ["--tools", "test", "--checkpoint", weights, "--data_dir", broken, "--sequences", "video-003"]
+    assert str(path) in fails(capsys, *words)
+
+
+def test_a_mask_of_another_size(broken: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = broken / "DAVIS/Annotations/480p/video-002/00002.png"
+    Image.fromarray(np.zeros((40, 80), np.uint8)).save(path)
+    words = ["--tools", "eval", "--save_dir", results / "results", "--metrics", "uvos", "--data_dir", broken]
+    message = fails(capsys, *words, "--table_dir", broken)
+    assert str(path) in message and "80×40" in message
+
+
+def test_checkpoints_that_are_none(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tools", "test", "--data_dir", data, "--checkpoint"]
+    assert "nowhere.pt" in fails(capsys, *words, "nowhere.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    assert "text.pt" in fails(capsys, *words, tmp_path / "text.pt")
+    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "other.pt" in fails(capsys, *words, tmp_path / "other.pt")
+    net = build_dbsnet("xxs", depth=1, dilations=[1])
+    net.config["depth"] = 2
+    save_weights(tmp_path / "misfit.safetensors", net)
+    message = fails(capsys, *words, tmp_path / "misfit.safetensors")
+    assert "misfit.safetensors" in message and "missing" in message
+    net.config["depth"] = 1
+    save_weights(tmp_path / "size.safetensors", net, metadata={"size": "large"})
+    assert "'large'" in fails(capsys, *words, tmp_path / "size.safetensors")
+
+
+def test_videos_that_are_none(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tools", "test", "--checkpoint", weights]
+    (tmp_path / "clip.mp4").write_bytes(b"this is no video" * 100)
+    message = fails(capsys, *words, "--video", tmp_path / "clip.mp4")
+    assert str(tmp_path / "clip.mp4") in message and "ffmpeg" in message
+    assert "nowhere.mp4" in fails(capsys, *words, "--video", "nowhere.mp4")
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in fails(capsys, *words, "--frames", tmp_path / "empty")
+    message = fails(capsys, *words, "--frames", tmp_path / "empty", "--video", tmp_path / "clip.mp4")
+    assert "--video and --frames" in message
+    message = fails(capsys, "--tools", "test", "eval", "--checkpoint", weights, "--video", tmp_path / "clip.mp4")
+    assert "--tools eval" in message
+
+
+def test_options_out_of_range(data: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dataset(data, "with-flow", videos=1, frames=2, size=(32, 64), seed=5)
+    words = ["--tools", "test", "--checkpoint", weights, "--data_dir", data, "--datasets", "with-flow"]
+    assert "--batch_size 0" in fails(capsys, *words, "--batch_size", 0)
+    assert "--clip_len 0" in fails(capsys, *words, "--clip_len", 0)
+    assert "--scales" in fails(capsys, *words, "--scales", 0)
+    assert "--size 0 64" in fails(capsys, *words, "--size", 0, 64)
+    message = fails(capsys, *words, "--sequences", "video-00")
+    assert "--sequences video-00" in message and "video-000" in message
+    assert "--num_frames 0" in fails(capsys, *words, "--num_frames", 0)
+
+
+def test_steps_out_of_order(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data_dir", data, "--datasets", "DAVIS-2016", "--save_dir", tmp_path / "r"]
+    assert "--tools eval" in fails(capsys, "--tools", "report", *words)
+    assert str(tmp_path / "r") in fails(capsys, "--tools", "eval", "--metrics", "uvos", *words)
+    pytest.importorskip("pydensecrf.densecrf")
+    assert "--tools test" in fails(capsys, "--tools", "crf", *words)
+
+
+def test_as_a_program(repository: Path, tmp_path: Path) -> None:
+    """The exit code and the message as a shell sees them."""
+    words = ["tool.py", "--tools", "test", "--frames", str(tmp_path / "nowhere"), "--checkpoint", "nowhere.pt"]
+    done = subprocess.run([sys.executable, *words], cwd=repository, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "nowhere" in done.stderr and "Traceback" not in done.stderr
