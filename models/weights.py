@@ -156,7 +156,10 @@ def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.n
 
     content = read_checkpoint(path)
     metadata = content.get("metadata") or {}
-    config = json.loads(metadata["config"]) if "config" in metadata else content.get("config_model")
+    try:
+        config = json.loads(metadata["config"]) if "config" in metadata else content.get("config_model")
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: the 'config' in its metadata is not JSON ({error}): write the file again") from None
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{path} does not say which network it is of: expected a file written by this project (main.py's .pt, or "

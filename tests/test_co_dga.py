@@ -36,7 +36,9 @@ def plain_messages(net: CoDGA, x: Tensor) -> Tensor:
                 for source in [target, *(other for other in range(s) if other != target)]:
                     own = int(source != target)
                     # (direction, row, column, signed distance): the whole row, and the column without the node itself
-                    places = [(0, i, q, q - j) for q in range(width)] + [(1, q, j, q - i) for q in range(height) if q != i]
+                    places = [(0, i, q, q - j) for q in range(width)] + [
+                        (1, q, j, q - i) for q in range(height) if q != i
+                    ]
                     heads = []
                     for h in range(n):
                         logits, content = [], []
@@ -56,7 +58,9 @@ def plain_messages(net: CoDGA, x: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize(("streams", "heads", "size"), [(2, 2, (3, 4)), (1, 1, (4, 2)), (2, 1, (1, 3)), (1, 2, (3, 1)), (2, 2, (1, 1))])
+@pytest.mark.parametrize(
+    ("streams", "heads", "size"), [(2, 2, (3, 4)), (1, 1, (4, 2)), (2, 1, (1, 3)), (1, 2, (3, 1)), (2, 2, (1, 1))]
+)
 def test_messages_equal_the_loop_over_pixels(streams: int, heads: int, size: tuple[int, int]) -> None:
     net = make(streams=streams, heads=heads)
     x = torch.randn(2, streams, 4, *size, dtype=torch.double)
@@ -91,7 +95,9 @@ def test_one_round_stays_on_row_and_column_and_two_reach_everything() -> None:
     changed[:, 4:, 1, 3] += 1  # one node of the second stream
     with torch.no_grad():
         once = (net.messages(changed) - net.messages(x)).abs().view(2, 4, 4, 5).amax(1) > 1e-12
-        twice = (net.messages(net.messages(changed)) - net.messages(net.messages(x))).abs().view(2, 4, 4, 5).amax(1) > 1e-12
+        twice = (net.messages(net.messages(changed)) - net.messages(net.messages(x))).abs().view(2, 4, 4, 5).amax(
+            1
+        ) > 1e-12
     cross = torch.zeros(4, 5, dtype=torch.bool)
     cross[1, :] = cross[:, 3] = True
     assert torch.equal(once[0], cross) and torch.equal(once[1], cross)
@@ -104,7 +110,9 @@ def test_transposing_the_image_with_row_and_column_weights_tied() -> None:
     with torch.no_grad():
         assert not torch.allclose(net.messages(x.transpose(2, 3)).transpose(2, 3), net.messages(x), atol=1e-3)
         for parameter in (net.edges.weight, net.edges.bias):
-            directions = parameter.unflatten(0, (2, 2, 2, -1))  # ((stream, query or key, direction, heads * key_dim), …)
+            directions = parameter.unflatten(
+                0, (2, 2, 2, -1)
+            )  # ((stream, query or key, direction, heads * key_dim), …)
             directions[:, :, 1] = directions[:, :, 0]
         net.distance[:, 1] = net.distance[:, 0]
         torch.testing.assert_close(net.messages(x.transpose(2, 3)).transpose(2, 3), net.messages(x))

@@ -24,7 +24,9 @@ def plain_layer(layer: BiConvLSTM, x: Tensor, streams: int, hidden: int, dilatio
             states = {}
             for t in order:
                 i, f, g, o = (
-                    F.conv2d(x[:, t, s], w_in[s, direction, k], bias[s, direction, k], padding=dilation, dilation=dilation)
+                    F.conv2d(
+                        x[:, t, s], w_in[s, direction, k], bias[s, direction, k], padding=dilation, dilation=dilation
+                    )
                     + F.conv2d(h, w_state[s, direction, k], padding=dilation, dilation=dilation)
                     for k in range(4)
                 )
@@ -39,7 +41,9 @@ def plain_layer(layer: BiConvLSTM, x: Tensor, streams: int, hidden: int, dilatio
 @pytest.mark.parametrize(("streams", "dilation", "length", "size"), [
     (2, 1, 4, (5, 7)), (2, 4, 3, (6, 3)), (1, 2, 1, (1, 1)), (1, 1, 2, (4, 1)),
 ])  # fmt: skip
-def test_layer_equals_the_plain_loop_in_values_and_gradients(streams: int, dilation: int, length: int, size: tuple) -> None:
+def test_layer_equals_the_plain_loop_in_values_and_gradients(
+    streams: int, dilation: int, length: int, size: tuple
+) -> None:
     torch.manual_seed(0)
     layer = BiConvLSTM(3, 2, streams=streams, dilation=dilation).double()
     x = torch.randn(2, length, streams, 3, *size, dtype=torch.double, requires_grad=True)
@@ -50,7 +54,9 @@ def test_layer_equals_the_plain_loop_in_values_and_gradients(streams: int, dilat
     torch.testing.assert_close(mine, plain)
     for a, b in zip(torch.autograd.grad((mine * weight).sum(), tensors, allow_unused=length == 1),
                     torch.autograd.grad((plain * weight).sum(), tensors)):  # fmt: skip
-        torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)  # one frame: the recurrence plays no part
+        torch.testing.assert_close(
+            torch.zeros_like(b) if a is None else a, b
+        )  # one frame: the recurrence plays no part
 
 
 def test_forget_bias_starts_at_one_and_the_others_at_zero() -> None:

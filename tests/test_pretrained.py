@@ -27,7 +27,9 @@ def values(weight: tuple[int, ...], bias: bool = False) -> list[tuple[str, tuple
 
 
 def norm(channels: int) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, (channels,)) for name in ("weight", "bias", "running_mean", "running_var")] + [("num_batches_tracked", ())]
+    return [(name, (channels,)) for name in ("weight", "bias", "running_mean", "running_var")] + [
+        ("num_batches_tracked", ())
+    ]
 
 
 def layer_norm(channels: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -40,7 +42,7 @@ def entries(fmt: str, variant: str) -> Iterator[tuple[str, str, list[tuple[str, 
     A format that has no such module gives none.
     """
     c, stem, e = STAGES[variant], 16, EXPANSION[variant]
-    wilile, cvnets = fmt == "wilile", fmt == "cvnets"
+    wilile = fmt == "wilile"
 
     def name(*names: str) -> str:
         return names[("wilile", "cvnets", "timm").index(fmt)]
@@ -53,13 +55,35 @@ def entries(fmt: str, variant: str) -> Iterator[tuple[str, str, list[tuple[str, 
               (3, 0, c[1], c[2]), (4, 0, c[2], c[3]), (5, 0, c[3], c[4])]  # fmt: skip
     for level, b, c_in, c_out in blocks:
         h = c_in * e
-        theirs = name("stem.1" if level == 1 else f"stage{level - 1}.{b}", f"layer_{level}.{b}.block", f"stages.{level - 1}.{b}")
+        theirs = name(
+            "stem.1" if level == 1 else f"stage{level - 1}.{b}", f"layer_{level}.{b}.block", f"stages.{level - 1}.{b}"
+        )
         ours = f"stages.{level - 1}.{b}"
-        yield theirs + name(".conv.0.conv", ".exp_1x1.block.conv", ".conv1_1x1.conv"), f"{ours}.expand.conv", values((h, c_in, 1, 1))
-        yield theirs + name(".conv.0.norm_layer", ".exp_1x1.block.norm", ".conv1_1x1.bn"), f"{ours}.expand.norm", norm(h)
-        yield theirs + name(".conv.1.conv", ".conv_3x3.block.conv", ".conv2_kxk.conv"), f"{ours}.depthwise.conv", values((h, 1, 3, 3))
-        yield theirs + name(".conv.1.norm_layer", ".conv_3x3.block.norm", ".conv2_kxk.bn"), f"{ours}.depthwise.norm", norm(h)
-        yield theirs + name(".conv.2", ".red_1x1.block.conv", ".conv3_1x1.conv"), f"{ours}.project.conv", values((c_out, h, 1, 1))
+        yield (
+            theirs + name(".conv.0.conv", ".exp_1x1.block.conv", ".conv1_1x1.conv"),
+            f"{ours}.expand.conv",
+            values((h, c_in, 1, 1)),
+        )
+        yield (
+            theirs + name(".conv.0.norm_layer", ".exp_1x1.block.norm", ".conv1_1x1.bn"),
+            f"{ours}.expand.norm",
+            norm(h),
+        )
+        yield (
+            theirs + name(".conv.1.conv", ".conv_3x3.block.conv", ".conv2_kxk.conv"),
+            f"{ours}.depthwise.conv",
+            values((h, 1, 3, 3)),
+        )
+        yield (
+            theirs + name(".conv.1.norm_layer", ".conv_3x3.block.norm", ".conv2_kxk.bn"),
+            f"{ours}.depthwise.norm",
+            norm(h),
+        )
+        yield (
+            theirs + name(".conv.2", ".red_1x1.block.conv", ".conv3_1x1.conv"),
+            f"{ours}.project.conv",
+            values((c_out, h, 1, 1)),
+        )
         yield theirs + name(".conv.3", ".red_1x1.block.norm", ".conv3_1x1.bn"), f"{ours}.project.norm", norm(c_out)
     for level in (3, 4, 5):
         n, d = c[level - 1], DIMS[variant][level - 3]
@@ -75,15 +99,26 @@ def entries(fmt: str, variant: str) -> Iterator[tuple[str, str, list[tuple[str, 
         inner = 32 if wilile else d
         hidden = d * (4 if wilile and level > 3 else 2)
         for k in range(DEPTHS[level]):
-            encoder, layer = theirs + name(f".transformer.layers.{k}", f".global_rep.{k}", f".transformer.{k}"), f"{ours}.layers.{k}"
+            encoder, layer = (
+                theirs + name(f".transformer.layers.{k}", f".global_rep.{k}", f".transformer.{k}"),
+                f"{ours}.layers.{k}",
+            )
             yield encoder + name(".0.norm", ".pre_norm_mha.0", ".norm1"), f"{layer}.norm1", layer_norm(d)
             yield (encoder + name(".0.fn.to_qvk", ".pre_norm_mha.1.qkv_proj", ".attn.qkv"),
                    f"{layer}.attention.qkv", values((3 * inner, d), not wilile))  # fmt: skip
             yield (encoder + name(".0.fn.w_out", ".pre_norm_mha.1.out_proj", ".attn.proj"),
                    f"{layer}.attention.out", values((d, inner), not wilile))  # fmt: skip
             yield encoder + name(".1.norm", ".pre_norm_ffn.0", ".norm2"), f"{layer}.norm2", layer_norm(d)
-            yield encoder + name(".1.fn.net.0", ".pre_norm_ffn.1", ".mlp.fc1"), f"{layer}.mlp.0", values((hidden, d), True)
-            yield encoder + name(".1.fn.net.3", ".pre_norm_ffn.4", ".mlp.fc2"), f"{layer}.mlp.2", values((d, hidden), True)
+            yield (
+                encoder + name(".1.fn.net.0", ".pre_norm_ffn.1", ".mlp.fc1"),
+                f"{layer}.mlp.0",
+                values((hidden, d), True),
+            )
+            yield (
+                encoder + name(".1.fn.net.3", ".pre_norm_ffn.4", ".mlp.fc2"),
+                f"{layer}.mlp.2",
+                values((d, hidden), True),
+            )
         if not wilile:
             yield theirs + name("", f".global_rep.{DEPTHS[level]}", ".norm"), f"{ours}.norm", layer_norm(d)
         yield (theirs + name(".fusion_block1", ".conv_proj.block.conv", ".conv_proj.conv"),
@@ -190,7 +225,10 @@ def test_what_does_not_fit_is_counted_and_named(fmt: str, tmp_path: Path) -> Non
     for change, message in (
         (lambda s: s.pop(key), f"1 missing (first: {key})"),
         (lambda s: s.update({"aux.weight": torch.zeros(2)}), "1 unexpected (first: aux.weight)"),
-        (lambda s: s.update({key: torch.zeros(2, 3)}), f"1 of another shape (first: {key}: expected (320, 80, 1, 1), got (2, 3))"),
+        (
+            lambda s: s.update({key: torch.zeros(2, 3)}),
+            f"1 of another shape (first: {key}: expected (320, 80, 1, 1), got (2, 3))",
+        ),
     ):
         state, _ = make_state(fmt, "xxs")
         change(state)
@@ -263,7 +301,9 @@ def test_load_backbones_fills_both_streams(tmp_path: Path) -> None:
 
 def batch_norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
     mean, var = state[f"{name}.running_mean"].view(-1, 1, 1), state[f"{name}.running_var"].view(-1, 1, 1)
-    return (x - mean) / (var + 1e-5).sqrt() * state[f"{name}.weight"].view(-1, 1, 1) + state[f"{name}.bias"].view(-1, 1, 1)
+    return (x - mean) / (var + 1e-5).sqrt() * state[f"{name}.weight"].view(-1, 1, 1) + state[f"{name}.bias"].view(
+        -1, 1, 1
+    )
 
 
 def silu(x: Tensor) -> Tensor:
@@ -273,7 +313,9 @@ def silu(x: Tensor) -> Tensor:
 def plain_residual(x: Tensor, s: dict[str, Tensor], name: str, stride: int) -> Tensor:
     y = batch_norm(F.conv2d(x, s[f"{name}.conv.0.conv.weight"]), s, f"{name}.conv.0.norm_layer")  # no activation here
     weight = s[f"{name}.conv.1.conv.weight"]
-    y = silu(batch_norm(F.conv2d(y, weight, stride=stride, padding=1, groups=len(weight)), s, f"{name}.conv.1.norm_layer"))
+    y = silu(
+        batch_norm(F.conv2d(y, weight, stride=stride, padding=1, groups=len(weight)), s, f"{name}.conv.1.norm_layer")
+    )
     y = batch_norm(F.conv2d(y, s[f"{name}.conv.2.weight"]), s, f"{name}.conv.3")
     return x + y if x.shape == y.shape else y
 
@@ -296,8 +338,12 @@ def plain_mobilevit_block(x: Tensor, s: dict[str, Tensor], name: str, depth: int
             d = tokens.shape[-1]
             for k in range(depth):
                 layer = f"{name}.transformer.layers.{k}"
-                q, key, v = (plain_layer_norm(tokens, s, f"{layer}.0.norm") @ s[f"{layer}.0.fn.to_qvk.weight"].T).split(32, -1)
-                attention = torch.softmax(q @ key.transpose(1, 2) / math.sqrt(d), -1)  # the whole width d, though heads have 32
+                q, key, v = (plain_layer_norm(tokens, s, f"{layer}.0.norm") @ s[f"{layer}.0.fn.to_qvk.weight"].T).split(
+                    32, -1
+                )
+                attention = torch.softmax(
+                    q @ key.transpose(1, 2) / math.sqrt(d), -1
+                )  # the whole width d, though heads have 32
                 tokens = tokens + attention @ v @ s[f"{layer}.0.fn.w_out.weight"].T
                 hidden = silu(plain_layer_norm(tokens, s, f"{layer}.1.norm") @ s[f"{layer}.1.fn.net.0.weight"].T
                               + s[f"{layer}.1.fn.net.0.bias"])  # fmt: skip
@@ -324,7 +370,9 @@ def plain_wilile(x: Tensor, s: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("variant", ["xxs", "xs", "s"])
 def test_wilile_equals_a_plain_network_over_its_own_keys(variant: str, tmp_path: Path) -> None:
     state, _ = make_state("wilile", variant, seed=5)
-    net = build_backbone(f"mobilevit_{variant}", flavour="wilile", checkpoint=save(tmp_path / "w.pth.tar", state)).eval()
+    net = build_backbone(
+        f"mobilevit_{variant}", flavour="wilile", checkpoint=save(tmp_path / "w.pth.tar", state)
+    ).eval()
     x = torch.rand(2, 3, 64, 128)
     with torch.inference_mode():
         for mine, theirs in zip(net(x), plain_wilile(x, state)):

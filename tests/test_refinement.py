@@ -42,7 +42,11 @@ def plain_layer(layer: RefinementLayer, x: Tensor) -> Tensor:
     for place in places:
         frame, i, j = place
         time = frame - (t - 1) / 2
-        code = [part for n in range(0, c, 2) for part in (math.sin(time * 1000 ** (-n / c)), math.cos(time * 1000 ** (-n / c)))]
+        code = [
+            part
+            for n in range(0, c, 2)
+            for part in (math.sin(time * 1000 ** (-n / c)), math.cos(time * 1000 ** (-n / c)))
+        ]
         token = F.layer_norm(x[frame, :, i, j], (c,), layer.norm1.weight, layer.norm1.bias)
         token = token + torch.tensor(code[:c], dtype=x.dtype)
         q[place], k[place], v[place] = (layer.qkv.weight @ token + layer.qkv.bias).split(c)
@@ -51,7 +55,9 @@ def plain_layer(layer: RefinementLayer, x: Tensor) -> Tensor:
         heads = []
         for n in range(layer.heads):
             part = slice(n * d, (n + 1) * d)
-            weights = torch.softmax(torch.stack([q[place][part] @ k[other][part] for other in places]) / math.sqrt(d), 0)
+            weights = torch.softmax(
+                torch.stack([q[place][part] @ k[other][part] for other in places]) / math.sqrt(d), 0
+            )
             heads.append(sum(weight * v[other][part] for weight, other in zip(weights, places)))
         frame, i, j = place
         token = x[frame, :, i, j] + layer.out.weight @ torch.cat(heads) + layer.out.bias

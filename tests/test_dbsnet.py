@@ -1,0 +1,179 @@
+"""The assembled network: gradients, sizes, lengths, ablations, configuration."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import DBSNet, build_dbsnet
+
+SMALL = {"variant": "xxs", "width": 16, "hidden": 4, "dilations": (1, 2), "depth": 1, "window": 4}
+
+
+def small(**options) -> DBSNet:
+    torch.manual_seed(0)
+    return build_dbsnet(**{**SMALL, **options})
+
+
+def clip(b: int = 1, t: int = 2, height: int = 64, width: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.rand(b, t, 3, height, width, generator=generator) for _ in range(2))
+
+
+@pytest.mark.parametrize("flavour", ["reference", "wilile"])
+def test_every_parameter_gets_a_gradient(flavour: str) -> None:
+    net = small(flavour=flavour).train()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.startswith("fusion.") and (name.endswith("scale") or name.endswith("distance")):
+                parameter.normal_()  # they start at 0 and stop what is behind them
+    # 128 pixels: each transformer then sees more than one patch, without which attention has nothing to weigh.
+    frames, flows = clip(2, 3, 128, 128)
+    logits, aux = net(frames, flows, return_aux=True)
+    generator = torch.Generator().manual_seed(1)
+    sum((y * torch.randn(y.shape, generator=generator)).sum() for y in (logits, *aux)).backward()
+    absent = [name for name, parameter in net.named_parameters() if parameter.grad is None]
+    zero = [
+        name for name, parameter in net.named_parameters() if parameter.grad is not None and not parameter.grad.any()
+    ]
+    assert not absent and not zero
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+def test_a_fresh_network_leaves_no_parameter_without_a_gradient() -> None:
+    """DistributedDataParallel waits for ever for a parameter that takes no part."""
+    net = small().train()
+    logits, aux = net(*clip(1, 2), return_aux=True)
+    (logits.mean() + sum(y.mean() for y in aux)).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("flavour", ["reference", "wilile"])
+@pytest.mark.parametrize(
+    ("length", "height", "width"), [(1, 64, 64), (3, 50, 70), (2, 33, 129), (1, 1, 1), (6, 32, 64)]
+)
+def test_any_length_and_size(flavour: str, length: int, height: int, width: int) -> None:
+    net = small(flavour=flavour).eval()
+    with torch.inference_mode():
+        logits, aux = net(*clip(2, length, height, width), return_aux=True)
+    assert logits.shape == (2, length, 1, height, width)
+    assert logits.isfinite().all()
+    padded = [-(-side // net.multiple) * net.multiple for side in (height, width)]
+    assert [tuple(y.shape) for y in aux] == [(2, length, 1, padded[0] // s, padded[1] // s) for s in (8, 16, 32)]
+
+
+def test_other_sizes_are_padded_by_their_border_and_cropped_never_stretched() -> None:
+    net = small().eval()
+    frames, flows = clip(1, 2, 50, 70)
+
+    def extend(x: Tensor) -> Tensor:
+        rows = torch.arange(64).clamp(max=49)
+        columns = torch.arange(96).clamp(max=69)
+        return x[..., rows, :][..., columns]
+
+    with torch.inference_mode():
+        torch.testing.assert_close(net(frames, flows), net(extend(frames), extend(flows))[..., :50, :70])
+
+
+def test_clips_of_a_batch_are_independent() -> None:
+    net = small().eval()
+    frames, flows = clip(3, 2)
+    with torch.inference_mode():
+        together = net(frames, flows)
+        for b in range(3):
+            torch.testing.assert_close(
+                net(frames[b : b + 1], flows[b : b + 1]), together[b : b + 1], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_information_flows_both_ways_in_time_and_between_streams() -> None:
+    net = small().eval()
+    frames, flows = clip(1, 6)  # longer than the Transformer's window of 4: the recurrence must carry it
+    with torch.inference_mode():
+        y = net(frames, flows)
+        for which in (frames, flows):
+            for t in (0, 5):
+                kept = which[:, t].clone()
+                which[:, t] = 1 - kept
+                assert ((net(frames, flows) - y).abs().amax((0, 2, 3, 4)) > 0).all()
+                which[:, t] = kept
+
+
+@pytest.mark.parametrize("options", [
+    {"streams": ("appearance",)}, {"streams": ("motion",)}, {"dilations": ()}, {"depth": 0}, {"rounds": 0},
+    {"streams": ("motion",), "dilations": (), "depth": 0, "rounds": 0},
+])  # fmt: skip
+def test_ablations_run_and_train(options: dict) -> None:
+    net = small(**options).train()
+    frames, flows = clip(1, 2)
+    logits, aux = net(frames, flows, return_aux=True)
+    (logits.mean() + sum(y.mean() for y in aux)).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    if options.get("streams") == ("appearance",):
+        assert torch.equal(net.eval()(frames, flows), net(frames, 1 - flows))
+    if options.get("streams") == ("motion",):
+        assert torch.equal(net.eval()(frames, flows), net(1 - frames, flows))
+
+
+def test_without_propagation_and_refinement_frames_are_independent() -> None:
+    net = small(dilations=(), depth=0).eval()
+    frames, flows = clip(1, 3)
+    with torch.inference_mode():
+        alone = torch.cat([net(frames[:, t : t + 1], flows[:, t : t + 1]) for t in range(3)], 1)
+        torch.testing.assert_close(net(frames, flows), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"streams": ("motion",), "dilations": (), "dropout": 0.1, "flavour": "wilile"}]
+)
+def test_config_is_json_and_rebuilds_the_network(options: dict) -> None:
+    net = small(**options)
+    config = json.loads(json.dumps(net.config))
+    again = build_dbsnet(**config)
+    assert again.config == net.config
+    again.load_state_dict(net.state_dict())
+    frames, flows = clip()
+    with torch.inference_mode():
+        assert torch.equal(again.eval()(frames, flows), net.eval()(frames, flows))
+
+
+def test_encoder_and_head_parameters_are_a_partition() -> None:
+    net = small()
+    encoder, head = list(net.encoder_parameters()), list(net.head_parameters())
+    everything = {id(parameter) for parameter in net.parameters()}
+    assert {id(p) for p in encoder} | {id(p) for p in head} == everything
+    assert len(encoder) + len(head) == len(everything)
+    assert sum(p.numel() for p in encoder) == 2 * 951_024
+
+
+def test_bad_input_and_bad_options_are_refused() -> None:
+    net = small()
+    frames, flows = clip()
+    for a, b in ((frames[0], flows[0]), (frames, flows[:, :1]), (frames[:, :0], flows[:, :0]), (frames[:, :, :1],) * 2):
+        with pytest.raises(ValueError, match=r"\(B, T, 3, H, W\)"):
+            net(a, b)
+    with pytest.raises(ValueError, match="unknown variant 'm'"):
+        build_dbsnet("m")
+    with pytest.raises(ValueError, match="streams"):
+        small(streams=())
+    with pytest.raises(ValueError, match="streams"):
+        small(streams=("appearance", "sound"))
+    with pytest.raises(ValueError, match="streams"):
+        small(streams=("motion", "motion"))
+    with pytest.raises(ValueError, match="flavour"):
+        small(flavour="apple")
+    with pytest.raises(TypeError):
+        small(unknown=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_near_single_precision(dtype: torch.dtype) -> None:
+    net = small().eval()
+    frames, flows = clip()
+    with torch.inference_mode():
+        exact = net(frames, flows)
+        with torch.autocast("cpu", dtype=dtype):
+            assert (net(frames, flows) - exact).abs().max() < 0.05

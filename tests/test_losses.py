@@ -1,0 +1,108 @@
+"""The loss against a loop over frames and pixels, and what labels that are not there must do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.losses import segmentation_loss
+
+
+def plain_frame(logits: Tensor, mask: Tensor, epsilon: float) -> tuple[float, float]:
+    """BCE and soft IoU of one (H, W) frame, pixel by pixel."""
+    bce = intersection = union = 0.0
+    for z, m in zip(logits.flatten().tolist(), mask.flatten().tolist()):
+        p = 1 / (1 + math.exp(-z))
+        bce -= m * math.log(p) + (1 - m) * math.log(1 - p)
+        intersection += p * m
+        union += p + m - p * m
+    return bce / logits.numel(), 1 - (intersection + epsilon) / (union + epsilon)
+
+
+def make(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 3, 1, 16, 32, generator=generator, dtype=torch.double).float()
+    masks = (torch.rand(2, 3, 1, 16, 32, generator=generator) > 0.6).to(torch.uint8)
+    valid = torch.tensor([[True, False, True], [False, False, True]])
+    aux = [torch.randn(2, 3, 1, 16 // s, 32 // s, generator=generator) for s in (2, 4, 8)]
+    return logits, masks, valid, aux
+
+
+def test_equals_the_plain_loop() -> None:
+    logits, masks, valid, aux = make()
+    losses = segmentation_loss(logits, masks, valid, aux, aux_weight=0.3, epsilon=2.0)
+    frames = [(b, t) for b in range(2) for t in range(3) if valid[b, t]]
+
+    def mean(maps: Tensor, targets: Tensor) -> tuple[float, float]:
+        pairs = [plain_frame(maps[b, t, 0], targets[b, t, 0], 2.0) for b, t in frames]
+        return sum(p[0] for p in pairs) / len(pairs), sum(p[1] for p in pairs) / len(pairs)
+
+    bce, iou = mean(logits, masks)
+    auxiliary = 0.0
+    for coarse in aux:
+        stride = 16 // coarse.shape[-2]
+        small = masks.double().unfold(3, stride, stride).unfold(4, stride, stride).mean((-1, -2))
+        auxiliary += sum(mean(coarse, small)) / 3
+    assert losses["bce"].item() == pytest.approx(bce, rel=1e-5)
+    assert losses["iou"].item() == pytest.approx(iou, rel=1e-5)
+    assert losses["aux"].item() == pytest.approx(auxiliary, rel=1e-5)
+    assert losses["total"].item() == pytest.approx(bce + iou + 0.3 * auxiliary, rel=1e-5)
+
+
+def test_frames_without_a_label_carry_no_loss_and_no_gradient() -> None:
+    logits, masks, valid, aux = make()
+    logits.requires_grad_()
+    aux = [a.requires_grad_() for a in aux]
+    segmentation_loss(logits, masks, valid, aux)["total"].backward()
+    for maps in (logits, *aux):
+        assert (maps.grad[~valid] == 0).all()
+        assert (maps.grad[valid].abs().sum((1, 2, 3)) > 0).all()
+    other = logits.detach().clone()
+    other[~valid] = 100.0
+    a, b = segmentation_loss(logits, masks, valid), segmentation_loss(other, masks, valid)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_no_label_at_all_is_loss_0_with_finite_gradients() -> None:
+    logits, masks, _, aux = make()
+    logits.requires_grad_()
+    losses = segmentation_loss(logits, masks, torch.zeros(2, 3, dtype=torch.bool), aux)
+    assert all(value.item() == 0 for value in losses.values())
+    losses["total"].backward()
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("sign", [-200.0, 200.0])
+@pytest.mark.parametrize("mask", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_empty_and_full_maps_are_finite(sign: float, mask: int, dtype: torch.dtype) -> None:
+    logits = torch.full((1, 1, 1, 300, 300), sign, dtype=dtype, requires_grad=True)
+    losses = segmentation_loss(logits, torch.full((1, 1, 1, 300, 300), mask, dtype=torch.uint8))
+    losses["total"].backward()
+    assert losses["total"].isfinite() and logits.grad.isfinite().all()
+    right = (sign > 0) == bool(mask)
+    assert losses["iou"].item() == pytest.approx(0.0 if right else 1.0, abs=1e-3)
+    assert losses["bce"].item() == pytest.approx(0.0 if right else 200.0, rel=1e-4)
+
+
+def test_without_valid_every_frame_counts_and_any_mask_type_will_do() -> None:
+    logits, masks, _, _ = make()
+    expected = segmentation_loss(logits, masks, torch.ones(2, 3, dtype=torch.bool))["total"]
+    for same in (masks, masks.float(), masks.bool(), masks.long()):
+        assert torch.equal(segmentation_loss(logits, same)["total"], expected)
+
+
+def test_loss_falls_towards_the_mask() -> None:
+    _, masks, valid, _ = make()
+    totals = [
+        segmentation_loss(scale * (2.0 * masks.float() - 1), masks, valid)["total"].item() for scale in (-2, 0, 2, 5)
+    ]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 2, 1, 4, 4\) and \(1, 2, 1, 4, 5\)"):
+        segmentation_loss(torch.zeros(1, 2, 1, 4, 4), torch.zeros(1, 2, 1, 4, 5))

@@ -1,0 +1,287 @@
+"""Whole-video inference against the network on the whole clip, and what bounds its memory."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import DBSNet, Predictor, build_dbsnet
+
+SIZE = (64, 96)
+
+
+def make_net(**options) -> DBSNet:
+    """A tiny network with lively weights: without, all probabilities would be alike and prove nothing."""
+    torch.manual_seed(0)
+    net = build_dbsnet(
+        **{"variant": "xxs", "width": 16, "hidden": 4, "dilations": (1, 2), "depth": 1, "window": 4, **options}
+    )
+    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+        with torch.no_grad():
+            if name.endswith("running_mean"):
+                tensor.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                tensor.uniform_(0.7, 1.4)
+            elif name.endswith(("scale", "distance")) and "fusion" in name:
+                tensor.normal_()
+    frames, flows = make_video(3)
+    net.eval()
+    with torch.inference_mode():
+        logits = net(as_clip(frames), as_clip(flows))
+    with torch.no_grad():
+        net.decoder.head.weight /= logits.std()
+        net.decoder.head.bias.sub_(logits.mean()).div_(logits.std())
+    return net
+
+
+def make_video(length: int, size: tuple[int, int] = SIZE, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Blobs and noise, another picture for every frame."""
+    random = np.random.default_rng(seed)
+    small = random.random((2, length, 4, 6, 3))
+    big = small.repeat(-(-size[0] // 4), 2).repeat(-(-size[1] // 6), 3)[:, :, : size[0], : size[1]]
+    video = (255 * (0.8 * big + 0.2 * random.random(big.shape))).astype(np.uint8)
+    return list(video[0]), list(video[1])
+
+
+def as_clip(images: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)[None].float() / 255
+
+
+def whole(net: DBSNet, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray]) -> np.ndarray:
+    with torch.inference_mode():
+        return net(as_clip(frames), as_clip(flows)).sigmoid()[0, :, 0].numpy()
+
+
+def collect(results: Iterator[tuple[int, np.ndarray]]) -> np.ndarray:
+    pairs = list(results)
+    assert [index for index, _ in pairs] == list(range(len(pairs)))
+    assert all(p.dtype == np.float32 and p.ndim == 2 and (p >= 0).all() and (p <= 1).all() for _, p in pairs)
+    return np.stack([p for _, p in pairs])
+
+
+def exact(net: DBSNet, **options) -> Predictor:
+    return Predictor(net, **{"store_dtype": torch.float32, **options})
+
+
+@pytest.fixture(scope="module")
+def net() -> DBSNet:
+    return make_net()
+
+
+@pytest.fixture(scope="module")
+def video() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return make_video(11)
+
+
+@pytest.fixture(scope="module")
+def truth(net: DBSNet, video: tuple) -> np.ndarray:
+    return whole(net, *video)
+
+
+def test_the_probabilities_vary(truth: np.ndarray) -> None:
+    assert truth.std() > 0.1
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 11])  # the window is 4
+def test_equals_the_network_on_the_whole_clip(net: DBSNet, video: tuple, length: int) -> None:
+    frames, flows = video[0][:length], video[1][:length]
+    result = collect(exact(net, piece=3)(frames, flows))
+    np.testing.assert_allclose(result, whole(net, frames, flows), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    {"batch_size": 1, "piece": 1}, {"batch_size": 7, "piece": 100}, {"host_memory": 0}, {"host_memory": 400_000, "piece": 5},
+    {"channels_last": True}, {"fold": False},
+])  # fmt: skip
+def test_batches_pieces_and_places_do_not_matter(net: DBSNet, video: tuple, truth: np.ndarray, options: dict) -> None:
+    np.testing.assert_allclose(collect(exact(net, **options)(*video)), truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"host_memory": 0}])
+def test_features_in_half_precision_stay_close(net: DBSNet, video: tuple, truth: np.ndarray, options: dict) -> None:
+    np.testing.assert_allclose(collect(Predictor(net, **options)(*video)), truth, atol=5e-3)
+
+
+@pytest.mark.parametrize("options", [
+    {"dilations": ()}, {"depth": 0}, {"streams": ("motion",)}, {"flavour": "wilile", "rounds": 0},
+])  # fmt: skip
+def test_ablations_and_the_other_flavour(video: tuple, options: dict) -> None:
+    net = make_net(**options)
+    frames, flows = video[0][:6], video[1][:6]
+    np.testing.assert_allclose(collect(exact(net)(frames, flows)), whole(net, frames, flows), atol=1e-5)
+
+
+def test_sizes_that_are_no_multiple_are_padded(net: DBSNet) -> None:
+    frames, flows = make_video(3, (50, 71))
+    result = collect(exact(net)(frames, flows))
+    assert result.shape == (3, 50, 71)
+    np.testing.assert_allclose(result, whole(net, frames, flows), atol=1e-5)
+
+
+def test_clips_are_the_network_on_overlapping_windows(net: DBSNet, video: tuple) -> None:
+    frames, flows = video
+    result = collect(exact(net, clip_len=4)(frames, flows))
+    # Clips of 4 keep their middle two frames, the first and the last clip also their ends.
+    expected = []
+    for start, keep, until in ((0, 0, 3), (2, 3, 5), (4, 5, 7), (6, 7, 9), (7, 9, 11)):
+        expected.append(whole(net, frames[start : start + 4], flows[start : start + 4])[keep - start : until - start])
+    np.testing.assert_allclose(result, np.concatenate(expected), atol=1e-5)
+    short = whole(net, frames[:3], flows[:3])
+    np.testing.assert_allclose(collect(exact(net, clip_len=4)(frames[:3], flows[:3])), short, atol=1e-5)
+
+
+def test_flip_averages_with_the_mirrored_video(net: DBSNet, video: tuple) -> None:
+    frames, flows = video[0][:3], video[1][:3]
+    mirrored = [x[:, ::-1] for x in frames], [x[:, ::-1] for x in flows]
+    result = collect(exact(net, flip=True)(frames, flows))
+    expected = (whole(net, frames, flows) + whole(net, *mirrored)[..., ::-1]) / 2
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    np.testing.assert_allclose(collect(exact(net, flip=True)(*mirrored))[..., ::-1], result, atol=1e-5)
+    # A flow image's mirroring can be given.
+    other = collect(exact(net, flip=True, mirror_flow=lambda x: 255 - x[:, ::-1])(frames, flows))
+    expected = (whole(net, frames, flows) + whole(net, mirrored[0], [255 - x for x in mirrored[1]])[..., ::-1]) / 2
+    np.testing.assert_allclose(other, expected, atol=1e-5)
+
+
+def test_scales_are_averaged_at_the_frames_own_size(net: DBSNet, video: tuple) -> None:
+    frames, flows = video[0][:2], video[1][:2]
+    alone = [collect(exact(net, size=size)(frames, flows)) for size in ((64, 96), (96, 128))]
+    assert all(result.shape == (2, *SIZE) for result in alone)
+    result = collect(exact(net, scales=(1.0, 1.4))(frames, flows))  # 1.4: 90 x 134, rounded to multiples of 32
+    np.testing.assert_allclose(result, sum(alone) / 2, atol=1e-5)
+    assert np.abs(alone[0] - alone[1]).max() > 0.01
+
+
+def test_results_come_at_the_frames_own_size_whatever_the_networks(net: DBSNet) -> None:
+    frames, _ = make_video(2, (45, 61))
+    _, flows = make_video(2, (90, 122))
+    result = collect(Predictor(net, size=(64, 96))(frames, flows))
+    assert result.shape == (2, 45, 61) and np.isfinite(result).all()
+
+
+def test_arrays_and_lazy_sequences_will_do_and_no_frame_is_held(net: DBSNet, video: tuple, truth: np.ndarray) -> None:
+    np.testing.assert_allclose(collect(exact(net)(np.stack(video[0]), np.stack(video[1]))), truth, atol=1e-5)
+
+    class Lazy:
+        def __init__(self, images: list[np.ndarray]) -> None:
+            self.images, self.asked = images, []
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, index: int) -> np.ndarray:
+            self.asked.append(index)
+            return self.images[index].copy()
+
+    frames, flows = Lazy(video[0]), Lazy(video[1])
+    np.testing.assert_allclose(collect(exact(net)(frames, flows)), truth, atol=1e-5)
+    assert sorted(flows.asked) == list(range(11))  # each is decoded once
+
+
+@pytest.mark.parametrize("clip_len", [None, 4])
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_error_of_a_lazy_sequence_reaches_the_caller(
+    net: DBSNet, video: tuple, clip_len: int | None, which: int
+) -> None:
+    class Broken(list):
+        def __getitem__(self, index: int) -> np.ndarray:
+            if index == 6:
+                raise OSError("frame 6 is truncated")
+            return super().__getitem__(index)
+
+    arguments = list(video)
+    arguments[which] = Broken(arguments[which])
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="frame 6 is truncated"):
+        collect(Predictor(net, clip_len=clip_len)(*arguments))
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"clip_len": 4}])
+def test_closing_early_frees_files_and_threads(
+    net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    files, make = [], tempfile.TemporaryFile
+
+    def record(*args, **kwargs):
+        files.append(make(*args, **kwargs))
+        return files[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", record)
+    before = set(threading.enumerate())
+    results = Predictor(net, host_memory=0, batch_size=1, **options)(*video)
+    index, _ = next(results)
+    assert index == 0
+    if "clip_len" not in options:
+        assert files and not all(file.closed for file in files)
+    results.close()
+    gc.collect()
+    assert all(file.closed for file in files)
+    assert set(threading.enumerate()) <= before
+
+
+def test_all_files_are_closed_at_the_end(net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, make = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *a, **k: files.append(make(*a, **k)) or files[-1])
+    collect(Predictor(net, host_memory=0)(video[0][:3], video[1][:3]))
+    assert files and all(file.closed for file in files)
+
+
+def test_bad_arguments(net: DBSNet, video: tuple) -> None:
+    with pytest.raises(ValueError, match="11 frames and 10 flow images"):
+        next(iter(Predictor(net)(video[0], video[1][:-1])))
+    with pytest.raises(ValueError, match="amp"):
+        Predictor(net, amp="fp8")
+    with pytest.raises(ValueError, match="clip_len"):
+        Predictor(net, clip_len=0)
+    assert list(Predictor(net)([], [])) == []
+
+
+def test_amp_stays_close(net: DBSNet, video: tuple) -> None:
+    frames, flows = video[0][:3], video[1][:3]
+    result = collect(Predictor(net, amp="bf16")(frames, flows))
+    assert np.abs(result - whole(net, frames, flows)).mean() < 0.02
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, torch
+from models import Predictor, build_dbsnet
+
+torch.set_num_threads(1)
+length = int(sys.argv[1])
+
+class Lazy:
+    def __len__(self): return length
+    def __getitem__(self, index):
+        if index >= length: raise IndexError(index)
+        return np.full((96, 160, 3), index % 256, np.uint8)
+
+net = build_dbsnet("xxs", width=64, hidden=16, dilations=(1,), depth=1, window=4, rounds=1)
+count = sum(1 for _ in Predictor(net, host_memory=4 << 20)(Lazy(), Lazy()))
+assert count == length
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_host_memory_does_not_grow_with_the_video(repository: Path) -> None:
+    """Features of 540 more frames would be 190 MB, the decoded frames 50 MB."""
+
+    def peak(length: int) -> int:
+        run = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(length)], cwd=repository, capture_output=True, text=True, check=True
+        )
+        return int(run.stdout)
+
+    short, long = peak(60), peak(600)
+    assert long - short < 40, f"{short} MB for 60 frames, {long} MB for 600"
