@@ -24,6 +24,7 @@ from torch import Tensor
 
 from models.convlstm import DenseBiConvLSTM
 from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
+from models.fold import fold_batch_norm
 from models.refinement import temporal_windows
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -168,7 +169,8 @@ class Predictor:
         mirror_flow: what mirrors a flow image (H, W, 3) uint8, colours included; None mirrors the picture alone, as the
             field's codes do.
         scales: average over these multiples of `size`, each rounded to the network's multiple.
-        channels_last: memory format of the encoders' and the decoder's input.
+        channels_last: memory format of the encoders; it saves their convolutions, on CPUs and on GPUs, from reordering.
+        fold: work on a copy of the network whose batch norms are folded into its convolutions, made for each video.
         piece: frames that a recurrence processes before it reads on. Changes memory, not the result.
         store_dtype: precision of kept features.
         device_memory, host_memory: bytes of features kept on the accelerator and in host memory before the next, slower
@@ -182,8 +184,9 @@ class Predictor:
     def __init__(self, net: DBSNet, *, device: str | torch.device | None = None, size: tuple[int, int] | None = None,
                  batch_size: int = 4, amp: str | None = None, clip_len: int | None = None, flip: bool = False,
                  mirror_flow: Callable[[np.ndarray], np.ndarray] | None = None, scales: Sequence[float] = (1.0,),
-                 channels_last: bool = False, piece: int = 16, store_dtype: torch.dtype = torch.float16,
-                 device_memory: int = 4 << 30, host_memory: int = 1 << 30) -> None:  # fmt: skip
+                 channels_last: bool = True, fold: bool = True, piece: int = 16,
+                 store_dtype: torch.dtype = torch.float16, device_memory: int = 4 << 30,
+                 host_memory: int = 1 << 30) -> None:  # fmt: skip
         if amp not in AMP:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
         if clip_len is not None and clip_len < 1:
@@ -193,7 +196,7 @@ class Predictor:
         self.size, self.batch_size, self.amp, self.clip_len = size, batch_size, AMP[amp], clip_len
         self.flip, self.mirror_flow, self.scales = flip, mirror_flow, tuple(scales)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.piece, self.store_dtype = piece, store_dtype
+        self.fold, self.piece, self.store_dtype = fold, piece, store_dtype
         self.device_memory, self.host_memory = device_memory, host_memory
 
     def __call__(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
@@ -210,9 +213,13 @@ class Predictor:
             for scale in self.scales
             for flip in ([False, True] if self.flip else [False])
         ]
-        runs = [
-            (self._clips if self.clip_len else self._whole)(frames, flows, own, size, flip) for size, flip in passes
-        ]
+        # Folded here and not once, since the network may be trained on between two videos.
+        net = self.net
+        if self.fold:
+            net = fold_batch_norm(net)
+            net.encoders.to(memory_format=self.memory_format)
+        run = self._clips if self.clip_len else self._whole
+        runs = [run(net, frames, flows, own, size, flip) for size, flip in passes]
         for index, results in enumerate(zip(*runs)):
             yield index, sum(results) / len(results) if len(results) > 1 else results[0]
 
@@ -261,21 +268,25 @@ class Predictor:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
-    def _clips(self, frames: Images, flows: Images, own: Size, size: Size, flip: bool) -> Iterator[np.ndarray]:
+    def _clips(
+        self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool
+    ) -> Iterator[np.ndarray]:
         windows = list(temporal_windows(len(frames), self.clip_len))
         for (start, _, keep, until), (x, y) in zip(
             windows, self._batches(frames, flows, [w[:2] for w in windows], flip)
         ):
             with torch.inference_mode(), self._autocast():
-                levels, skip = self.net.encode(self._input(x, size), self._input(y, size))
+                levels, skip = net.encode(self._input(x, size), self._input(y, size))
                 kept = slice(keep - start, until - start)
                 for index, level in enumerate(levels):
-                    levels[index] = self.net.refine(index, self.net.propagation[index](level[None]))[0, kept]
-                logits, _ = self.net.decode(levels, skip[kept])
+                    levels[index] = net.refine(index, net.propagation[index](level[None].contiguous()))[0, kept]
+                logits, _ = net.decode(levels, skip[kept])
                 results = list(self._finish(logits, size, own, flip))
             yield from results
 
-    def _whole(self, frames: Images, flows: Images, own: Size, size: Size, flip: bool) -> Iterator[np.ndarray]:
+    def _whole(
+        self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool
+    ) -> Iterator[np.ndarray]:
         length = len(frames)
         storage = Storage(length, self.device, self.store_dtype, self.device_memory, self.host_memory)
         try:
@@ -283,26 +294,26 @@ class Predictor:
             spans = [(start, min(start + self.batch_size, length)) for start in range(0, length, self.batch_size)]
             for (start, _), (x, y) in zip(spans, self._batches(frames, flows, spans, flip)):
                 with torch.inference_mode(), self._autocast():
-                    levels, skip = self.net.encode(self._input(x, size), self._input(y, size))
+                    levels, skip = net.encode(self._input(x, size), self._input(y, size))
                     for index, value in enumerate([*levels, skip]):
                         if start == 0:
                             features.append(storage.new(tuple(value.shape[1:])))
                         features[index].write(start, value)
-            for index, block in enumerate(self.net.propagation):
+            for index, block in enumerate(net.propagation):
                 with torch.inference_mode(), self._autocast():
                     propagate_store(block, features[index], storage, self.piece, self.device)
-            for start, stop, keep, until in temporal_windows(length, self.net.window):
+            for start, stop, keep, until in temporal_windows(length, net.window):
                 with torch.inference_mode(), self._autocast():
                     levels = [features[0].read(keep, until, self.device)]
                     for index in range(1, len(features) - 1):
                         x = features[index].read(start, stop, self.device)[None]  # (T, S*d, h, w) -> (1, T, S*d, h, w)
-                        levels.append(self.net.refine(index, x)[0, keep - start : until - start])
+                        levels.append(net.refine(index, x)[0, keep - start : until - start])
                     skip = features[-1].read(keep, until, self.device)
                 results: list[np.ndarray] = []
                 for first in range(0, until - keep, self.batch_size):
                     part = slice(first, first + self.batch_size)
                     with torch.inference_mode(), self._autocast():
-                        logits, _ = self.net.decode([level[part] for level in levels], skip[part])
+                        logits, _ = net.decode([level[part] for level in levels], skip[part])
                         results = list(self._finish(logits, size, own, flip))
                     yield from results
         finally:
