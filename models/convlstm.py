@@ -10,10 +10,13 @@ both directions and all streams run in one grouped convolution per time step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LARGE = 8 << 20  # bytes; of the order of a processor's last-level cache per core
 State = tuple[Tensor, Tensor]  # hidden and cell state, each (B, S*2*h, H, W): streams, then directions, then channels
 
 
@@ -64,35 +67,56 @@ class BiConvLSTM(nn.Module):
 
         Returns the hidden states in the order they were made, (B, T, S, 2, h, H, W), and the last state.
         """
-        b, t, s, _, _, height, width = z.shape
+        outputs, state = self._run(z.unbind(1), state)
+        return torch.stack(outputs, 1), state
+
+    def _run(self, steps: Iterable[Tensor], state: State | None) -> tuple[list[Tensor], State]:
+        """Both chains over the gates' input parts, (B, S, 2, 4*h, H, W) a step.
+
+        Returns the hidden states, (B, S, 2, h, H, W) a step, and the last state.
+        """
         h, c = state if state is not None else (None, None)
-        # (B, T, S, 2, 4*h, H, W) -> T of (B, S*2, 4, h, H, W)
-        steps = z.view(b, t, s * 2, 4, self.hidden, height, width).unbind(1)
         outputs = []
-        for gates in steps:
+        for step in steps:
+            b, s, _, _, height, width = step.shape
+            shape = (b, s * 2, 4, self.hidden, height, width)
+            gates = step.reshape(shape)
             if h is not None:
-                gates = gates + self.recurrent_conv(h).view(b, s * 2, 4, self.hidden, height, width)
+                gates = self.recurrent_conv(h).view(shape).add_(gates)  # a convolution's result is nobody else's
             i, f, g, o = gates.unbind(2)  # each (B, S*2, h, H, W)
             new = torch.sigmoid(i) * torch.tanh(g)
-            c = new if c is None else torch.sigmoid(f) * c.view_as(new) + new
+            c = new if c is None else torch.addcmul(new, torch.sigmoid(f), c.view_as(new))
             output = torch.sigmoid(o) * torch.tanh(c)
-            outputs.append(output)
+            outputs.append(output.view(b, s, 2, self.hidden, height, width))
             h = output.flatten(1, 2)  # (B, S*2, h, H, W) -> (B, S*2*h, H, W)
-        return torch.stack(outputs, 1).view(b, t, s, 2, self.hidden, height, width), (h, c.flatten(1, 2))
+        return outputs, (h, c.flatten(1, 2))
+
+    def _by_frame(self, x: Tensor) -> bool:
+        """Whether to project the frames one by one: a large map of all of them leaves a processor's cache.
+
+        Not in training, where each convolution more is one more pass over the weight's gradient.
+        """
+        b, t, _, height, width = x.shape
+        size = b * t * self.input_conv.out_channels * height * width * x.element_size()
+        return x.device.type == "cpu" and not torch.is_grad_enabled() and size > LARGE
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """(B, T, S*C, H, W) -> hidden states in frame order (B, T, S, 2*h, H, W), forward then backward, and the last
-        state.
+        """(B, T, S*C, H, W) -> hidden states by frame (B, T, S, 2*h, H, W), forward then backward, and the last state.
 
-        With a carried `state`, a clip cut in two gives the same forward states as the whole (the backward chain of
-        the first piece has, of course, not seen the second: `models.predictor` feeds mirrored pieces for that).
+        With a carried `state`, a clip cut in two gives the same forward states as the whole (the backward chain of the
+        first piece has, of course, not seen the second: `models.predictor` feeds mirrored pieces for that).
         """
-        z = self.project(x)
-        # direction 1 reads the frames from the last to the first
-        z = torch.cat([z[:, :, :, :1], z[:, :, :, 1:].flip(1)], 3)
-        y, state = self.scan(z, state)
-        y = torch.cat([y[:, :, :, :1], y[:, :, :, 1:].flip(1)], 3)
-        return y.flatten(3, 4), state  # (B, T, S, 2, h, H, W) -> (B, T, S, 2*h, H, W)
+        last = x.shape[1] - 1
+        if self._by_frame(x):
+            z = [self.project(x[:, t : t + 1])[:, 0] for t in range(last + 1)]
+        else:
+            z = self.project(x).unbind(1)  # T of (B, S, 2, 4*h, H, W)
+        # Direction 1 reads the frames from the last to the first. Joined step by step, while they are in the cache.
+        steps = (torch.stack([z[t][:, :, 0], z[last - t][:, :, 1]], 2) for t in range(last + 1))
+        outputs, state = self._run(steps, state)
+        # T of (B, S, 2*h, H, W)
+        frames = [torch.cat([outputs[t][:, :, 0], outputs[last - t][:, :, 1]], 2) for t in range(last + 1)]
+        return torch.stack(frames, 1), state
 
 
 class DenseBiConvLSTM(nn.Module):
