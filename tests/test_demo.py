@@ -1,0 +1,71 @@
+"""The demo: every step of the way, from drawn videos to a page; and in its full length it learns."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("cv2")
+
+import tool
+from utils import demo
+from utils.config import CONFIGS, load_config
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with hardly any video."""
+    monkeypatch.setattr(demo, "TRAIN_VIDEOS", {"videos": 2, "frames": 3, "seed": 0})
+    monkeypatch.setattr(demo, "VAL_VIDEOS", {"videos": 2, "frames": 3, "seed": 1})
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def masks(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) > 0 for path in sorted(folder.rglob("*.png"))]
+
+
+def test_every_step_leaves_its_results(short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--demo_steps", "2", "--device", "cpu"]
+    assert tool.main(words) == 0
+    out = capsys.readouterr().out
+    # The commands are shown, and are those of the real thing.
+    for part in ("python tool.py --tools flow --flow_method dis", "python main.py --config", "--tools test"):
+        assert f"$ {part}" in out or f" {part}" in out
+    truth = masks(tmp_path / "d/data/demo-val/Annotations/480p")
+    found = masks(tmp_path / "d/results/binary/demo-val")
+    assert len(truth) == len(found) == 6
+    # J as printed, from the files: mean over frames, then over videos, which are of one length.
+    scores = [(a & b).sum() / max(1, (a | b).sum()) for a, b in zip(truth, found)]
+    printed = float(re.search(r"demo: J (\d\.\d+)", out)[1])
+    assert printed == pytest.approx(np.mean(scores), abs=6e-4)
+    page = (tmp_path / "d" / "report.html").read_text()
+    assert f"<b>{100 * printed:.1f}</b>J" in page and "DIS" in page and "random weights" in page
+    assert str(tmp_path / "d" / "report.html") in out
+
+    # Once more: nothing is trained or made again.
+    weights = (tmp_path / "d/run/weights.safetensors").stat().st_mtime_ns
+    flows = {path: path.stat().st_mtime_ns for path in (tmp_path / "d/data").rglob("Flows/**/*.png")}
+    assert tool.main(words) == 0 and len(flows) == 12
+    assert (tmp_path / "d/run/weights.safetensors").stat().st_mtime_ns == weights
+    assert all(path.stat().st_mtime_ns == when for path, when in flows.items())
+
+
+def test_train_and_test_videos_differ() -> None:
+    assert demo.TRAIN_VIDEOS["seed"] != demo.VAL_VIDEOS["seed"]
+    assert load_config(CONFIGS / "demo.yaml").size == tuple(int(side) for side in demo.INPUT_SIZE)
+
+
+@pytest.mark.slow
+def test_it_learns_in_the_time_it_promises(tmp_path: Path, repository: Path) -> None:
+    """J on videos that it was not trained on, as a user starts it."""
+    command = [sys.executable, "tool.py", "--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"demo: J (\d\.\d+)", done.stdout)[1]) >= 0.75, done.stdout
