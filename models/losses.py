@@ -24,6 +24,20 @@ def _bce_and_iou(logits: Tensor, masks: Tensor, valid: Tensor, epsilon: float) -
     return (bce * valid).sum() / count, (iou * valid).sum() / count
 
 
+def _pad_like(masks: Tensor, coarse: Tensor) -> Tensor:
+    """Replicate the border of masks (N, 1, H, W) on the right and at the bottom, as the network has padded its input.
+
+    The stride of `coarse`, a power of two, is the smallest that covers the masks; without this, masks of a size that is
+    no multiple would be stretched against the auxiliary logits.
+    """
+    (height, width), (h, w) = masks.shape[-2:], coarse.shape[-2:]
+    stride = 1
+    while h * stride < height or w * stride < width:
+        stride *= 2
+    pad = (0, w * stride - width, 0, h * stride - height)
+    return F.pad(masks, pad, mode="replicate") if any(pad) else masks
+
+
 def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None, aux: Sequence[Tensor] = (), *,
                       aux_weight: float = 0.4, epsilon: float = 1.0) -> dict[str, Tensor]:  # fmt: skip
     """BCE + soft IoU, plus `aux_weight` times the mean of the same on the auxiliary logits.
@@ -45,6 +59,7 @@ def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
     auxiliary = logits.new_zeros(())
     for coarse in aux:
         # (B*T, …) -> (B, T, …)
-        small = F.adaptive_avg_pool2d(masks.flatten(0, 1), coarse.shape[-2:]).view(coarse.shape)
+        small = F.adaptive_avg_pool2d(_pad_like(masks.flatten(0, 1), coarse), coarse.shape[-2:])
+        small = small.view(coarse.shape)  # (B*T, 1, h, w) -> (B, T, 1, h, w)
         auxiliary = auxiliary + sum(_bce_and_iou(coarse.float(), small, valid, epsilon)) / len(aux)
     return {"total": bce + iou + aux_weight * auxiliary, "bce": bce, "iou": iou, "aux": auxiliary}

@@ -53,8 +53,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if found is None:
             raise CheckpointError(f"{path} is not a readable torch file: copy or download it again") from None
         raise CheckpointError(
-            f"{path} holds Python objects beside tensors ({found[1]}), which are not read (weights_only=True): save its state "
-            "dict alone and give that file"
+            f"{path} holds Python objects beside tensors ({found[1]}), which are not read (weights_only=True): save "
+            "its state dict alone and give that file"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable torch file ({error}): copy or download it again") from None
@@ -159,7 +159,7 @@ def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.n
     try:
         config = json.loads(metadata["config"]) if "config" in metadata else content.get("config_model")
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: the 'config' in its metadata is not JSON ({error}): write the file again") from None
+        raise CheckpointError(f"{path}: the 'config' in its metadata is not JSON ({error}): write it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{path} does not say which network it is of: expected a file written by this project (main.py's .pt, or "

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates: the counter against published figures and hooks, the network against its budgets."""
+"""The counter against published figures and hooks, the network against its budgets."""
 
 from __future__ import annotations
 

@@ -132,8 +132,10 @@ def test_swapping_the_streams_with_tied_weights_swaps_the_output() -> None:
     net = make(seed=3)
     x = torch.randn(2, 2, 4, 3, 4, dtype=torch.double)
     with torch.no_grad():
-        for parameter in (net.edges.weight, net.edges.bias, net.values.weight, net.values.bias, net.gate.weight, net.gate.bias,
-                          net.mix.weight, net.mix.bias, net.scale):  # fmt: skip
+        shared = [net.scale]
+        for module in (net.edges, net.values, net.gate, net.mix):
+            shared += [module.weight, module.bias]
+        for parameter in shared:
             halves = parameter.unflatten(0, (2, -1))
             halves[1] = halves[0]
         y = net.messages(x.flatten(1, 2)).view_as(x)

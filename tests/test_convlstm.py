@@ -11,7 +11,7 @@ from models.convlstm import BiConvLSTM, DenseBiConvLSTM
 
 
 def plain_layer(layer: BiConvLSTM, x: Tensor, streams: int, hidden: int, dilation: int) -> Tensor:
-    """(B, T, S, C, H, W) -> (B, T, S, 2*h, H, W), from the definition, gates i, f, g, o, reading only the layer's weights."""
+    """(B, T, S, C, H, W) -> (B, T, S, 2*h, H, W), by the definition, gates i, f, g, o, from the layer's weights."""
     w_in = layer.input_conv.weight.view(streams, 2, 4, hidden, -1, 3, 3)
     bias = layer.input_conv.bias.view(streams, 2, 4, hidden)
     w_state = layer.recurrent_conv.weight.view(streams, 2, 4, hidden, hidden, 3, 3)

@@ -52,6 +52,20 @@ def test_equals_the_plain_loop() -> None:
     assert losses["total"].item() == pytest.approx(bce + iou + 0.3 * auxiliary, rel=1e-5)
 
 
+def test_masks_of_any_size_meet_the_auxiliary_logits_of_the_padded_input() -> None:
+    """50 x 70 is padded to 64 x 96: a cell at stride 8 answers for its own 8 x 8 pixels, border pixels repeated."""
+    masks = torch.zeros(1, 1, 1, 50, 70)
+    masks[..., 16:32, 40:70] = 1
+    logits = torch.zeros(1, 1, 1, 50, 70)
+    for stride in (8, 16, 32):
+        padded = torch.zeros(64, 96)
+        padded[16:32, 40:] = 1
+        cells = padded.unfold(0, stride, stride).unfold(1, stride, stride).mean((-1, -2))
+        coarse = torch.randn(cells.shape, generator=torch.Generator().manual_seed(stride))
+        loss = segmentation_loss(logits, masks, aux=[coarse[None, None, None]])["aux"].item()
+        assert loss == pytest.approx(sum(plain_frame(coarse, cells, 1.0)), rel=1e-5)
+
+
 def test_frames_without_a_label_carry_no_loss_and_no_gradient() -> None:
     logits, masks, valid, aux = make()
     logits.requires_grad_()

@@ -40,7 +40,7 @@ def test_maps_have_the_promised_channels_and_strides(variant: str, flavour: str)
 
 
 def randomise(net: torch.nn.Module, seed: int) -> None:
-    """Weights that keep the signal's scale, and batch norm and layer norm statistics that are not the initial 0 and 1."""
+    """Weights that keep the signal's scale, and norms whose statistics are not the initial 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in net.state_dict().items():
         if name.endswith("num_batches_tracked"):

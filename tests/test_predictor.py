@@ -99,8 +99,8 @@ def test_equals_the_network_on_the_whole_clip(net: DBSNet, video: tuple, length:
 
 
 @pytest.mark.parametrize("options", [
-    {"batch_size": 1, "piece": 1}, {"batch_size": 7, "piece": 100}, {"host_memory": 0}, {"host_memory": 400_000, "piece": 5},
-    {"channels_last": True}, {"fold": False},
+    {"batch_size": 1, "piece": 1}, {"batch_size": 7, "piece": 100}, {"host_memory": 0},
+    {"host_memory": 400_000, "piece": 5},    {"channels_last": True}, {"fold": False},
 ])  # fmt: skip
 def test_batches_pieces_and_places_do_not_matter(net: DBSNet, video: tuple, truth: np.ndarray, options: dict) -> None:
     np.testing.assert_allclose(collect(exact(net, **options)(*video)), truth, atol=1e-5)

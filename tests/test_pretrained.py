@@ -193,8 +193,8 @@ def test_the_same_weights_in_both_reference_formats_give_the_same_features(tmp_p
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda state: {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}, "best_acc1": 61.9,
-                   "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
+    lambda state: {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()},
+                   "best_acc1": 61.9,                   "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
     lambda state: {f"module.{key}": value for key, value in state.items()},
     lambda state: {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
     lambda state: {"state_dict": state},
@@ -296,7 +296,7 @@ def test_load_backbones_fills_both_streams(tmp_path: Path) -> None:
         assert torch.equal(encoder.final.conv.weight, ours["final.conv.weight"])
 
 
-# wilile's network written plainly over the checkpoint's own keys, from the description of how it departs from the paper.
+# wilile's network written plainly over the checkpoint's own keys, as it is described.
 
 
 def batch_norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:

@@ -115,7 +115,7 @@ def test_clips_are_refined_independently_and_mirror_images_of_time_stay_so() -> 
     x = torch.randn(2, 3, 8, 2, 2, dtype=torch.double)
     with torch.no_grad():
         torch.testing.assert_close(layer(x)[1:], layer(x[1:]))
-        # Frames with equal content differ by time alone: reversing a clip changes the encoding's sines, not its cosines.
+        # Reversing a clip changes the sign of the encoding's sines, and its cosines not at all.
         code = time_encoding(5, 8, x)
     torch.testing.assert_close(code[:, 0::2], -code.flip(0)[:, 0::2])
     torch.testing.assert_close(code[:, 1::2], code.flip(0)[:, 1::2])
