@@ -297,6 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if code:
                     return code
             return 0
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
         finally:
             stop_processes()
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import tool
+from datasets.errors import DataError
 from datasets.flow_colour import flow_to_image
 from datasets.images import load_flow_image, load_frame
 from datasets.sequences import read_dataset
@@ -147,12 +148,17 @@ def test_a_mirrored_flow_image_is_that_of_the_mirrored_flow() -> None:
     assert np.abs(found - flow_to_image(mirrored)).mean() < 3
 
 
-def test_pictures_are_decoded_when_asked_for() -> None:
+def test_pictures_are_decoded_when_asked_for(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{t}.png" for t in range(3)]
+    for path, height in zip(paths, (20, 20, 22)):
+        Image.fromarray(np.zeros((height, 30, 3), np.uint8)).save(path)
     asked = []
-    images = inference.LazyImages([Path("a"), Path("b"), Path("c")], lambda path: asked.append(path) or np.zeros(1))
+    images = inference.LazyImages(paths, lambda path: asked.append(path) or load_frame(path))
     assert len(images) == 3 and not asked
     _ = images[1], images[1]
-    assert asked == [Path("b"), Path("b")]
+    assert asked == [paths[1], paths[1]]
+    with pytest.raises(DataError, match=rf"{paths[2]}: 30×22 .*30×20.*{paths[0]}"):
+        _ = images[2]
 
 
 # ------------------------------------------------------------------------------------------------------- own videos

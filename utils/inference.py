@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets.images import load_flow_image, load_frame
+from datasets.images import image_size, load_flow_image, load_frame, require_size
 from datasets.video_sequence import FRAME_SUFFIXES, VideoSequence
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
@@ -140,17 +140,24 @@ class LazyImages(Sequence[np.ndarray]):
 
     Args:
         paths: one per frame.
-        load: `datasets.images.load_frame` or `load_flow_image`; raises DataError naming the file.
+        load: `datasets.images.load_frame` or `load_flow_image`.
+
+    Indexing raises DataError naming the file: missing, damaged, or of another size than the first.
     """
 
     def __init__(self, paths: Sequence[Path], load: Callable[[Path], np.ndarray]) -> None:
         self.paths, self.load = tuple(paths), load
+        self._size: tuple[int, int] | None = None  # of the first, read when the first image is asked for
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
-        return self.load(self.paths[index])
+        image = self.load(self.paths[index])
+        if self._size is None:
+            self._size = image_size(self.paths[0])
+        require_size(self.paths[index], image.shape, self._size, self.paths[0])
+        return image
 
 
 class SharedFrames(Sequence[np.ndarray]):
@@ -266,10 +273,13 @@ def run(args: argparse.Namespace, videos: Sequence[Video], processes: Processes,
     mine = [videos[index] for index in share([len(v.stems) for v in videos], processes.rank, processes.world_size)]
     todo = [video for video in mine if args.overwrite or not is_current(video, save_dir, settings)]
     total = sum(len(video.stems) for video in todo)
+    shares = processes.gather((total, len(todo)))
+    frames, count = (sum(part) for part in zip(*shares))
     if processes.is_main:
-        kept = f", {len(mine) - len(todo)} videos are there already" if len(todo) < len(mine) else ""
+        kept = f"; {len(videos) - count} of {len(videos)} videos are there already" if count < len(videos) else ""
+        others = f", {total} of them here" if processes.world_size > 1 else ""
         size = "×".join(map(str, settings["size"]))
-        print(f"test: {weights.path} at {size}, {total} frames to do{kept}", flush=True)
+        print(f"test: {weights.path} at {size}, {frames} frames to do{others}{kept}", flush=True)
     predictor = Predictor(
         weights.net,
         device=processes.device,
@@ -296,8 +306,8 @@ def run(args: argparse.Namespace, videos: Sequence[Video], processes: Processes,
                 progress.update()
             for writing in waiting:
                 writing.result()
+    processes.wait()
     seconds = time.monotonic() - began
-    frames = sum(processes.gather(total))  # also waits for the other processes
     if processes.is_main and (frames or not (save_dir / RECORD).is_file()):
         write_json(save_dir / RECORD, describe(weights, settings, processes, frames, seconds))
     return total
