@@ -1,0 +1,206 @@
+"""``tool.py --tools bench``: how fast the network and the whole way are on this machine, as JSON and as a table.
+
+Every time is taken after warm-up, with the device synchronised, as the median of repeats; things that are compared run
+in turns. See docs/performance.md for what the figures mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.files import write_json
+from utils.parallel import default_workers
+
+# PyTorch and the modules that measure are imported by `run`: the command line of other tools needs none of them.
+if TYPE_CHECKING:
+    import torch
+
+    from models.dbsnet import DBSNet
+
+PARTS = ("network", "video", "encoders", "profile", "propagation", "pipeline", "long", "training")
+DEFAULT_PARTS = ("network", "video", "propagation", "pipeline")
+SIZES = ((384, 640), (480, 864))
+VARIANTS = ("s", "xxs")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the ``--bench_…`` options; ``--size``, ``--batch_size``, ``--amp`` and ``--workers`` are shared."""
+    group = parser.add_argument_group("bench", "weights are random unless --checkpoint is given; speed is the same")
+    group.add_argument(
+        "--bench_parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART",
+        help=f"of {', '.join(PARTS)}; default: {' '.join(DEFAULT_PARTS)}",
+    )  # fmt: skip
+    group.add_argument(
+        "--bench_variants", nargs="+", choices=("s", "xs", "xxs"), default=VARIANTS, metavar="V",
+        help="without --checkpoint; default: s xxs",
+    )  # fmt: skip
+    group.add_argument(
+        "--bench_sizes", nargs="+", type=_size, default=SIZES, metavar="HxW",
+        help="without --size; default: 384x640 480x864",
+    )  # fmt: skip
+    group.add_argument("--bench_clip", type=int, default=8, metavar="N", help="frames of a clip; default: 8")
+    group.add_argument(
+        "--bench_frames", type=int, default=2000, metavar="N",
+        help="frames of the video of part long, compared with one of a tenth; default: 2000",
+    )  # fmt: skip
+    group.add_argument(
+        "--bench_host_memory", type=int, metavar="MiB", help="of kept features before a file, part long; default: 1024"
+    )
+    group.add_argument(
+        "--bench_video_frames", type=int, default=32, metavar="N", help="frames of video and pipeline; default: 32"
+    )
+    group.add_argument("--bench_crf", action="store_true", help="part pipeline with the CRF")
+    group.add_argument("--bench_repeats", type=int, default=5, metavar="N", help="default: 5")
+    group.add_argument("--bench_threads", type=int, metavar="N", help="of PyTorch; default: its own choice")
+    group.add_argument("--bench_processes", type=int, default=1, metavar="N", help="part training: gloo processes too")
+    group.add_argument("--bench_json", metavar="FILE", help="default: SAVE_DIR/benchmark.json")
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(word) for word in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a size as 384x640, got {text!r}") from None
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"expected a height and a width above 0, got {text!r}")
+    return height, width
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what ``--bench_parts`` asks for; prints each figure as it comes, writes the JSON, and returns it.
+
+    Raises:
+        UserError: options out of range, no CUDA where asked for, or part encoders without timm.
+    """
+    import torch
+
+    from models import load_dbsnet
+    from utils.benchmark_network import describe_net, make_net
+    from utils.benchmark_propagation import arithmetic_rate, bench_propagation
+    from utils.benchmark_timing import describe_machine
+
+    device = _device(args)
+    for name in ("bench_clip", "bench_frames", "bench_video_frames", "bench_repeats", "bench_processes"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if args.bench_threads is not None:
+        if args.bench_threads < 1:
+            raise UserError(f"--bench_threads {args.bench_threads}: expected 1 or more")
+        torch.set_num_threads(args.bench_threads)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    sizes = [tuple(args.size)] if args.size else list(args.bench_sizes)
+    nets = [load_dbsnet(args.checkpoint)] if args.checkpoint else [make_net(variant) for variant in args.bench_variants]
+
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": describe_machine(device)}
+    report["machine"]["GMAC_per_second_of_a_matrix_product"] = arithmetic_rate(device) / 1e9
+    _print("machine", report["machine"])
+    report |= {"amp": args.amp, "results": []}
+    path = Path(args.bench_json or Path(args.save_dir) / "benchmark.json")
+
+    def add(part: str, result: dict[str, Any]) -> None:
+        report["results"].append({"part": part, **result})
+        _print(part, result)
+        write_json(path, report)  # after each figure, so that a run cut short has told what it knew
+
+    parts = set(args.bench_parts)
+    if "propagation" in parts:
+        for result in bench_propagation(device, repeats=args.bench_repeats):
+            add("propagation", result)
+    for net in nets:
+        for size in sizes:
+            head = {**describe_net(net), "size": list(size), "dtype": "float32" if args.amp == "none" else args.amp}
+            for part in ("network", "encoders", "profile", "video", "long", "pipeline", "training"):
+                if part in parts:
+                    add(part, {**head, **_measure(part, args, net, device, size)})
+    print(f"bench: {path}", flush=True)
+    return report
+
+
+def _measure(
+    part: str, args: argparse.Namespace, net: DBSNet, device: torch.device, size: tuple[int, int]
+) -> dict[str, Any]:
+    """One part for one network and size."""
+    from models import Predictor
+    from utils.benchmark_network import bench_against_encoders, bench_clip, bench_long, bench_video, profile_clip
+    from utils.benchmark_pipeline import bench_pipeline
+    from utils.benchmark_training import bench_training
+
+    clip = {"length": args.bench_clip, "amp": args.amp}
+    if part == "network":
+        return bench_clip(net, device, size, repeats=args.bench_repeats, **clip)
+    if part == "encoders":
+        return bench_against_encoders(net, device, size, repeats=args.bench_repeats, **clip)
+    if part == "profile":
+        return {"operators": profile_clip(net, device, size, **clip)}
+    common = {"amp": args.amp, "batch_size": args.batch_size}
+    if part == "video":
+        frames = args.bench_video_frames
+        return bench_video(net, device, size, length=frames, repeats=args.bench_repeats, **common)
+    if part == "long":
+        limit = None if args.bench_host_memory is None else args.bench_host_memory << 20
+        return bench_long(net, device, size, length=args.bench_frames, host_memory=limit, **common)
+    workers = args.workers if args.workers is not None else default_workers()
+    if part == "pipeline":
+        with tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder:
+            paths = _frames(args, Path(folder), size)
+            predictor = Predictor(net, device=device, size=size, **common)
+            return bench_pipeline(predictor, paths, workers=max(1, workers), crf=args.bench_crf)
+    return bench_training(
+        net.config["variant"], device, size, length=min(args.bench_clip, 5), batch=args.batch_size, amp=args.amp,
+        workers=workers, steps=max(2, args.bench_repeats), processes=args.bench_processes,
+    )  # fmt: skip
+
+
+def _frames(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> Sequence[Path]:
+    """Files of frames: of the first video of ``--datasets``, or synthetic ones, written now."""
+    if args.datasets:
+        from datasets.sequences import read_dataset
+
+        sequences = read_dataset(args.datasets[0], Path(args.data_dir), split=args.split or "val")
+        return sequences[0].frames[: args.bench_video_frames]
+    from datasets.synthetic import write_dataset
+
+    root = write_dataset(folder, videos=1, frames=args.bench_video_frames, size=size, flows=False)
+    return sorted((root / "JPEGImages").rglob("*.jpg"))
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _print(part: str, result: dict[str, Any]) -> None:
+    """A figure as one indented block."""
+    print(f"{part}:", flush=True)
+    _print_fields(result, 1)
+
+
+def _print_fields(value: dict[str, Any], depth: int) -> None:
+    for name, item in value.items():
+        indent = "  " * depth
+        if isinstance(item, dict):
+            short = all(not isinstance(x, (dict, list)) for x in item.values())
+            if short:
+                print(f"{indent}{name}: " + ", ".join(f"{k} {_word(v)}" for k, v in item.items()), flush=True)
+            else:
+                print(f"{indent}{name}:", flush=True)
+                _print_fields(item, depth + 1)
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            for entry in item:
+                print(f"{indent}" + ", ".join(f"{k} {_word(v)}" for k, v in entry.items()), flush=True)
+        else:
+            print(f"{indent}{name} {_word(item)}", flush=True)
+
+
+def _word(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,258 @@
+"""The network: clips, whole videos, against two bare encoders, by operator, and videos of any length."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models import Predictor, build_dbsnet
+from models.complexity import count_parameters, macs_per_frame
+from models.dbsnet import DBSNet
+from models.fold import fold_batch_norm
+from models.predictor import AMP, FrameStore
+from utils.benchmark_timing import PeakMemory, synchronise, time_calls
+from utils.errors import UserError
+
+
+class LazyPictures(Sequence[np.ndarray]):
+    """A video of any length made as it is read: one picture of noise and shapes, rolled a little further each frame."""
+
+    def __init__(self, length: int, size: tuple[int, int], seed: int = 0) -> None:
+        coarse = np.random.default_rng(seed).integers(0, 256, (size[0] // 16 + 1, size[1] // 16 + 1, 3), np.uint8)
+        self.base = np.ascontiguousarray(coarse.repeat(16, 0).repeat(16, 1)[: size[0], : size[1]])
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        if not 0 <= index < self.length:
+            raise IndexError(f"frame {index} of a video of {self.length} frames")
+        return np.roll(self.base, index, 1)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Mixed precision as ``--amp`` says it."""
+    return torch.autocast(device.type, dtype=AMP[amp], enabled=AMP[amp] is not None)
+
+
+def bench_clip(
+    net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, repeats: int
+) -> dict[str, Any]:
+    """One clip through the network alone: as it is built, and as `Predictor` runs it (folded, channels-last)."""
+    net = net.to(device).eval()
+    folded = fold_batch_norm(net)
+    folded.encoders.to(memory_format=torch.channels_last)
+    frames, flows = torch.rand(2, 1, length, 3, *size, device=device)
+    first, second = (x[0].contiguous(memory_format=torch.channels_last)[None] for x in (frames, flows))
+
+    def plain() -> None:
+        with torch.inference_mode(), autocast(device, amp):
+            net(frames, flows)
+
+    def fast() -> None:
+        with torch.inference_mode(), autocast(device, amp):
+            folded(first, second)
+
+    with PeakMemory(device) as memory:
+        times = time_calls({"plain": plain, "folded, channels-last": fast}, device, repeats)
+    macs, _ = macs_per_frame(size, length, **net.config)
+    return {
+        "frames_of_a_clip": length,
+        "GMAC_per_frame": macs / 1e9,
+        **{name: timing.describe(length) for name, timing in times.items()},
+        "memory": memory.describe(),
+    }
+
+
+def bench_against_encoders(
+    net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, repeats: int
+) -> dict[str, Any]:
+    """The whole network against timm's two encoders of its size alone, eager, in one run.
+
+    Raises:
+        UserError: timm is not installed; the project does not need it otherwise.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise UserError("--bench_parts encoders compares with timm's encoders: pip install timm, or leave it out")
+    import timm
+
+    name = f"mobilevit_{net.config['variant']}"
+    encoders = [timm.create_model(name, features_only=True, pretrained=False).to(device).eval() for _ in range(2)]
+    net = net.to(device).eval()
+    folded = fold_batch_norm(net)
+    folded.encoders.to(memory_format=torch.channels_last)
+    frames = torch.rand(1, length, 3, *size, device=device)
+    reordered = frames[0].contiguous(memory_format=torch.channels_last)[None]
+
+    def both() -> None:
+        with torch.inference_mode(), autocast(device, amp):
+            for encoder in encoders:
+                encoder(frames[0])
+
+    def whole(net: nn.Module, x: torch.Tensor) -> Callable[[], None]:
+        def call() -> None:
+            with torch.inference_mode(), autocast(device, amp):
+                net(x, x)
+
+        return call
+
+    fast = "network, folded, channels-last"
+    calls = {"encoders": both, "network": whole(net, frames), fast: whole(folded, reordered)}
+    times = time_calls(calls, device, repeats)
+    measure = "processor" if device.type == "cpu" else "median"
+    base = getattr(times["encoders"], measure)
+    return {
+        "timm": timm.__version__,
+        "frames": length,
+        **{name: timing.describe(length) for name, timing in times.items()},
+        "ratio_plain": getattr(times["network"], measure) / base,
+        "ratio": getattr(times[fast], measure) / base,
+    }
+
+
+def profile_clip(
+    net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, rows: int = 15
+) -> list[dict[str, Any]]:
+    """Operators by their own time in one clip, folded and channels-last; the largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    folded = fold_batch_norm(net.to(device))
+    folded.encoders.to(memory_format=torch.channels_last)
+    frames = torch.rand(length, 3, *size, device=device).contiguous(memory_format=torch.channels_last)[None]
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with torch.inference_mode(), autocast(device, amp):
+        folded(frames, frames)  # warm-up
+        synchronise(device)
+        with profile(activities=activities) as recorded:
+            folded(frames, frames)
+            synchronise(device)
+    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(recorded.key_averages(), key=lambda event: getattr(event, name), reverse=True)
+    total = sum(getattr(event, name) for event in events)
+    return [
+        {"operator": event.key, "calls": event.count, "share": getattr(event, name) / max(total, 1e-9),
+         "milliseconds_per_frame": getattr(event, name) / 1e3 / length}
+        for event in events[:rows]
+    ]  # fmt: skip
+
+
+def feature_bytes_per_frame(
+    net: DBSNet, size: tuple[int, int], store_dtype: torch.dtype = torch.float16
+) -> dict[str, int]:
+    """Bytes that `Predictor` keeps of each frame of a video: of features, and at most (during the finest recurrence).
+
+    Beyond its limits of memory (`device_memory`, `host_memory`) they are in a temporary file.
+    """
+    height, width = (-(-side // net.multiple) * net.multiple for side in size)
+    streams, config = len(net.streams), net.config
+    levels = [streams * config["width"] * (height // stride) * (width // stride) for stride in net.levels]
+    skip = config["width"] * (height // 4) * (width // 4)
+    finest = net.levels[0]
+    hidden = len(config["dilations"]) * 2 * streams * config["hidden"] * (height // finest) * (width // finest)
+    features = (sum(levels) + skip) * store_dtype.itemsize
+    return {"features": features, "most": features + hidden * store_dtype.itemsize}
+
+
+def run_video(predictor: Predictor, length: int, size: tuple[int, int]) -> float:
+    """Seconds to segment a lazily made video, every probability map looked at once."""
+    frames, flows = LazyPictures(length, size, 0), LazyPictures(length, size, 1)
+    synchronise(predictor.device)
+    began = time.perf_counter()
+    count = 0
+    for _, probability in predictor(frames, flows):
+        count += probability.shape[0] > 0
+    synchronise(predictor.device)
+    if count != length:
+        raise RuntimeError(f"{count} of {length} frames came out")
+    return time.perf_counter() - began
+
+
+def bench_video(
+    net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, batch_size: int, repeats: int
+) -> dict[str, Any]:
+    """Whole videos through `Predictor`: uint8 pictures in host memory in, probability maps in host memory out."""
+    predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size)
+    with PeakMemory(device) as memory:
+        times = time_calls({"video": lambda: run_video(predictor, length, size)}, device, repeats)
+    return {"frames": length, "batch_size": batch_size, **times["video"].describe(length), "memory": memory.describe()}
+
+
+def bench_long(
+    net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, batch_size: int,
+    host_memory: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A long video against one of a tenth of its length: time per frame, memory, and size of the temporary file.
+
+    Args:
+        host_memory: `Predictor`'s; its default by default.
+    """
+    options = {} if host_memory is None else {"host_memory": host_memory}
+    predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, **options)
+    run_video(predictor, min(16, length), size)  # warm-up: libraries allocate once
+    spilled = _watch_spill()
+    parts = []
+    try:
+        for frames in dict.fromkeys((max(1, length // 10), length)):
+            spilled.most = 0
+            with PeakMemory(device) as memory:
+                worked = time.process_time()
+                seconds = run_video(predictor, frames, size)
+                worked = time.process_time() - worked
+            parts.append(
+                {
+                    "frames": frames, "milliseconds_per_frame": 1e3 * seconds / frames,
+                    "processor_milliseconds_per_frame": 1e3 * worked / frames,
+                    **memory.describe(), "temporary_file_MiB": spilled.most / 2**20,
+                }
+            )  # fmt: skip
+    finally:
+        spilled.stop()
+    key = "processor_milliseconds_per_frame" if device.type == "cpu" else "milliseconds_per_frame"
+    return {
+        "runs": parts,
+        "ratio_of_time_per_frame": parts[-1][key] / parts[0][key],
+        "kept_per_frame_MiB": {k: v / 2**20 for k, v in feature_bytes_per_frame(net, size).items()},
+    }
+
+
+class _watch_spill:
+    """Counts the bytes of the temporary files that `FrameStore` has open."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self.before = FrameStore.__init__, FrameStore.close
+        watch = self
+
+        def start(store: FrameStore, length: int, shape: Any, dtype: Any, device: Any) -> None:
+            watch.before[0](store, length, shape, dtype, device)
+            if store.file is not None:
+                store.watched = length * store.stride
+                watch.now += store.watched
+                watch.most = max(watch.most, watch.now)
+
+        def close(store: FrameStore) -> None:
+            watch.now -= getattr(store, "watched", 0)
+            store.watched = 0
+            watch.before[1](store)
+
+        FrameStore.__init__, FrameStore.close = start, close
+
+    def stop(self) -> None:
+        FrameStore.__init__, FrameStore.close = self.before
+
+
+def make_net(variant: str) -> DBSNet:
+    """A network with random weights: speed does not depend on their values."""
+    torch.manual_seed(0)
+    return build_dbsnet(variant=variant).eval()
+
+
+def describe_net(net: DBSNet) -> dict[str, Any]:
+    return {"variant": net.config["variant"], "flavour": net.config["flavour"], "parameters": count_parameters(net)}

@@ -1,0 +1,139 @@
+"""The whole way of a video: read, flow, network, CRF, write; each stage alone, one after the other, and overlapped."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.flow_colour import flow_to_image
+from datasets.images import load_frame
+from models import Predictor
+from utils.benchmark_timing import PeakMemory
+from utils.files import write_png
+from utils.flow import dis_flow
+
+
+class LazyFiles(Sequence[np.ndarray]):
+    """Frames decoded from their files when asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        return load_frame(self.paths[index])
+
+
+def flow_of(paths: Sequence[Path], index: int) -> np.ndarray:
+    """The flow picture of one frame by DIS, from the files of it and its partner; (H, W, 3) uint8."""
+    partner = index + 1 if index + 1 < len(paths) else max(index - 1, 0)
+    return flow_to_image(dis_flow(load_frame(paths[index]), load_frame(paths[partner])))
+
+
+class FlowAhead(Sequence[np.ndarray]):
+    """Flow pictures made on other processes, `ahead` of the frame asked for; asked for in order."""
+
+    def __init__(self, paths: Sequence[Path], pool: Executor, ahead: int) -> None:
+        self.paths, self.pool, self.ahead = paths, pool, ahead
+        self.made: dict[int, Future] = {}
+        self.next = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        while self.next <= min(index + self.ahead, len(self.paths) - 1):
+            self.made[self.next] = self.pool.submit(flow_of, self.paths, self.next)
+            self.next += 1
+        return self.made.pop(index).result()
+
+
+def refine_and_write(frame: Path | None, probability: np.ndarray, target: Path) -> None:
+    """The CRF with the frame, where one is given; then the mask as PNG."""
+    if frame is not None:
+        from utils.crf import refine
+
+        probability = refine(load_frame(frame), probability) / np.float32(255)
+    write_png(target, np.where(probability * 255 > 127, np.uint8(255), np.uint8(0)))
+
+
+def _start_worker() -> None:
+    """The processes share out the processors; more threads in each would only get in each other's way."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int, crf: bool) -> dict[str, Any]:
+    """Seconds of each stage alone on frames in files, of all one after the other, and overlapped.
+
+    Overlapped: flow and CRF on `workers` processes, reading ahead and the network in this one, PNGs written by threads
+    (or with the CRF). The mask is resized to the frame's size by the network's stage.
+    """
+    count = len(paths)
+    stages: dict[str, float] = {}
+
+    def measure(name: str, call: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        result = call()
+        stages[name] = time.perf_counter() - began
+        return result
+
+    with (
+        tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder,
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        target = Path(folder)
+        frames = LazyFiles(paths)
+        list(pool.map(flow_of, [paths] * workers, [0] * workers))  # the processes import their libraries now
+        list(predictor([frames[0]] * 2, [frames[0]] * 2))  # warm-up
+
+        pictures = measure("read", lambda: list(frames))
+        flows = measure("flow", lambda: list(pool.map(flow_of, [paths] * count, range(count))))
+        maps = measure("network and resize", lambda: [p for _, p in predictor(pictures, flows)])
+        jobs = [(paths[i] if crf else None, maps[i], target / f"{i:05d}.png") for i in range(count)]
+        after = "crf and write" if crf else "write"
+        measure(after, lambda: _finish(pool if crf else threads, jobs))
+        alone = dict(stages)
+
+        def overlapped() -> None:
+            made = predictor(frames, FlowAhead(paths, pool, 4 * workers))
+            jobs = ((paths[i] if crf else None, p, target / f"{i:05d}.png") for i, p in made)
+            _finish(pool if crf else threads, jobs)
+
+        with PeakMemory(predictor.device) as memory:
+            measure("overlapped", overlapped)
+        seconds = stages["overlapped"]
+    slowest = max(alone, key=alone.__getitem__)
+    return {
+        "frames": count,
+        "workers": workers,
+        "frames_per_second": {name: count / value for name, value in stages.items()},
+        "seconds": {**stages, "one after the other": sum(alone.values())},
+        "slowest_stage": slowest,
+        "overlapped_over_slowest": seconds / alone[slowest],
+        "overlapped_over_sequence": seconds / sum(alone.values()),
+        "memory": memory.describe(),
+    }
+
+
+def _finish(pool: Executor, jobs: Iterable[tuple[Path | None, np.ndarray, Path]]) -> None:
+    """Hand out the last stage's jobs, a bounded number ahead."""
+    waiting: deque[Future] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(refine_and_write, *job))
+        if len(waiting) > 32:
+            waiting.popleft().result()
+    for future in waiting:
+        future.result()

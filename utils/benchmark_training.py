@@ -1,0 +1,130 @@
+"""Training: steps against the loader's limit, and one process against two."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets.synthetic import SyntheticClips
+from models import build_dbsnet
+from models.losses import segmentation_loss
+from utils.benchmark_timing import PeakMemory, synchronise
+from utils.loading import ClipOrder, build_loader
+
+
+class Step:
+    """One optimiser step of a network on a batch of uint8 clips, as main.py does it."""
+
+    def __init__(self, variant: str, device: torch.device, amp: str, *, distributed: bool = False) -> None:
+        torch.manual_seed(0)
+        self.net = build_dbsnet(variant=variant).to(device).train()
+        self.model = DistributedDataParallel(self.net) if distributed else self.net
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4)
+        self.device, self.amp = device, amp
+
+    def __call__(self, batch: dict[str, Any]) -> None:
+        moved = {name: batch[name].to(self.device, non_blocking=True) for name in ("frames", "flows", "masks", "valid")}
+        frames, flows = (moved[name].float().div_(255) for name in ("frames", "flows"))
+        half = torch.float16 if self.amp == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype=half, enabled=self.amp != "none"):
+            logits, aux = self.model(frames, flows, return_aux=True)
+        segmentation_loss(logits, moved["masks"].float(), moved["valid"], aux)["total"].backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def bench_training(
+    variant: str, device: torch.device, size: tuple[int, int], *, length: int, batch: int, amp: str, workers: int,
+    steps: int, processes: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """Frames per second of the loader alone (procedural clips), of the step alone, and of both together.
+
+    With `processes` 2 or more also of that many gloo processes on the CPU, one thread each, against one alone.
+    """
+    order = ClipOrder(batch=batch, accumulate=1, steps=steps + 2, rank=0, world_size=1, seed=0)
+    clips = SyntheticClips(None, batch * (steps + 2), length, size, 0)
+    pinned = device.type == "cuda"
+    step = Step(variant, device, amp)
+    first: dict[str, Any] = {}
+
+    def epoch(learn: bool) -> float:
+        """Seconds of `steps` batches after two that start the workers."""
+        loader = build_loader(clips, order, workers=workers, pin_memory=pinned)
+        began = 0.0
+        for number, loaded in enumerate(loader):
+            if learn:
+                step(loaded)
+            first.setdefault("batch", loaded)
+            if number == 1:
+                synchronise(device)
+                began = time.perf_counter()
+        synchronise(device)
+        return time.perf_counter() - began
+
+    frames = steps * batch * length
+    with PeakMemory(device) as memory:
+        loading = epoch(False)
+        step(first["batch"])
+        synchronise(device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            step(first["batch"])
+        synchronise(device)
+        learning = time.perf_counter() - began
+        together = epoch(True)
+    rates = {"loader": frames / loading, "step": frames / learning, "together": frames / together}
+    result = {
+        "variant": variant, "size": list(size), "clip_len": length, "batch_size": batch, "workers": workers,
+        "frames_per_second": rates, "together_over_slowest": rates["together"] / min(rates["loader"], rates["step"]),
+        "memory": memory.describe(),
+    }  # fmt: skip
+    if processes > 1:
+        result["scaling"] = bench_scaling(variant, size, length=length, batch=batch, steps=steps, processes=processes)
+    return result
+
+
+def bench_scaling(
+    variant: str, size: tuple[int, int], *, length: int, batch: int, steps: int, processes: int
+) -> dict[str, Any]:
+    """One and several gloo processes, one thread and one batch each; perfect scaling has efficiency 1."""
+    rates = {}
+    for world in (1, processes):
+        with tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder:
+            mp.spawn(_steps_in_a_process, (world, folder, variant, size, length, batch, steps), nprocs=world)
+            seconds = float(torch.load(os.path.join(folder, "seconds.pt"), weights_only=True))
+        rates[world] = world * steps * batch * length / seconds
+    return {
+        "frames_per_second": {str(world): rate for world, rate in rates.items()},
+        "efficiency": rates[processes] / (processes * rates[1]),
+    }
+
+
+def _steps_in_a_process(
+    rank: int, world: int, folder: str, variant: str, size: tuple[int, int], length: int, batch: int, steps: int
+) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    step = Step(variant, device, "none", distributed=world > 1)
+    clips: dict[str, Tensor] = {
+        name: torch.randint(0, 256, (batch, length, 3, *size), dtype=torch.uint8) for name in ("frames", "flows")
+    }
+    clips["masks"] = torch.randint(0, 2, (batch, length, 1, *size), dtype=torch.uint8)
+    clips["valid"] = torch.ones(batch, length, dtype=torch.bool)
+    step(clips)
+    dist.barrier()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step(clips)
+    dist.barrier()
+    if rank == 0:
+        torch.save(torch.tensor(time.perf_counter() - began), os.path.join(folder, "seconds.pt"))
+    dist.destroy_process_group()
