@@ -36,6 +36,7 @@ class DBSNet(nn.Module):
         dilations: one ConvLSTM layer for each; empty: no propagation.
         depth: layers of each spatio-temporal Transformer; 0: no refinement.
         window: frames that a Transformer sees at once.
+        pool: at stride 16 the Transformer's keys and values are means over pool x pool positions; at 32 they are not.
         rounds: message-passing rounds of Co-DGA; 0: only its read-out.
         streams: ``("appearance", "motion")``, or one of them in ablations.
         dropout: of the backbones, in training.
@@ -47,15 +48,16 @@ class DBSNet(nn.Module):
     levels = (8, 16, 32)  # strides that are propagated and fused
 
     def __init__(self, *, variant: str = "s", flavour: str = "reference", width: int = 64, hidden: int = 16,
-                 dilations: tuple[int, ...] = (1, 2, 4), depth: int = 2, window: int = 8, rounds: int = 2,
-                 streams: tuple[str, ...] = STREAMS, dropout: float = 0.0) -> None:  # fmt: skip
+                 dilations: tuple[int, ...] = (1, 2, 4), depth: int = 2, window: int = 8, pool: int = 2,
+                 rounds: int = 2, streams: tuple[str, ...] = STREAMS, dropout: float = 0.0) -> None:  # fmt: skip
         super().__init__()
         dilations, streams = tuple(dilations), tuple(streams)
         if not streams or any(stream not in STREAMS for stream in streams) or len(set(streams)) != len(streams):
             raise ValueError(f"streams must be one or both of {STREAMS}, got {streams}")
         self.config: dict[str, Any] = {
             "variant": variant, "flavour": flavour, "width": width, "hidden": hidden, "dilations": list(dilations),
-            "depth": depth, "window": window, "rounds": rounds, "streams": list(streams), "dropout": dropout,
+            "depth": depth, "window": window, "pool": pool, "rounds": rounds, "streams": list(streams),
+            "dropout": dropout,
         }  # fmt: skip
         self.streams, self.width, self.window = streams, width, window
         count = len(streams)
@@ -75,7 +77,8 @@ class DBSNet(nn.Module):
         self.refinement = nn.ModuleDict(
             {
                 stream: nn.ModuleList(
-                    SpatioTemporalTransformer(width, depth=depth, window=window) for _ in self.levels[1:]
+                    SpatioTemporalTransformer(width, depth=depth, window=window, pool=stage_pool)
+                    for stage_pool in (pool, 1)
                 )
                 for stream in streams
             }
@@ -94,7 +97,8 @@ class DBSNet(nn.Module):
             maps = self.encoders[stream](frames if stream == "appearance" else flows)
             skips.append(maps[0])
             laterals.append([lateral(x) for lateral, x in zip(self.laterals[stream], maps[1:])])
-        return [torch.cat(level, 1) for level in zip(*laterals)], self.skip(torch.cat(skips, 1))
+        # In planes also after channels-last encoders: recurrence and graph attention cut the maps by channel.
+        return [torch.cat(level, 1).contiguous() for level in zip(*laterals)], self.skip(torch.cat(skips, 1))
 
     def refine(self, level: int, x: Tensor) -> Tensor:
         """Spatio-temporal Transformer of one level (0, 1, 2 for strides 8, 16, 32) on (B, T, S*d, h, w); level 0 has

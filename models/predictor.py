@@ -25,7 +25,7 @@ from torch import Tensor
 from models.convlstm import DenseBiConvLSTM
 from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
 from models.fold import fold_batch_norm
-from models.refinement import temporal_windows
+from models.refinement import refinement_windows, temporal_windows
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -279,7 +279,7 @@ class Predictor:
                 levels, skip = net.encode(self._input(x, size), self._input(y, size))
                 kept = slice(keep - start, until - start)
                 for index, level in enumerate(levels):
-                    levels[index] = net.refine(index, net.propagation[index](level[None].contiguous()))[0, kept]
+                    levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
                 logits, _ = net.decode(levels, skip[kept])
                 results = list(self._finish(logits, size, own, flip))
             yield from results
@@ -302,7 +302,7 @@ class Predictor:
             for index, block in enumerate(net.propagation):
                 with torch.inference_mode(), self._autocast():
                     propagate_store(block, features[index], storage, self.piece, self.device)
-            for start, stop, keep, until in temporal_windows(length, net.window):
+            for start, stop, keep, until in refinement_windows(length, net.window):
                 with torch.inference_mode(), self._autocast():
                     levels = [features[0].read(keep, until, self.device)]
                     for index in range(1, len(features) - 1):

@@ -64,8 +64,9 @@ def test_the_whole_network_equals_a_count_by_hooks() -> None:
             total += length * cells[stride] * layer.input_conv.weight.numel()
     for stride, dim, depth in ((8, d_a, 2), (16, d_b, 4), (32, d_c, 3)):  # 4 groups of cells/4 tokens; two streams
         total += 2 * length * depth * 2 * 4 * (cells[stride] // 4) ** 2 * dim
-    for stride in (16, 32):
-        total += 2 * 2 * 2 * (length * cells[stride]) ** 2 * width  # two streams, two layers, two products
+    for stride, pool in ((16, 2), (32, 1)):  # two streams, two layers, two products; keys and values pooled at 16
+        seen = length * (size[0] // stride // pool) * (size[1] // stride // pool)
+        total += 2 * 2 * 2 * (length * cells[stride]) * seen * width
     for stride, fusion in zip((8, 16, 32), net.fusion):
         keys = fusion.heads * fusion.key_dim
         neighbours = size[0] // stride + size[1] // stride  # the column's own cell is computed and masked

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.refinement import RefinementLayer, SpatioTemporalTransformer, temporal_windows, time_encoding
+from models.refinement import (
+    RefinementLayer,
+    SpatioTemporalTransformer,
+    refinement_windows,
+    temporal_windows,
+    time_encoding,
+)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 7, 8, 12])
@@ -24,6 +30,17 @@ def test_windows_keep_every_frame_once_with_a_margin(window: int) -> None:
                 assert stop == length or stop - 1 - frame >= window // 4
             kept += range(keep, until)
         assert kept == list(range(length))
+
+
+def test_refinement_looks_at_an_eighth_on_each_side() -> None:
+    for length in range(9, 60):
+        kept = [frame for _, _, keep, until in refinement_windows(length, 8) for frame in range(keep, until)]
+        assert kept == list(range(length))
+        for start, stop, keep, until in refinement_windows(length, 8):
+            assert stop - start == 8
+            assert start == 0 or keep - start >= 1
+            assert stop == length or stop - until >= 1
+    assert len(list(refinement_windows(600, 8))) == pytest.approx(600 / 6, abs=1)  # a third more, not double
 
 
 def test_a_short_video_is_one_window() -> None:
@@ -50,15 +67,19 @@ def plain_layer(layer: RefinementLayer, x: Tensor) -> Tensor:
         token = F.layer_norm(x[frame, :, i, j], (c,), layer.norm1.weight, layer.norm1.bias)
         token = token + torch.tensor(code[:c], dtype=x.dtype)
         q[place], k[place], v[place] = (layer.qkv.weight @ token + layer.qkv.bias).split(c)
+    # Keys and values are means over the pool x pool positions of a cell; a cell at the border has fewer.
+    cells: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+    for frame, i, j in places:
+        cells.setdefault((frame, i // layer.pool, j // layer.pool), []).append((frame, i, j))
+    k = {cell: sum(k[place] for place in members) / len(members) for cell, members in cells.items()}
+    v = {cell: sum(v[place] for place in members) / len(members) for cell, members in cells.items()}
     y = x.clone()
     for place in places:
         heads = []
         for n in range(layer.heads):
             part = slice(n * d, (n + 1) * d)
-            weights = torch.softmax(
-                torch.stack([q[place][part] @ k[other][part] for other in places]) / math.sqrt(d), 0
-            )
-            heads.append(sum(weight * v[other][part] for weight, other in zip(weights, places)))
+            weights = torch.softmax(torch.stack([q[place][part] @ k[other][part] for other in cells]) / math.sqrt(d), 0)
+            heads.append(sum(weight * v[other][part] for weight, other in zip(weights, cells)))
         frame, i, j = place
         token = x[frame, :, i, j] + layer.out.weight @ torch.cat(heads) + layer.out.bias
         normed = F.layer_norm(token, (c,), layer.norm2.weight, layer.norm2.bias)
@@ -67,10 +88,11 @@ def plain_layer(layer: RefinementLayer, x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize(("length", "height", "width"), [(3, 2, 3), (1, 1, 1), (2, 1, 4)])
-def test_layer_equals_the_plain_loop(length: int, height: int, width: int) -> None:
+@pytest.mark.parametrize("pool", [1, 2, 3])
+@pytest.mark.parametrize(("length", "height", "width"), [(3, 2, 3), (1, 1, 1), (2, 1, 4), (2, 5, 3)])
+def test_layer_equals_the_plain_loop(length: int, height: int, width: int, pool: int) -> None:
     torch.manual_seed(0)
-    layer = RefinementLayer(8, heads=2, mlp_ratio=2).double()
+    layer = RefinementLayer(8, heads=2, mlp_ratio=2, pool=pool).double()
     for parameter in layer.parameters():  # norms and biases off their initial values too
         parameter.data += 0.1 * torch.randn_like(parameter)
     x = torch.randn(2, length, 8, height, width, dtype=torch.double)
@@ -90,7 +112,7 @@ def test_up_to_a_window_it_is_one_attention_and_beyond_it_is_windows() -> None:
         assert not torch.allclose(net(x), net.layers(x), atol=1e-4)
         y = net(x)
         assert y.shape == x.shape
-        # Window 4 has margins of 1: frame 5 sees its neighbours for certain, and never a frame 4 away.
+        # Frame 5 is in the window of frames 4 … 7, and never sees a frame 4 away.
         near, far = x.clone(), x.clone()
         near[:, 6] += 1
         far[:, 9] += 1

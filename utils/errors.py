@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from datasets.errors import DataError
-from models.errors import CheckpointError
 
 
 class UserError(ValueError):
@@ -17,14 +16,16 @@ class UserError(ValueError):
     """
 
 
-USER_ERRORS = (UserError, DataError, CheckpointError)
-
-
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn any of `USER_ERRORS` raised inside into `error: …` on stderr and exit code 2."""
+    """Turn a `UserError`, `DataError` or `CheckpointError` raised inside into `error: …` on stderr and exit code 2."""
     try:
         yield
-    except USER_ERRORS as error:
+    except ValueError as error:
+        # Imported only now: `models` imports torch, which worker processes that need this module do without.
+        from models.errors import CheckpointError
+
+        if not isinstance(error, (UserError, DataError, CheckpointError)):
+            raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
