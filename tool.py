@@ -39,13 +39,13 @@ class _Unsaid(str):
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; each tool's own options come from its module."""
-    from utils import crf, demo, evaluation, export, flow, inference, parallel, report
+    from utils import benchmark, crf, demo, evaluation, export, flow, inference, parallel, report
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--tools", nargs="+", required=True, choices=TOOLS, metavar="TOOL", help=f"in this order: {', '.join(TOOLS)}"
+        "--tools", nargs="+", required=True, choices=TOOLS, metavar="TOOL", help=f"one or several of {', '.join(TOOLS)}"
     )
     parser.add_argument(
         "--checkpoint",
@@ -81,7 +81,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: full precision")
 
     parallel.add_arguments(parser)
-    for module in (flow, inference, crf, evaluation, report, demo, export):
+    for module in (flow, inference, crf, evaluation, report, demo, benchmark, export):
         module.add_arguments(parser)
     parser.set_defaults(flow_method=_Unsaid(parser.get_default("flow_method")))
     # For launchers that pass it; newer ones set LOCAL_RANK.

@@ -25,11 +25,11 @@ from utils.report import write_report
 Command = Callable[[Sequence[str]], int]
 
 TRAIN, VAL = "demo-train", "demo-val"
-TRAIN_VIDEOS, VAL_VIDEOS = {"videos": 64, "frames": 6, "seed": 0}, {"videos": 6, "frames": 16, "seed": 1}
-VIDEO_SIZE = (128, 192)
+TRAIN_VIDEOS, VAL_VIDEOS = {"videos": 80, "frames": 5, "seed": 0}, {"videos": 6, "frames": 16, "seed": 1}
+VIDEO_SIZE = (192, 288)
 INPUT_SIZE = ("64", "96")  # as configs/demo.yaml trains
-# One object that moves before a camera at rest: what a network can learn in a minute. Objects at rest, moving cameras,
-# look-alikes, occlusion and second objects are for real training.
+# One object that moves before a camera at rest, in steady light: what a network can learn in a minute. Objects at rest,
+# moving cameras, noise, look-alikes, occlusion and second objects are for real training.
 SCENES = SceneOptions(
     camera_static=1.0,
     object_static=0.0,
@@ -39,7 +39,7 @@ SCENES = SceneOptions(
     second_object=0.0,
     distractor=0.0,
     occluder=0.0,
-)
+).clean()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,10 +99,10 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
     scores = _scores(results)
     seconds, used = time.monotonic() - began, _cpu_seconds() - used
     introduction = [
-        f"{TRAIN_VIDEOS['videos']} synthetic videos were drawn (one object that moves before a camera at rest), their "
-        "flow was computed by DIS, and the network was trained on them from random weights. The figures below are of "
-        f"{VAL_VIDEOS['videos']} other videos, which it had not seen. This shows that the pieces work together; it "
-        "says nothing about real video.",
+        f"{TRAIN_VIDEOS['videos']} synthetic videos were drawn: one object that moves before a camera at rest, in "
+        "steady light. Their flow was computed by DIS, and the network was trained on them from random weights. The "
+        f"figures below are of {VAL_VIDEOS['videos']} other videos, which it had not seen. This shows that the pieces "
+        "work together; it says nothing about real video.",
         f"All of it took {seconds:.0f} seconds.",
     ]
     if not has_crf:
