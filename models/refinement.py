@@ -37,7 +37,7 @@ def temporal_windows(length: int, window: int, margin: int | None = None) -> Ite
 
 
 def refinement_windows(length: int, window: int) -> Iterator[tuple[int, int, int, int]]:
-    """The windows that attention sees: an eighth on each side is only looked at, which costs a third more, not double."""
+    """The windows that attention sees: an eighth on each side is only looked at, so a third is done twice."""
     return temporal_windows(length, window, window // 8)
 
 
