@@ -173,8 +173,8 @@ class Predictor:
         fold: work on a copy of the network whose batch norms are folded into its convolutions, made for each video.
         piece: frames that a recurrence processes before it reads on. Changes memory, not the result.
         store_dtype: precision of kept features.
-        device_memory, host_memory: bytes of features kept on the accelerator and in host memory before the next, slower
-            place is used (host memory, then a temporary file).
+        device_memory, host_memory: bytes of features kept on the accelerator and in host memory, by all passes of `flip`
+            and `scales` together, before the next, slower place is used (host memory, then a temporary file).
 
     `frames` and `flows` are sequences (``len`` and indexing, lists or lazy) of (H, W, 3) uint8 RGB arrays; flow
     images may have another size than frames. Yields (index, probability), float32 (H, W) in [0, 1] at the frame's own
@@ -191,6 +191,10 @@ class Predictor:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
         if clip_len is not None and clip_len < 1:
             raise ValueError(f"clip_len must be at least 1, got {clip_len}")
+        if batch_size < 1 or piece < 1 or not scales or min(scales) <= 0:
+            raise ValueError(
+                f"batch_size and piece must be at least 1 and scales positive, got {batch_size}, {piece} and {scales}"
+            )
         self.device = torch.device(device) if device is not None else next(net.parameters()).device
         self.net = net.to(self.device).eval()
         self.size, self.batch_size, self.amp, self.clip_len = size, batch_size, AMP[amp], clip_len
@@ -219,7 +223,7 @@ class Predictor:
             net = fold_batch_norm(net)
             net.encoders.to(memory_format=self.memory_format)
         run = self._clips if self.clip_len else self._whole
-        runs = [run(net, frames, flows, own, size, flip) for size, flip in passes]
+        runs = [run(net, frames, flows, own, size, flip, len(passes)) for size, flip in passes]
         for index, results in enumerate(zip(*runs)):
             yield index, sum(results) / len(results) if len(results) > 1 else results[0]
 
@@ -269,7 +273,7 @@ class Predictor:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     def _clips(
-        self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool
+        self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool, passes: int
     ) -> Iterator[np.ndarray]:
         windows = list(temporal_windows(len(frames), self.clip_len))
         for (start, _, keep, until), (x, y) in zip(
@@ -285,10 +289,12 @@ class Predictor:
             yield from results
 
     def _whole(
-        self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool
+        self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool, passes: int
     ) -> Iterator[np.ndarray]:
         length = len(frames)
-        storage = Storage(length, self.device, self.store_dtype, self.device_memory, self.host_memory)
+        storage = Storage(
+            length, self.device, self.store_dtype, self.device_memory // passes, self.host_memory // passes
+        )
         try:
             features: list[FrameStore] = []
             spans = [(start, min(start + self.batch_size, length)) for start in range(0, length, self.batch_size)]
