@@ -173,8 +173,8 @@ class Predictor:
         fold: work on a copy of the network whose batch norms are folded into its convolutions, made for each video.
         piece: frames that a recurrence processes before it reads on. Changes memory, not the result.
         store_dtype: precision of kept features.
-        device_memory, host_memory: bytes of features kept on the accelerator and in host memory, by all passes of `flip`
-            and `scales` together, before the next, slower place is used (host memory, then a temporary file).
+        device_memory, host_memory: bytes of features that all passes together (`flip`, `scales`) keep there before the
+            next, slower place is used: accelerator, host memory, temporary file.
 
     `frames` and `flows` are sequences (``len`` and indexing, lists or lazy) of (H, W, 3) uint8 RGB arrays; flow
     images may have another size than frames. Yields (index, probability), float32 (H, W) in [0, 1] at the frame's own
