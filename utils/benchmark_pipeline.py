@@ -41,7 +41,7 @@ def flow_of(paths: Sequence[Path], index: int) -> np.ndarray:
 
 
 class FlowAhead(Sequence[np.ndarray]):
-    """Flow pictures made on other processes, `ahead` of the frame asked for; asked for in order."""
+    """Flow pictures made on other processes, `ahead` of the frame asked for; each is asked for once, in order."""
 
     def __init__(self, paths: Sequence[Path], pool: Executor, ahead: int) -> None:
         self.paths, self.pool, self.ahead = paths, pool, ahead
@@ -52,6 +52,8 @@ class FlowAhead(Sequence[np.ndarray]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        if not 0 <= index < len(self.paths):
+            raise IndexError(f"flow of frame {index} of a video of {len(self.paths)} frames")
         while self.next <= min(index + self.ahead, len(self.paths) - 1):
             self.made[self.next] = self.pool.submit(flow_of, self.paths, self.next)
             self.next += 1

@@ -1,0 +1,223 @@
+"""The benchmark: what it measures is what it says, its options, its JSON; and the memory of long videos."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import Predictor, build_dbsnet, save_weights
+from models.predictor import FrameStore
+from utils import benchmark
+from utils.benchmark_network import (
+    LazyPictures,
+    bench_against_encoders,
+    bench_long,
+    feature_bytes_per_frame,
+    run_video,
+)
+from utils.benchmark_pipeline import FlowAhead, flow_of
+from utils.benchmark_propagation import arithmetic_rate, bench_propagation
+from utils.benchmark_timing import PeakMemory, describe_machine, resident_memory, time_calls
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+SMALL = {"dilations": (1,), "depth": 1, "rounds": 1}
+
+
+def parse(*words: str, folder: Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    benchmark.add_arguments(parser)
+    args = parser.parse_args(words)
+    shared = {"device": "cpu", "size": None, "checkpoint": None, "amp": "none", "batch_size": 2, "workers": 1,
+              "datasets": None, "data_dir": "data", "split": None, "save_dir": str(folder)}  # fmt: skip
+    for name, value in shared.items():
+        setattr(args, name, value)
+    return args
+
+
+def test_calls_are_timed_in_turns_after_the_warm_up() -> None:
+    order: list[str] = []
+
+    def call(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    calls = {"a": lambda: call("a", 0.02), "b": lambda: call("b", 0.0)}
+    times = time_calls(calls, CPU, repeats=3, warmup=2)
+    assert order == ["a", "b"] * 5
+    assert times["a"].repeats == 3
+    assert 0.02 <= times["a"].least <= times["a"].median
+    assert times["a"].processor < 0.02  # it slept
+    assert times["a"].describe(frames=2)["milliseconds"] == pytest.approx(500 * times["a"].median)
+    with pytest.raises(ValueError, match="at least one"):
+        time_calls(calls, CPU, repeats=0)
+
+
+def test_peak_memory_sees_what_came_and_went() -> None:
+    with PeakMemory(CPU) as memory:
+        block = np.ones(64 << 20, np.uint8)
+        time.sleep(0.3)
+        del block
+    assert 50 << 20 < memory.host < 120 << 20
+    assert memory.device == 0
+    assert resident_memory() > 10 << 20
+
+
+def test_the_machine_is_described() -> None:
+    facts = describe_machine(CPU)
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["processor"]
+    assert arithmetic_rate(CPU, repeats=1) > 1e8
+
+
+def test_lazy_pictures() -> None:
+    pictures = LazyPictures(3, (40, 70))
+    assert len(pictures) == 3
+    assert pictures[2].shape == (40, 70, 3) and pictures[2].dtype == np.uint8
+    assert np.array_equal(pictures[1], np.roll(pictures[0], 1, 1))
+    with pytest.raises(IndexError):
+        pictures[3]
+
+
+def test_propagation_benchmark() -> None:
+    results = bench_propagation(CPU, channels=8, hidden=4, length=3, repeats=1, sizes=((6, 8),))
+    assert [result["pass"] for result in results] == ["forward", "forward and backward"]
+    for result in results:
+        assert result["difference"] < 1e-5
+        assert result["speedup"] > 0 and result["ratio_to_floor"] > 0
+    assert results[1]["GMAC"] == pytest.approx(3 * results[0]["GMAC"])
+
+
+@pytest.mark.parametrize("size", [(64, 96), (50, 70)])
+def test_bytes_kept_of_a_frame_are_those_of_the_stores(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    now, most, kept = 0, 0, []
+    start, close = FrameStore.__init__, FrameStore.close
+
+    def counted(store: FrameStore, length: int, *words: object) -> None:
+        nonlocal now, most
+        start(store, length, *words)
+        store.bytes = store.stride
+        now += store.bytes
+        most = max(most, now)
+        kept.append(now)
+
+    def closed(store: FrameStore) -> None:
+        nonlocal now
+        now -= store.bytes
+        store.bytes = 0
+        close(store)
+
+    monkeypatch.setattr(FrameStore, "__init__", counted)
+    monkeypatch.setattr(FrameStore, "close", closed)
+    net = build_dbsnet("xxs", dilations=(1, 2))
+    run_video(Predictor(net, host_memory=0), 3, size)
+    assert feature_bytes_per_frame(net, size) == {"features": kept[3], "most": most}
+
+
+def test_long_video_benchmark() -> None:
+    net = build_dbsnet("xxs", **SMALL)
+    close = FrameStore.close
+    result = bench_long(net, CPU, (32, 64), length=20, amp="none", batch_size=4, host_memory=0)
+    assert [part["frames"] for part in result["runs"]] == [2, 20]
+    kept = result["kept_per_frame_MiB"]
+    assert result["runs"][1]["temporary_file_MiB"] == pytest.approx(20 * kept["most"])
+    assert result["ratio_of_time_per_frame"] > 0
+    assert FrameStore.close is close
+    result = bench_long(net, CPU, (32, 64), length=1, amp="none", batch_size=4)
+    assert [part["frames"] for part in result["runs"]] == [1]
+    assert result["runs"][0]["temporary_file_MiB"] == 0
+
+
+def test_flow_ahead_is_flow(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from utils.files import write_png
+
+    paths = [write_png(tmp_path / f"{i}.png", LazyPictures(3, (40, 48))[i]) for i in range(3)]
+    with ThreadPoolExecutor(1) as pool:
+        ahead = FlowAhead(paths, pool, 2)
+        pictures = list(ahead)
+    assert len(pictures) == len(ahead) == 3
+    for index, picture in enumerate(pictures):
+        assert np.array_equal(picture, flow_of(paths, index))
+    assert flow_of(paths[:1], 0).shape == (40, 48, 3)  # a video of one frame
+
+
+def test_all_parts_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_weights(tmp_path / "w.safetensors", build_dbsnet("xxs", **SMALL))
+    words = "--bench_parts network video pipeline profile long training --bench_clip 2 --bench_frames 4 "
+    words += "--bench_video_frames 3 --bench_repeats 1"
+    args = parse(*words.split(), folder=tmp_path)
+    args.checkpoint, args.size = str(tmp_path / "w.safetensors"), [32, 64]
+    report = benchmark.run(args)
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(report))
+    results = {result["part"]: result for result in report["results"]}
+    assert set(results) == {"network", "video", "pipeline", "profile", "long", "training"}
+    for result in results.values():
+        assert result["size"] == [32, 64]
+        assert result["parameters"] == sum(p.numel() for p in build_dbsnet("xxs", **SMALL).parameters())
+    for name in ("plain", "folded, channels-last"):
+        assert results["network"][name]["frames_per_second"] > 0
+    assert results["network"]["GMAC_per_frame"] > 0
+    assert results["video"]["frames"] == 3
+    stages = {"read", "flow", "network and resize", "write", "overlapped"}
+    assert set(results["pipeline"]["frames_per_second"]) == stages
+    assert sum(entry["share"] for entry in results["profile"]["operators"]) <= 1.001
+    assert set(results["training"]["frames_per_second"]) == {"loader", "step", "together"}
+    output = capsys.readouterr().out
+    assert "frames_per_second" in output and "benchmark.json" in output
+
+
+def test_against_timm() -> None:
+    pytest.importorskip("timm")
+    net = build_dbsnet("xxs", **SMALL).eval()
+    result = bench_against_encoders(net, CPU, (64, 64), length=2, amp="none", repeats=1)
+    assert result["ratio"] > 0 and result["ratio_plain"] > 0
+
+
+@pytest.mark.parametrize("words", ["--bench_clip 0", "--bench_repeats 0", "--bench_threads 0", "--bench_frames -1"])
+def test_options_out_of_range(words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words.split()[0]):
+        benchmark.run(parse(*words.split(), folder=tmp_path))
+
+
+def test_sizes_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("--bench_sizes", "384x640", folder=tmp_path).bench_sizes == [(384, 640)]
+    for word in ("384", "axb", "0x4", "1x2x3"):
+        with pytest.raises(SystemExit):
+            parse("--bench_sizes", word, folder=tmp_path)
+    assert "384x640" in capsys.readouterr().err
+
+
+def test_no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = parse(folder=tmp_path)
+    args.device = "cuda"
+    with pytest.raises(UserError, match="--device cpu"):
+        benchmark.run(args)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_video() -> None:
+    """Beyond `host_memory` features go to a file: ten times the frames take the same memory."""
+    net = build_dbsnet("xxs", **SMALL)
+    limit = 8 << 20
+    size = (96, 160)
+    predictor = Predictor(net, size=size, host_memory=limit)
+    run_video(predictor, 60, size)  # libraries allocate once
+    peaks = []
+    for frames in (60, 600):
+        with PeakMemory(CPU) as memory:
+            run_video(predictor, frames, size)
+        peaks.append(memory.host)
+    kept = 600 * feature_bytes_per_frame(net, size)["most"]
+    assert kept > 8 * limit  # so the test would notice if all of them stayed in memory
+    assert peaks[1] < peaks[0] + limit + (16 << 20)
+    assert peaks[1] < kept / 2
