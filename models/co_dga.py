@@ -107,7 +107,7 @@ class CoDGA(nn.Module):
             if axis == 1:  # the node itself is in its row already; the row always remains, so no softmax is empty
                 itself = torch.eye(length, dtype=torch.bool, device=x.device).repeat(s, 1)  # (S target * H, H)
                 bias = bias.masked_fill(itself, float("-inf"))
-            edge = query @ key + bias.to(query.dtype)  # (B, other, heads, S source, S target * axis, axis)
+            edge = (query @ key).add_(bias.to(query.dtype))  # (B, other, heads, S source, S target * axis, axis)
             logits.append(edge)
             maxima.append(edge.detach().amax(-1).unflatten(-1, (s, length)))  # (B, other, heads, source, target, axis)
         # as rows have it: (B, H, heads, source, target, W)
@@ -116,7 +116,7 @@ class CoDGA(nn.Module):
         message, total = 0, 0
         for axis, length in enumerate((width, height)):
             shift = (maxima if axis == 0 else maxima.transpose(1, 5)).flatten(4, 5)[..., None]
-            weight = (logits[axis] - shift).exp()
+            weight = logits[axis].sub_(shift).exp_()  # in place: these maps are the largest of the network
             # (B, other, heads, source, target, axis, C/heads)
             part = (weight @ along(values, axis)).unflatten(4, (s, length))
             mass = weight.sum(-1).unflatten(-1, (s, length))  # (B, other, heads, source, target, axis)
