@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
         "steady light. Their flow was computed by DIS, and the network was trained on them from random weights. The "
         f"figures below are of {VAL_VIDEOS['videos']} other videos, which it had not seen. This shows that the pieces "
         "work together; it says nothing about real video.",
-        f"All of it took {seconds:.0f} seconds.",
+        f"This run of it took {seconds:.0f} seconds.",
     ]
     if not has_crf:
         introduction.append("The CRF was left out, since pydensecrf is not installed here.")
