@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import UserError
 
@@ -80,7 +81,17 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
         torch.cuda.set_device(where)
     if world_size == 1:
         return Processes(0, local_rank, 1, where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    attempt = _environment("TORCHELASTIC_RESTART_COUNT", 0)
+    if attempt and _environment("GROUP_WORLD_SIZE", 1) == 1:
+        # A restart finds the addresses of the dead processes in the launcher's store, so it gets keys of its own. With
+        # several machines the count may differ between them; their line in docs/performance.md has another remedy.
+        store, rank, world_size = next(rendezvous("env://"))
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=world_size
+        )
+    else:
+        dist.init_process_group(backend)
     control = dist.new_group(backend="gloo") if where.type == "cuda" else dist.group.WORLD
     return Processes(rank, local_rank, world_size, where, control)
 
