@@ -14,7 +14,9 @@ from PIL import Image
 pytest.importorskip("cv2")
 
 import tool
-from utils import demo
+from models import build_dbsnet, load_dbsnet
+from models.weights import save_weights
+from utils import demo, inference
 from utils.config import CONFIGS, load_config
 
 
@@ -32,7 +34,17 @@ def masks(folder: Path) -> list[np.ndarray]:
 
 
 def test_every_step_leaves_its_results(short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--demo_steps", "2", "--device", "cpu"]
+    words = [
+        "--tools",
+        "demo",
+        "--demo_dir",
+        str(tmp_path / "d"),
+        "--demo_steps",
+        "2",
+        "--device",
+        "cpu",
+        "--demo_scratch",
+    ]
     assert tool.main(words) == 0
     out = capsys.readouterr().out
     # The commands are shown, and are those of the real thing.
@@ -50,10 +62,10 @@ def test_every_step_leaves_its_results(short: None, tmp_path: Path, capsys: pyte
     assert str(tmp_path / "d" / "report.html") in out
 
     # Once more: nothing is trained or made again.
-    weights = (tmp_path / "d/run/weights.safetensors").stat().st_mtime_ns
+    weights = (tmp_path / "d/trained/weights.safetensors").stat().st_mtime_ns
     flows = {path: path.stat().st_mtime_ns for path in (tmp_path / "d/data").rglob("Flows/**/*.png")}
     assert tool.main(words) == 0 and len(flows) == 12
-    assert (tmp_path / "d/run/weights.safetensors").stat().st_mtime_ns == weights
+    assert (tmp_path / "d/trained/weights.safetensors").stat().st_mtime_ns == weights
     assert all(path.stat().st_mtime_ns == when for path, when in flows.items())
 
 
@@ -62,10 +74,25 @@ def test_train_and_test_videos_differ() -> None:
     assert load_config(CONFIGS / "demo.yaml").size == tuple(int(side) for side in demo.INPUT_SIZE)
 
 
+def test_it_starts_from_the_published_weights(
+    short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "published.safetensors"
+    save_weights(weights, build_dbsnet("xxs", depth=1, dilations=[1]))
+    monkeypatch.setattr(inference, "PUBLISHED_WEIGHTS", weights)
+    words = ["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--demo_steps", "1", "--device", "cpu"]
+    assert tool.main(words) == 0
+    assert f"--finetune {weights}" in capsys.readouterr().out
+    assert "the published weights" in (tmp_path / "d" / "report.html").read_text()
+    assert load_dbsnet(tmp_path / "d/finetuned/weights.safetensors").config["depth"] == 1
+
+
 @pytest.mark.slow
-def test_it_learns_in_the_time_it_promises(tmp_path: Path, repository: Path) -> None:
+@pytest.mark.parametrize("start", [[], ["--demo_scratch"]], ids=["as it is", "from random weights"])
+def test_it_learns(start: list[str], tmp_path: Path, repository: Path) -> None:
     """J on videos that it was not trained on, as a user starts it."""
     command = [sys.executable, "tool.py", "--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu"]
+    command += start
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"demo: J (\d\.\d+)", done.stdout)[1]) >= 0.75, done.stdout
