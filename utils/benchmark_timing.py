@@ -23,10 +23,12 @@ class Timing:
     processor: float
     repeats: int
 
-    def describe(self, frames: int = 1) -> dict[str, float]:
-        """Plain numbers, per frame where a call takes several."""
+    def describe(self, frames: int | None = None) -> dict[str, float]:
+        """Plain numbers: of a call, or per frame where it is told how many a call takes."""
+        numbers = {} if frames is None else {"frames_per_second": frames / self.median}
+        frames = frames or 1
         return {
-            "frames_per_second": frames / self.median,
+            **numbers,
             "milliseconds": 1e3 * self.median / frames,
             "milliseconds_least": 1e3 * self.least / frames,
             "processor_milliseconds": 1e3 * self.processor / frames,
