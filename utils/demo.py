@@ -30,7 +30,7 @@ TRAIN_VIDEOS, VAL_VIDEOS = {"videos": 80, "frames": 5, "seed": 0}, {"videos": 6,
 VIDEO_SIZE = (192, 288)
 INPUT_SIZE = ("64", "96")  # as configs/demo.yaml trains
 # In place of that file's, where training begins with weights that know real video already.
-FINETUNE_STEPS, FINETUNE_LR = 120, "5e-4"
+FINETUNE_STEPS, FINETUNE_LR = 200, "1e-3"
 # One object that moves before a camera at rest, in steady light: what a network can learn in a minute. Objects at rest,
 # moving cameras, noise, look-alikes, occlusion and second objects are for real training.
 SCENES = SceneOptions(
@@ -39,6 +39,7 @@ SCENES = SceneOptions(
     object_parallax=0.0,
     object_tracked=0.0,
     object_speed=(0.015, 0.04),
+    other_background=0.0,
     second_object=0.0,
     distractor=0.0,
     occluder=0.0,
