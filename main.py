@@ -527,7 +527,11 @@ def save(run: Run, best: bool = False) -> None:
     if best:
         save_checkpoint(run.folder / "best.pt", checkpoint)
     if best or run.best is None:  # without validation the last weights are the ones to test
-        facts = {"step": str(run.step), "J": f"{run.best['J']:.4f}" if run.best else "not validated"}
+        facts = {
+            "step": str(run.step),
+            "J": f"{run.best['J']:.4f}" if run.best else "not validated",
+            "size": " ".join(map(str, run.config.size)),  # what tool.py tests at unless told otherwise
+        }
         save_weights(run.folder / "weights.safetensors", run.tested_net, metadata=facts)
 
 
