@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# The tests' tensors are small: more threads than one per test process only wait for each other. Set before torch is
+# imported, and inherited by the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -150,6 +150,7 @@ def test_flow_ahead_is_flow(tmp_path: Path) -> None:
     assert flow_of(paths[:1], 0).shape == (40, 48, 3)  # a video of one frame
 
 
+@pytest.mark.slow
 def test_all_parts_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_weights(tmp_path / "w.safetensors", build_dbsnet("xxs", **SMALL))
     words = "--bench_parts network video pipeline profile long training --bench_clip 2 --bench_frames 4 "

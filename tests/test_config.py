@@ -30,7 +30,7 @@ def test_the_file_is_chosen_by_finetune() -> None:
     assert (first.epochs, first.save_dir, set(first.datasets)) == (
         30, "runs/stage1", {"YouTube-VOS-2018", "DAVIS-2016", "FBMS"},
     )  # fmt: skip
-    assert (second.epochs, second.save_dir, set(second.datasets)) == (25, "runs/finetune", {"DAVIS-2016"})
+    assert (second.epochs, second.save_dir, set(second.datasets)) == (25, "runs/finetune", {"DAVIS-2016", "FBMS"})
     assert second.finetune == "weights.pt"
 
 

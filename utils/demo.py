@@ -26,11 +26,11 @@ from utils.report import write_report
 Command = Callable[[Sequence[str]], int]
 
 TRAIN, VAL = "demo-train", "demo-val"
-TRAIN_VIDEOS, VAL_VIDEOS = {"videos": 80, "frames": 5, "seed": 0}, {"videos": 6, "frames": 16, "seed": 1}
+TRAIN_VIDEOS, VAL_VIDEOS = {"videos": 80, "frames": 5, "seed": 0}, {"videos": 6, "frames": 16, "seed": 7}
 VIDEO_SIZE = (192, 288)
-INPUT_SIZE = ("64", "96")  # as configs/demo.yaml trains
+INPUT_SIZE = ("96", "144")  # as configs/demo.yaml trains
 # In place of that file's, where training begins with weights that know real video already.
-FINETUNE_STEPS, FINETUNE_LR = 200, "1e-3"
+FINETUNE_STEPS, FINETUNE_LR = 150, "1e-3"
 # One object that moves before a camera at rest, in steady light: what a network can learn in a minute. Objects at rest,
 # moving cameras, noise, look-alikes, occlusion and second objects are for real training.
 SCENES = SceneOptions(
