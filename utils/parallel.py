@@ -38,8 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _use_one_thread() -> None:
+def _start_worker() -> None:
     """The processes share out the processors; more threads in each would only get in each other's way."""
+    # glibc gives blocks above a threshold back to the system at once, and fetching them anew for every image costs a
+    # fifth of a scoring process's time. Freeing one large block raises that threshold, up to 32 MiB.
+    block = bytearray((32 << 20) - (64 << 10))
+    del block
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that is imported later
@@ -74,7 +78,7 @@ def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: 
 
     # "spawn", since forking a process in which torch or OpenCV already runs threads can deadlock.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_use_one_thread)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     waiting: deque[Future] = deque()
     try:
         for task in tasks:
