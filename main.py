@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets.clips import ClipDataset, MixedClips, VideoClips
-from datasets.images import load_flow_image, load_frame, load_mask
+from datasets.images import LazyImages, load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.stills import read_stills
 from datasets.synthetic import SyntheticClips
@@ -429,19 +429,6 @@ def picture(batch: dict[str, Any], logits: Tensor) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- validation
 
 
-class Images(Sequence):
-    """Pictures of a video, decoded when they are asked for."""
-
-    def __init__(self, paths: Sequence[Path], load: Any) -> None:
-        self.paths, self.load = paths, load
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
-        return self.load(self.paths[index])
-
-
 def validate(run: Run) -> dict[str, float] | None:
     """Mean J of each sequence by the DAVIS rule (first and last frame dropped, > 127 of uint8); None if stopped.
 
@@ -454,8 +441,8 @@ def validate(run: Run) -> dict[str, float] | None:
     mine: dict[str, float] | None = {}
     for sequence in run.validation[processes.rank :: processes.world_size]:
         stems = sequence.stems[: config.val_frames or None]
-        frames = Images(sequence.frames[: len(stems)], load_frame)
-        flows = Images([sequence.flow_path(stem) for stem in stems], load_flow_image)
+        frames = LazyImages(sequence.frames[: len(stems)], load_frame)
+        flows = LazyImages([sequence.flow_path(stem) for stem in stems], load_flow_image)
         scores = []
         for index, probability in predictor(frames, flows):
             if run.stop.wanted:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -219,3 +220,28 @@ def _fbms_foreground(path: Path) -> np.ndarray:
     if path.name.startswith("marple2_"):
         foreground &= values > _MARPLE2_BACKGROUND
     return foreground
+
+
+class LazyImages(Sequence[np.ndarray]):
+    """Images of a video, decoded from their files when asked for; none is kept.
+
+    Args:
+        paths: one per frame.
+        load: `load_frame` or `load_flow_image`.
+
+    Indexing raises DataError naming the file: missing, damaged, or of another size than the first.
+    """
+
+    def __init__(self, paths: Sequence[Path], load: Callable[[Path], np.ndarray]) -> None:
+        self.paths, self.load = tuple(paths), load
+        self._size: tuple[int, int] | None = None  # of the first, read when the first image is asked for
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        image = self.load(self.paths[index])
+        if self._size is None:
+            self._size = image_size(self.paths[0])
+        require_size(self.paths[index], image.shape, self._size, self.paths[0])
+        return image

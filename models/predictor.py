@@ -15,7 +15,7 @@ import queue
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class Storage:
         self.stores.clear()
 
 
-def read_ahead(make: Callable[[int], Tensor], starts: Sequence[int], depth: int = 2) -> Iterator[Tensor]:
+def read_ahead(make: Callable[[Any], Any], starts: Sequence[Any], depth: int = 2) -> Iterator[Any]:
     """Yield make(start) in order while a thread prepares the next ones; an error inside it is raised here."""
     results: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
@@ -254,10 +254,9 @@ class Predictor:
         mirror = flip_image if flip else None
         mirror_flow = (self.mirror_flow or flip_image) if flip else None
         return read_ahead(
-            # type: ignore[arg-type]
             lambda span: (self._load(frames, *span, mirror), self._load(flows, *span, mirror_flow)),
             starts,
-        )  # type: ignore[return-value]
+        )
 
     def _finish(self, logits: Tensor, size: tuple[int, int], own: tuple[int, int], flip: bool) -> Iterator[np.ndarray]:
         """Logits (n, 1, H/4, W/4) of the padded input -> probabilities (H, W) at the frames' own size, one by one."""

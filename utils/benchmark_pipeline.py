@@ -14,24 +14,11 @@ from typing import Any
 import numpy as np
 
 from datasets.flow_colour import flow_to_image
-from datasets.images import load_frame
+from datasets.images import LazyImages, load_frame
 from models import Predictor
 from utils.benchmark_timing import PeakMemory
 from utils.files import write_png
 from utils.flow import dis_flow
-
-
-class LazyFiles(Sequence[np.ndarray]):
-    """Frames decoded from their files when asked for."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
-        return load_frame(self.paths[index])
 
 
 def flow_of(paths: Sequence[Path], index: int) -> np.ndarray:
@@ -97,7 +84,7 @@ def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int,
         ThreadPoolExecutor(2) as threads,
     ):
         target = Path(folder)
-        frames = LazyFiles(paths)
+        frames = LazyImages(paths, load_frame)
         list(pool.map(flow_of, [paths] * workers, [0] * workers))  # the processes import their libraries now
         list(predictor([frames[0]] * 2, [frames[0]] * 2))  # warm-up
 

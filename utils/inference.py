@@ -14,7 +14,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets.images import image_size, load_flow_image, load_frame, require_size
+from datasets.images import LazyImages, load_flow_image, load_frame
 from datasets.video_sequence import FRAME_SUFFIXES, VideoSequence
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
@@ -133,31 +133,6 @@ def read_notes(path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Videos to segment
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class LazyImages(Sequence[np.ndarray]):
-    """Images of a video, decoded from their files when asked for; none is kept.
-
-    Args:
-        paths: one per frame.
-        load: `datasets.images.load_frame` or `load_flow_image`.
-
-    Indexing raises DataError naming the file: missing, damaged, or of another size than the first.
-    """
-
-    def __init__(self, paths: Sequence[Path], load: Callable[[Path], np.ndarray]) -> None:
-        self.paths, self.load = tuple(paths), load
-        self._size: tuple[int, int] | None = None  # of the first, read when the first image is asked for
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
-        image = self.load(self.paths[index])
-        if self._size is None:
-            self._size = image_size(self.paths[0])
-        require_size(self.paths[index], image.shape, self._size, self.paths[0])
-        return image
 
 
 class SharedFrames(Sequence[np.ndarray]):
