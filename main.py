@@ -16,6 +16,7 @@ from last.pt.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -35,10 +36,11 @@ from datasets.clips import ClipDataset, MixedClips, VideoClips
 from datasets.images import LazyImages, load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.stills import read_stills
-from datasets.synthetic import SyntheticClips
+from datasets.synthetic import SceneOptions, SyntheticClips
 from datasets.transforms import Augment
 from models import Predictor, build_dbsnet, load_dbsnet
 from models.errors import CheckpointError
+from models.growth import PARTS, grow, is_growth
 from models.losses import segmentation_loss
 from models.weights import load_state, save_weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -116,6 +118,12 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
             net.load_backbones(config.pretrained)
         return net
     asked = {"variant": config.variant, "flavour": config.flavour, **config.network}
+    if checkpoint is None:  # a first stage may have gone without some parts; they begin here
+        parts = {key: asked[key] for key in PARTS if key in asked and is_growth(net.config[key], asked[key])}
+        try:
+            net = grow(net, **parts) if parts else net
+        except (TypeError, ValueError) as error:
+            raise UserError(f"network: {error}; the valid keys and values are those of models.DBSNet") from None
     other = {key: net.config[key] for key in asked if key in net.config and net.config[key] != asked[key]}
     if other:
         words = ", ".join(f"{key} {value}, not {asked[key]}" for key, value in other.items())
@@ -178,13 +186,13 @@ def build_clips(
     if steps == 0:
         raise UserError(f"samples_per_epoch: {samples} clips are less than the {step_clips} of one step; give more")
     length = steps * step_clips
-    augment = build_augment(config)
+    augment, scene = build_augment(config), build_scene(config)
     parts: list[tuple[ClipDataset, float]] = []
     for name, weight in config.datasets.items():
         part: ClipDataset
         if name in ("DUTS-TR", "synthetic"):
             images = stills if name == "DUTS-TR" else None
-            part = SyntheticClips(images, length, config.clip_len, config.size, config.seed)
+            part = SyntheticClips(images, length, config.clip_len, config.size, config.seed, scene)
         else:
             part = VideoClips(
                 training[name],
@@ -200,6 +208,15 @@ def build_clips(
             )
         parts.append((part, weight))
     return (parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)), steps
+
+
+def build_scene(config: TrainConfig) -> SceneOptions:
+    """The scenes of synthetic clips; raises UserError for a key that is no probability of `SceneOptions`."""
+    known = [item.name for item in dataclasses.fields(SceneOptions) if item.type == "float"]
+    for key in config.scene:
+        if key not in known:
+            raise UserError(f"scene: unknown key {key!r}; {nearest(key, known)}")
+    return SceneOptions(**config.scene)
 
 
 def build_augment(config: TrainConfig) -> Augment | None:
@@ -260,8 +277,8 @@ def distribute(config: TrainConfig, processes: Processes, net: nn.Module) -> nn.
     return DistributedDataParallel(
         model,
         device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-        # Without their loss the auxiliary heads get no gradient; with one frame neither does the recurrence.
-        find_unused_parameters=config.aux_weight == 0 or config.clip_len == 1,
+        # Without their loss the auxiliary heads get no gradient; with one frame neither does a recurrence.
+        find_unused_parameters=config.aux_weight == 0 or (config.clip_len == 1 and bool(net.config["dilations"])),
     )
 
 

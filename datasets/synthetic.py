@@ -46,6 +46,7 @@ class SceneOptions:
     object_speed: tuple[float, float] = (0.003, 0.05)
     deformation: float = 0.7
     second_object: float = 0.12  # a second moving foreground object
+    natural: float = 0.0  # the still as it is: nothing is cut out of its place, only the camera may move
     # What makes it hard.
     other_background: float = 0.4  # the background is another picture
     distractor: float = 0.25  # another picture's object, fixed to the background: not foreground
@@ -532,6 +533,11 @@ def _compose(
     """The layers of a scene, back to front."""
     height, width = size
     picture, mask = sources.first(rng)
+    natural = options.natural > 0 and rng.random() < options.natural  # no draw where it is off: clips stay the same
+    if natural:
+        options = replace(
+            options, object_static=1.0, other_background=0.0, distractor=0.0, second_object=0.0, occluder=0.0
+        )
     camera_still = rng.random() < options.camera_static
     camera, camera_shift = _camera(rng, length, size, options, camera_still)
     surroundings = sources.other(rng) if rng.random() < options.other_background else None
@@ -568,7 +574,7 @@ def _compose(
 
     # An object on its own background mostly stays where it was; one that the picture's edge cuts off always does.
     at_edge = bool(mask[0].any() | mask[-1].any() | mask[:, 0].any() | mask[:, -1].any())
-    at_home = surroundings is None and (at_edge or rng.random() < 0.5)
+    at_home = surroundings is None and (at_edge or natural or rng.random() < 0.5)
     layers = [background]
     second = sources.other(rng) if rng.random() < options.second_object else None
     if second is not None:

@@ -254,6 +254,27 @@ def test_the_object_of_a_still_is_the_mask(duts: Path) -> None:
         assert (red & mask).sum() / (red | mask).sum() > 0.9
 
 
+def test_a_natural_scene_is_the_still_under_a_moving_camera(duts: Path) -> None:
+    stills = read_stills(duts)
+    rest = replace(CLEAN, natural=1.0, camera_static=1.0)
+    for seed, still in enumerate(stills):
+        clip = make_clip(seed, 2, SIZE, still, stills, rest)
+        assert not clip["flow"].any() and np.array_equal(clip["frames"][0], clip["frames"][1])
+        assert clip["masks"].any()
+    # All that moves moves as one: the object's flow is that of the background around it.
+    moving = replace(CLEAN, natural=1.0, camera_static=0.0, relief=0.0, camera_speed=(0.02, 0.03))
+    for seed, still in enumerate(stills):
+        clip = make_clip(seed, 2, SIZE, still, stills, moving)
+        flow = clip["flow"][0].astype(np.float64)
+        y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+        # A homography's flow is smooth: a quadratic in x and y fits it all over the frame.
+        terms = np.stack([x**0, x, y, x * y, x**2, y**2], axis=-1).reshape(-1, 6).astype(np.float64)
+        fit, *_ = np.linalg.lstsq(terms, flow.reshape(-1, 2), rcond=None)
+        assert np.abs(terms @ fit - flow.reshape(-1, 2)).max() < 0.05
+    # Off by default, and then no draw is made for it: clips of a seed stay what they were.
+    assert SceneOptions().natural == 0
+
+
 def test_unusable_stills_are_named(duts: Path) -> None:
     still = read_stills(duts)[0]
     Image.fromarray(np.zeros((60, 90), dtype=np.uint8)).save(still.mask)

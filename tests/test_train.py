@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import main
-from datasets.synthetic import write_dataset
+from datasets.synthetic import SceneOptions, write_dataset
 from models import Predictor, build_dbsnet, load_dbsnet, save_weights
-from utils.config import TrainConfig, load_config
+from utils.config import TrainConfig, load_config, parse_args
 from utils.errors import UserError
 
 SMALL = ["streams:[appearance]", "depth:0", "dilations:[1]", "rounds:1"]  # --network, to be quick
@@ -230,6 +230,34 @@ def test_finetune_starts_from_the_weights(finished: Path, tmp_path: Path, capsys
     assert "resuming" in capsys.readouterr().out
     other = fails([*frozen, "--finetune", str(finished / "last.pt")], capsys)
     assert "--resume none" in other and str(finished / "weights.safetensors") in other
+
+
+def test_finetune_adds_the_parts_that_a_first_stage_went_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    without = ["width:8", "hidden:4", "dilations:[]", "depth:0", "rounds:0"]
+    options = TINY[: TINY.index("--network")]
+    assert main.main([*options, "--clip_len", "1", "--network", *without, "--save_dir", str(first)]) == 0
+    whole = ["--network", "width:8", "hidden:4", "dilations:[1]", "depth:1", "rounds:1"]
+    assert (
+        main.main([*options, *whole, "--finetune", str(first / "weights.safetensors"), "--save_dir", str(second)]) == 0
+    )
+    assert load_dbsnet(second / "weights.safetensors").config["dilations"] == [1]
+    # What is there already is not changed by finetuning.
+    deeper = ["--network", "width:8", "hidden:4", "dilations:[1]", "depth:2", "rounds:1"]
+    message = fails(
+        [*options, *deeper, "--finetune", str(second / "last.pt"), "--save_dir", str(tmp_path / "third")], capsys
+    )
+    assert "depth 1, not 2" in message
+
+
+def test_scenes_of_synthetic_clips_are_options(capsys: pytest.CaptureFixture[str]) -> None:
+    config, _ = parse_args(["--config", "configs/demo.yaml", "--scene", "natural:0.5", "occluder:0"])
+    scene = main.build_scene(config)
+    assert scene.natural == 0.5 and scene.occluder == 0 and scene.distractor == SceneOptions().distractor
+    assert "camera_static" in fails([*TINY, "--scene", "camera_statik:1"], capsys)
+    assert "expected 0 to 1, got 2" in fails([*TINY, "--scene", "natural:2"], capsys)
 
 
 def test_weights_of_another_network(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

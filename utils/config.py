@@ -56,6 +56,12 @@ class TrainConfig:
         "data sets and the share of samples that each gives, as NAME:WEIGHT; DUTS-TR is synthetic clips made from its "
         "stills, synthetic is procedural clips, which need no data",
     )
+    scene: dict[str, float] = _option(
+        {},
+        "what happens in synthetic clips, as key:value; probabilities of datasets.synthetic.SceneOptions",
+        low=0,
+        high=1,
+    )
     num_frames: int = _option(5, "keep every n-th frame of a YouTube-VOS video", low=1)
     clip_len: int = _option(5, "frames of a clip", low=1)
     size: tuple[int, int] = _option((384, 640), "height and width of a clip in pixels", low=32)

@@ -1,0 +1,54 @@
+"""A network that gets its propagation, refinement and graph attention after a first stage without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import DBSNet, build_dbsnet
+from models.growth import grow
+
+TINY = {"width": 16, "hidden": 4}
+FULL = {"dilations": [1, 2], "depth": 1, "rounds": 2}
+
+
+@pytest.fixture(scope="module")
+def plain() -> DBSNet:
+    torch.manual_seed(0)
+    net = build_dbsnet("xxs", **TINY, dilations=[], depth=0, rounds=0)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+@pytest.mark.parametrize("part", [*FULL, "all"])
+def test_a_grown_network_gives_what_it_gave_and_can_learn(plain: DBSNet, part: str) -> None:
+    parts = FULL if part == "all" else {part: FULL[part]}
+    grown = grow(plain, **parts)
+    assert not grown.training
+    assert grown.config == {**plain.config, **parts}
+    frames, flows = torch.rand(2, 1, 3, 3, 64, 96).unbind()
+    with torch.no_grad():
+        torch.testing.assert_close(grown(frames, flows), plain(frames, flows))
+    new = {name: p for name, p in grown.named_parameters() if name not in dict(plain.named_parameters())}
+    assert new
+    # A step along the gradient moves the new parts: the zeros are a beginning and not a dead end.
+    optimizer = torch.optim.SGD(grown.parameters(), lr=1.0)
+    before = {name: p.detach().clone() for name, p in new.items()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        grown(frames, flows).square().mean().backward()
+        optimizer.step()
+    stuck = [name for name, p in new.items() if torch.equal(p, before[name])]
+    assert not stuck
+
+
+def test_what_cannot_be_grown_is_refused(plain: DBSNet) -> None:
+    with pytest.raises(ValueError, match="width is no part"):
+        grow(plain, width=32)
+    with pytest.raises(ValueError, match="depth: the network has 1 already"):
+        grow(grow(plain, depth=1), depth=2)
+    with pytest.raises(ValueError, match="rounds: the network has 0 already and cannot be given 0"):
+        grow(plain, rounds=0)
