@@ -63,13 +63,19 @@ def maps(save_dir: Path, kind: str = "probability") -> dict[str, np.ndarray]:
     return {str(path.relative_to(folder)): np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.png"))}
 
 
-def expected(weights: Path, data: Path, **options: object) -> dict[str, np.ndarray]:
-    """Maps straight from the predictor on decoded pictures."""
+def expected(
+    weights: Path, data: Path, *, frame_level: int | None = None, flow_level: int | None = None, **options: object
+) -> dict[str, np.ndarray]:
+    """Maps straight from the predictor on decoded pictures, or on pictures of one grey level."""
     predictor = Predictor(load_dbsnet(weights), size=(32, 64), **options)
     found = {}
     for sequence in read_dataset("DAVIS-2016", data):
         frames = [load_frame(path) for path in sequence.frames]
         flows = [load_flow_image(sequence.flow_path(stem)) for stem in sequence.stems]
+        if frame_level is not None:
+            frames = [frame * 0 + np.uint8(frame_level) for frame in frames]
+        if flow_level is not None:
+            flows = [flow * 0 + np.uint8(flow_level) for flow in flows]
         for index, probability in predictor(frames, flows):
             grey = np.floor(probability * 255 + 0.5).astype(np.uint8)
             found[f"DAVIS-2016/{sequence.name}/{sequence.stems[index]}.png"] = grey
@@ -96,6 +102,16 @@ def test_options_reach_the_predictor(data: Path, weights: Path, tmp_path: Path) 
     wanted = expected(weights, data, flip=True, scales=(1.0, 1.5), clip_len=3, mirror_flow=inference.mirror_flow)
     for name, grey in maps(tmp_path).items():
         assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name
+
+
+@pytest.mark.parametrize(("without", "level"), [("flow", {"flow_level": 255}), ("frames", {"frame_level": 128})])
+def test_a_stream_can_be_blinded(data: Path, weights: Path, tmp_path: Path, without: str, level: dict) -> None:
+    call(weights, tmp_path, "--data_dir", data, "--without", without)
+    wanted, seeing = expected(weights, data, **level), expected(weights, data)
+    found = maps(tmp_path)
+    for name, grey in found.items():
+        assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name
+    assert any((grey != seeing[name]).mean() > 0.1 for name, grey in found.items())
 
 
 def test_it_goes_on_where_it_stopped(data: Path, weights: Path, tmp_path: Path) -> None:

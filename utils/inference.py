@@ -192,6 +192,23 @@ def share(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
     return sorted(mine)
 
 
+# What training shows where it takes one of the two inputs away (`datasets.clips.VideoClips`: flow_drop, frame_drop).
+BLANKS = {"flow": 255, "frames": 128}
+
+
+class Blank(Sequence[np.ndarray]):
+    """Images of one grey level in place of others, of their sizes."""
+
+    def __init__(self, images: Sequence[np.ndarray], level: int) -> None:
+        self.images, self.level = images, level
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        return np.full_like(self.images[index], self.level)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,6 +221,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--flip", action="store_true", help="average with the result on the mirrored video")
     group.add_argument(
         "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="average over these multiples of --size"
+    )
+    group.add_argument(
+        "--without", choices=tuple(BLANKS), help="blind one stream, to see what the other does alone: flow or frames"
     )
 
 
@@ -228,6 +248,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         "flip": args.flip,
         "scales": list(args.scales),
         "amp": args.amp,
+        "without": args.without,
     }
 
 
@@ -274,7 +295,10 @@ def run(args: argparse.Namespace, videos: Sequence[Video], processes: Processes,
         for video in todo:
             progress.set_postfix_str(video.place.name, refresh=False)
             waiting: deque[Future] = deque()
-            for index, probability in predictor(video.frames, video.flows):
+            inputs = {"frames": video.frames, "flow": video.flows}
+            if args.without:
+                inputs[args.without] = Blank(inputs[args.without], BLANKS[args.without])
+            for index, probability in predictor(inputs["frames"], inputs["flow"]):
                 waiting.append(writers.submit(write_maps, video, save_dir, video.stems[index], probability, settings))
                 if len(waiting) > WAITING:
                     waiting.popleft().result()

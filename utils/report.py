@@ -208,7 +208,8 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores]) -> str:
                 + (f"clips of {settings['clip_len']}" if settings["clip_len"] else "whole video")
                 + (", flip" if settings["flip"] else "")
                 + (f", scales {settings['scales']}" if settings["scales"] != [1.0] else "")
-                + (f", {settings['amp']}" if settings["amp"] != "none" else ""),
+                + (f", {settings['amp']}" if settings["amp"] != "none" else "")
+                + (f", without {settings['without']}" if settings.get("without") else ""),
             ),
             (
                 "run",
