@@ -19,6 +19,9 @@ from models import Predictor
 from utils.benchmark_timing import PeakMemory
 from utils.files import write_png
 from utils.flow import dis_flow
+from utils.parallel import start_worker
+
+NICENESS = 10  # of the processes for flow and CRF, which on a CPU share the processors with the network
 
 
 def flow_of(paths: Sequence[Path], index: int) -> np.ndarray:
@@ -56,18 +59,18 @@ def refine_and_write(frame: Path | None, probability: np.ndarray, target: Path) 
     write_png(target, np.where(probability * 255 > 127, np.uint8(255), np.uint8(0)))
 
 
-def _start_worker() -> None:
-    """The processes share out the processors; more threads in each would only get in each other's way."""
-    import cv2
-
-    cv2.setNumThreads(1)
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(NICENESS,))
 
 
 def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int, crf: bool) -> dict[str, Any]:
     """Seconds of each stage alone on frames in files, of all one after the other, and overlapped.
 
-    Overlapped: flow and CRF on `workers` processes, reading ahead and the network in this one, PNGs written by threads
-    (or with the CRF). The mask is resized to the frame's size by the network's stage.
+    Overlapped: flow on `workers` processes and CRF on as many others, reading ahead and the network in this one, PNGs
+    written by threads (or with the CRF). The mask is resized to the frame's size by the network's stage.
+
+    Flow and CRF have processes of their own: in one queue the next frames' flow would wait behind all the CRF's work,
+    and the network for the flow.
     """
     count = len(paths)
     stages: dict[str, float] = {}
@@ -80,12 +83,14 @@ def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int,
 
     with (
         tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder,
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool,
+        _pool(workers) as pool,
+        _pool(workers) as crf_pool,
         ThreadPoolExecutor(2) as threads,
     ):
         target = Path(folder)
         frames = LazyImages(paths, load_frame)
-        list(pool.map(flow_of, [paths] * workers, [0] * workers))  # the processes import their libraries now
+        for each in (pool, crf_pool) if crf else (pool,):  # the processes import their libraries now
+            list(each.map(flow_of, [paths] * workers, [0] * workers))
         list(predictor([frames[0]] * 2, [frames[0]] * 2))  # warm-up
 
         pictures = measure("read", lambda: list(frames))
@@ -93,13 +98,13 @@ def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int,
         maps = measure("network and resize", lambda: [p for _, p in predictor(pictures, flows)])
         jobs = [(paths[i] if crf else None, maps[i], target / f"{i:05d}.png") for i in range(count)]
         after = "crf and write" if crf else "write"
-        measure(after, lambda: _finish(pool if crf else threads, jobs))
+        measure(after, lambda: _finish(crf_pool if crf else threads, jobs))
         alone = dict(stages)
 
         def overlapped() -> None:
             made = predictor(frames, FlowAhead(paths, pool, 4 * workers))
             jobs = ((paths[i] if crf else None, p, target / f"{i:05d}.png") for i, p in made)
-            _finish(pool if crf else threads, jobs)
+            _finish(crf_pool if crf else threads, jobs)
 
         with PeakMemory(predictor.device) as memory:
             measure("overlapped", overlapped)

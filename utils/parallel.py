@@ -38,8 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _start_worker() -> None:
-    """The processes share out the processors; more threads in each would only get in each other's way."""
+def start_worker(niceness: int = 0) -> None:
+    """The processes share out the processors; more threads in each would only get in each other's way.
+
+    niceness: by how much they step back behind a network that computes on the same processors.
+    """
+    if niceness and hasattr(os, "nice"):
+        os.nice(niceness)
     # glibc gives blocks above a threshold back to the system at once, and fetching them anew for every image costs a
     # fifth of a scoring process's time. Freeing one large block raises that threshold, up to 32 MiB.
     block = bytearray((32 << 20) - (64 << 10))
@@ -78,7 +83,7 @@ def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: 
 
     # "spawn", since forking a process in which torch or OpenCV already runs threads can deadlock.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     waiting: deque[Future] = deque()
     try:
         for task in tasks:
