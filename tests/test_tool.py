@@ -204,7 +204,12 @@ def test_export_of_a_training_checkpoint(tmp_path: Path, repository: Path) -> No
     assert main.main(words.split()) == 0
     assert call("--tools", "export", "--checkpoint", run / "last.pt", "--output", tmp_path / "w.safetensors") == 0
     notes, size = inference.read_notes(tmp_path / "w.safetensors")
-    assert size == (32, 64) and notes["step"] == "1" and notes["trained_on"] == "synthetic"
+    assert size == (32, 64) and notes["step"] == "1" and notes["trained_on"] == "synthetic" and "J" not in notes
+    # A figure belongs to the weights that it was measured with.
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    for step, said in ((1, "0.7500"), (0, None)):
+        torch.save({**checkpoint, "best": {"J": 0.75, "step": step}}, tmp_path / "best.pt")
+        assert inference.read_notes(tmp_path / "best.pt")[0].get("J") == said
 
 
 # ------------------------------------------------------------------------------------------------------ what is wrong

@@ -122,7 +122,7 @@ def read_notes(path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
     options = content.get("config") or {}
     best = content.get("best") or {}
     notes = {"step": str(content.get("step", "unknown"))}
-    if best.get("step") == content.get("step"):  # the best step's figure says nothing about the weights of another
+    if "J" in best and best.get("step") == content.get("step"):  # the figure is not that of another step's weights
         notes["J"] = f"{best['J']:.4f}"
     if options.get("datasets"):
         notes["trained_on"] = ", ".join(options["datasets"])
