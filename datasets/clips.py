@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from datasets.errors import DataError
-from datasets.images import load_flow_image, load_frame, load_mask, require_size
+from datasets.images import NO_MOTION, NO_PICTURE, load_flow_image, load_frame, load_mask, require_size
 from datasets.transforms import Augment, augment, resize, unpack
 from datasets.video_sequence import VideoSequence
 
@@ -170,9 +170,9 @@ class VideoClips(ClipDataset):
         frames, flows, masks = unpack(clip)
         drop = rng.random()
         if drop < self.flow_drop:
-            flows.fill_(255)
+            flows.fill_(NO_MOTION)
         elif drop < self.flow_drop + self.frame_drop:
-            frames.fill_(128)
+            frames.fill_(NO_PICTURE)
         stems = sequence.stems
         return {
             "frames": frames,

@@ -25,6 +25,9 @@ _NETPBM_HEADER = re.compile(rb"P([2356])" + 3 * rb"(?:\s+|#[^\n]*\n)+(\d+)" + rb
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
+# Grey levels of a picture that shows nothing: no motion in a flow image (white), and nothing to see in a frame.
+NO_MOTION, NO_PICTURE = 255, 128
+
 
 def _open(path: Path | str, what: str) -> Image.Image:
     """The decoded image, in the mode that it is stored in."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets.images import LazyImages, load_flow_image, load_frame
+from datasets.images import NO_MOTION, NO_PICTURE, LazyImages, load_flow_image, load_frame
 from datasets.video_sequence import FRAME_SUFFIXES, VideoSequence
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
@@ -193,7 +193,7 @@ def share(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
 
 
 # What training shows where it takes one of the two inputs away (`datasets.clips.VideoClips`: flow_drop, frame_drop).
-BLANKS = {"flow": 255, "frames": 128}
+BLANKS = {"flow": NO_MOTION, "frames": NO_PICTURE}
 
 
 class Blank(Sequence[np.ndarray]):
