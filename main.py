@@ -21,7 +21,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from datasets.synthetic import SceneOptions, SyntheticClips
 from datasets.transforms import Augment
 from models import Predictor, build_dbsnet, load_dbsnet
 from models.errors import CheckpointError
-from models.growth import PARTS, grow, is_growth
+from models.growth import PARTS, add_stream, grow, is_growth
 from models.losses import segmentation_loss
 from models.weights import load_state, save_weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -100,8 +101,10 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
 
     Raises:
         CheckpointError: weights of another network, or an unreadable file.
+        UserError: an option of ``network`` that `DBSNet` does not have, or a value that it does not take.
     """
     torch.manual_seed(config.seed)
+    asked = {"variant": config.variant, "flavour": config.flavour, **config.network}
     if checkpoint is not None:
         path = resume_path(config)
         net = build_dbsnet(**checkpoint["config_model"])
@@ -109,21 +112,21 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
     elif config.finetune is not None:
         path = Path(config.finetune)
         net = load_dbsnet(path)
+        if config.add_stream is not None:
+            try:
+                net = add_stream(net, load_dbsnet(config.add_stream))
+            except ValueError as error:
+                raise CheckpointError(f"{config.add_stream} cannot be added to {path}: {error}") from None
+        # A first stage may have gone without some parts; they begin here.
+        parts = {key: asked[key] for key in PARTS if key in asked and is_growth(net.config[key], asked[key])}
+        with user_network():
+            net = grow(net, **parts) if parts else net
     else:
-        try:
-            net = build_dbsnet(variant=config.variant, flavour=config.flavour, **config.network)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"network: {error}; the valid keys and values are those of models.DBSNet") from None
+        with user_network():
+            net = build_dbsnet(**asked)
         if config.pretrained is not None:
             net.load_backbones(config.pretrained)
         return net
-    asked = {"variant": config.variant, "flavour": config.flavour, **config.network}
-    if checkpoint is None:  # a first stage may have gone without some parts; they begin here
-        parts = {key: asked[key] for key in PARTS if key in asked and is_growth(net.config[key], asked[key])}
-        try:
-            net = grow(net, **parts) if parts else net
-        except (TypeError, ValueError) as error:
-            raise UserError(f"network: {error}; the valid keys and values are those of models.DBSNet") from None
     other = {key: net.config[key] for key in asked if key in net.config and net.config[key] != asked[key]}
     if other:
         words = ", ".join(f"{key} {value}, not {asked[key]}" for key, value in other.items())
@@ -134,6 +137,15 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
             + ("another --save_dir, or --resume none" if checkpoint is not None else "another checkpoint")
         )
     return net
+
+
+@contextmanager
+def user_network() -> Iterator[None]:
+    """Says of options that build no network that they are the user's ``network``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UserError(f"network: {error}; the valid keys and values are those of models.DBSNet") from None
 
 
 def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]], list[VideoSequence]]:
@@ -570,12 +582,13 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
     if config.resume == "auto" and not any(present):
         return None
     checkpoint = load_checkpoint(path)
-    started_from = checkpoint["config"]["finetune"]
-    if config.finetune and Path(config.finetune).resolve() != Path(started_from or "").resolve():
-        raise UserError(
-            f"{path} is of a run that started from {started_from or 'no other weights'}, not from "
-            f"{config.finetune}; give another --save_dir, or --resume none to start anew"
-        )
+    for key in ("finetune", "add_stream"):
+        asked, started_from = getattr(config, key), checkpoint["config"].get(key)
+        if asked and Path(asked).resolve() != Path(started_from or "").resolve():
+            raise UserError(
+                f"{path} is of a run that started from {started_from or 'no other weights'}, not from {asked} "
+                f"({key}); give another --save_dir, or --resume none to start anew"
+            )
     return checkpoint
 
 

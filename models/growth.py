@@ -1,7 +1,8 @@
-"""Give a trained network the parts it was built without, so that a stage can train encoders and decoder alone first.
+"""Give a trained network what it was built without: the other stream, or propagation, refinement and graph attention.
 
-Not of the paper, as far as the public record goes. Single frames have nothing that propagation or refinement could
-learn from, and a step of the smallest network without them takes about two thirds of the time.
+Not of the paper, as far as the public record goes. Two streams trained together lean on the easier one, motion; each
+trained alone must learn to do without the other (as FusionSeg did, arXiv:1701.05384). And single frames have nothing
+that propagation or refinement could learn from, so that a first stage without them is time saved.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from models.convlstm import DenseBiConvLSTM
-from models.dbsnet import DBSNet, build_dbsnet
+from models.dbsnet import STREAMS, DBSNet, build_dbsnet
 from models.refinement import RefinementLayer
 from models.weights import describe_mismatch
 
@@ -61,6 +62,41 @@ def grow(net: DBSNet, **parts: Any) -> DBSNet:
         raise ValueError(f"the weights do not fit the grown network: {problem}")
     grown.load_state_dict({**state, **old})
     return grown.train(net.training)
+
+
+def add_stream(net: DBSNet, other: DBSNet) -> DBSNet:
+    """A network of both streams from two that have one each.
+
+    It gives what `net` gives, and learns from there: `other` contributes its encoder and lateral convolutions, and all
+    that reads both streams has weights of zero for that one at first. Skip, read-out and decoder of `other` are left.
+
+    Raises:
+        ValueError: the networks do not have one stream each and not the same one, are otherwise not alike, or have
+            propagation, refinement or rounds of graph attention already.
+    """
+    for item in (net, other):
+        present = [key for key in PARTS if item.config[key]]
+        if len(item.streams) != 1 or present:
+            raise ValueError(
+                f"expected networks of one stream with {', '.join(PARTS)} empty, got streams {list(item.streams)}"
+                + "".join(f", {key} {item.config[key]}" for key in present)
+            )
+    differing = [key for key in net.config if net.config[key] != other.config[key]]
+    if differing != ["streams"]:
+        words = ", ".join(f"{key} {net.config[key]} and {other.config[key]}" for key in differing if key != "streams")
+        raise ValueError(f"the two do not fit together: {words or f'both are of the {net.streams[0]} stream'}")
+    both = build_dbsnet(**{**net.config, "streams": list(STREAMS)})
+    old, added = net.state_dict(), other.state_dict()
+    theirs = tuple(f"{part}.{other.streams[0]}." for part in ("encoders", "laterals"))
+    state = {}
+    for key, place in both.state_dict().items():
+        value = added[key] if key.startswith(theirs) else old[key]
+        if value.shape != place.shape:  # a convolution that reads both: (C, c, k, k) of (C, 2c, k, k)
+            columns = [value if stream in net.streams else torch.zeros_like(value) for stream in STREAMS]
+            value = torch.cat(columns, 1)
+        state[key] = value
+    both.load_state_dict(state)
+    return both.train(net.training)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models import DBSNet, build_dbsnet
-from models.growth import grow
+from models.dbsnet import STREAMS
+from models.growth import add_stream, grow
 
 TINY = {"width": 16, "hidden": 4}
 FULL = {"dilations": [1, 2], "depth": 1, "rounds": 2}
@@ -52,3 +53,44 @@ def test_what_cannot_be_grown_is_refused(plain: DBSNet) -> None:
         grow(grow(plain, depth=1), depth=2)
     with pytest.raises(ValueError, match="rounds: the network has 0 already and cannot be given 0"):
         grow(plain, rounds=0)
+
+
+@pytest.mark.parametrize("first", STREAMS)
+def test_a_network_with_a_stream_added_gives_what_it_gave_and_uses_both(first: str) -> None:
+    second = next(stream for stream in STREAMS if stream != first)
+    none = {"dilations": [], "depth": 0, "rounds": 0}
+    torch.manual_seed(1)
+    nets = {stream: build_dbsnet("xxs", **TINY, **none, streams=[stream]).eval() for stream in STREAMS}
+    both = add_stream(nets[first], nets[second])
+    assert both.config == {**nets[first].config, "streams": list(STREAMS)} and not both.training
+    frames, flows = torch.rand(2, 1, 2, 3, 64, 96).unbind()
+    with torch.no_grad():
+        torch.testing.assert_close(both(frames, flows), nets[first](frames, flows))
+        # The added encoder is the other network's, not a new one.
+        for stream, inputs in (("appearance", frames), ("motion", flows)):
+            for given, expected in zip(both.encoders[stream](inputs[0]), nets[stream].encoders[stream](inputs[0])):
+                torch.testing.assert_close(given, expected)
+    optimizer = torch.optim.SGD(both.parameters(), lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        both(frames, flows).square().mean().backward()
+        optimizer.step()
+    unused = [
+        name
+        for name, parameter in both.named_parameters()
+        if name.startswith(f"encoders.{second}") and parameter.ndim == 4 and not parameter.grad.abs().sum() > 0
+    ]
+    assert not unused
+
+
+def test_streams_that_do_not_fit_are_refused(plain: DBSNet) -> None:
+    none = {"dilations": [], "depth": 0, "rounds": 0}
+    motion = build_dbsnet("xxs", **TINY, **none, streams=["motion"])
+    with pytest.raises(ValueError, match="both are of the motion stream"):
+        add_stream(motion, motion)
+    with pytest.raises(ValueError, match="width 16 and 32"):
+        add_stream(motion, build_dbsnet("xxs", width=32, hidden=4, **none, streams=["appearance"]))
+    with pytest.raises(ValueError, match=r"got streams \['appearance', 'motion'\]"):
+        add_stream(motion, plain)
+    with pytest.raises(ValueError, match="depth 1"):
+        add_stream(motion, build_dbsnet("xxs", **TINY, **{**none, "depth": 1}, streams=["appearance"]))

@@ -252,6 +252,25 @@ def test_finetune_adds_the_parts_that_a_first_stage_went_without(
     assert "depth 1, not 2" in message
 
 
+def test_streams_that_were_trained_alone_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*TINY[: TINY.index("--network")], "--clip_len", "1"]
+    plain = ["width:8", "hidden:4", "dilations:[]", "depth:0", "rounds:0"]
+    for stream in ("appearance", "motion"):
+        alone = ["--network", *plain, f"streams:[{stream}]", "--save_dir", str(tmp_path / stream)]
+        assert main.main([*options, *alone]) == 0
+    first, second = (str(tmp_path / stream / "weights.safetensors") for stream in ("motion", "appearance"))
+    # The stream is added, and in the same run the parts that both went without.
+    whole = ["--network", "width:8", "hidden:4", "dilations:[1]", "depth:1", "rounds:1"]
+    joined = [*options, *whole, "--save_dir", str(tmp_path / "both"), "--finetune", first, "--add_stream"]
+    assert main.main([*joined, second]) == 0
+    config = load_dbsnet(tmp_path / "both" / "weights.safetensors").config
+    assert config["streams"] == ["appearance", "motion"] and config["dilations"] == [1]
+    assert "(add_stream)" in fails([*joined, first], capsys)  # the run in that folder began with other weights
+    anew = [*options, *whole, "--save_dir", str(tmp_path / "anew")]
+    assert "both are of the motion stream" in fails([*anew, "--finetune", first, "--add_stream", first], capsys)
+    assert "--finetune" in fails([*anew, "--add_stream", first], capsys)
+
+
 def test_scenes_of_synthetic_clips_are_options(capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = parse_args(["--config", "configs/demo.yaml", "--scene", "natural:0.5", "occluder:0"])
     scene = main.build_scene(config)

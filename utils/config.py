@@ -48,6 +48,9 @@ class TrainConfig:
     network: dict[str, Any] = _option({}, "other arguments of build_dbsnet, as key:value")
     pretrained: str | None = _option(None, "public MobileViT checkpoint (wilile, cvnets or timm) for both encoders")
     finetune: str | None = _option(None, "start from the weights of this checkpoint (.pt or .safetensors), step 0")
+    add_stream: str | None = _option(
+        None, "checkpoint of the other stream alone, which joins --finetune's network of one stream"
+    )
 
     # Data
     data_dir: str = _option("data", "root folder of the data sets, or the data set itself")
@@ -377,3 +380,5 @@ def _check(config: TrainConfig) -> None:
         raise UserError("steps_per_epoch and samples_per_epoch both give the length of an epoch; give one of them")
     if config.pretrained and config.finetune:
         raise UserError("pretrained and finetune both give the encoders' weights; give one of them")
+    if config.add_stream and not config.finetune:
+        raise UserError("add_stream: there is no network for it to join; give that of the first stream with --finetune")
