@@ -42,7 +42,7 @@ from datasets.transforms import Augment
 from models import Predictor, build_dbsnet, load_dbsnet
 from models.errors import CheckpointError
 from models.growth import PARTS, add_stream, grow, is_growth
-from models.losses import segmentation_loss
+from models.losses import distillation_loss, segmentation_loss
 from models.weights import load_state, save_weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import TrainConfig, nearest, parse_args
@@ -80,6 +80,7 @@ class Run:
     step: int = 0  # optimiser steps done
     first_step: int = 0  # where this call began
     best: dict[str, Any] | None = None  # {"J": …, "step": …}
+    teacher: nn.Module | None = None  # in evaluation mode, without gradients
     pending_validation: bool = False  # a validation that the last call had no time for
     started: float = field(default_factory=time.monotonic)
 
@@ -137,6 +138,25 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
             + ("another --save_dir, or --resume none" if checkpoint is not None else "another checkpoint")
         )
     return net
+
+
+def load_teacher(config: TrainConfig, net: nn.Module) -> nn.Module | None:
+    """The network that ``--teacher`` names, beside ``net`` and as it is; None without one.
+
+    Raises:
+        CheckpointError: unreadable, or a network whose decoder has maps of another width.
+    """
+    if config.teacher is None:
+        return None
+    teacher = load_dbsnet(config.teacher).requires_grad_(False)
+    for key, value in (("width", net.width), ("multiple", net.multiple)):
+        if getattr(teacher, key) != value:
+            raise CheckpointError(
+                f"{config.teacher} cannot teach this network: {key} {getattr(teacher, key)}, expected {value}"
+            )
+    parameter = next(net.parameters())
+    teacher = teacher.to(parameter.device)
+    return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
 
 
 @contextmanager
@@ -358,8 +378,16 @@ def train_step(
         if isinstance(run.model, DistributedDataParallel):
             run.model.require_backward_grad_sync = number == len(parts) - 1  # once a step is enough
         with autocast(config, processes.device):
-            logits, aux = run.model(batch["frames"], batch["flows"], return_aux=True)
+            if run.teacher is None:
+                logits, aux = run.model(batch["frames"], batch["flows"], return_aux=True)
+            else:
+                logits, aux, path = run.model(batch["frames"], batch["flows"], return_path=True)
+                with torch.no_grad():
+                    *_, lesson = run.teacher(batch["frames"], batch["flows"], return_path=True)
         part_losses = segmentation_loss(logits, batch["masks"], batch["valid"], aux, aux_weight=config.aux_weight)
+        if run.teacher is not None:
+            part_losses["teacher"] = distillation_loss(path, lesson)
+            part_losses["total"] = part_losses["total"] + config.teacher_weight * part_losses["teacher"]
         # Distributed gradients are averaged over the processes, hence the factor.
         run.scaler.scale(part_losses["total"] * (share * processes.world_size)).backward()
         for name, value in part_losses.items():
@@ -648,6 +676,7 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     average = WeightAverage(net, config.ema) if config.ema else None
+    teacher = load_teacher(config, net)
     net = set_batch_norm(net, config.bn, processes)
     training, validation = build_sequences(config)
     clips_per_step = config.batch_size * config.accumulate * processes.world_size
@@ -682,6 +711,7 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
         validation=validation,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
+        teacher=teacher,
     )
     if checkpoint is not None:
         restore(run, checkpoint)

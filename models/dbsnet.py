@@ -21,6 +21,7 @@ from models.decoder import Decoder
 from models.mobilevit import ConvNormAct, MobileViT
 from models.pretrained import load_pretrained
 from models.refinement import SpatioTemporalTransformer
+from models.timm_encoder import TimmEncoder, load_timm
 
 STREAMS = ("appearance", "motion")
 
@@ -40,6 +41,7 @@ class DBSNet(nn.Module):
         rounds: message-passing rounds of Co-DGA; 0: only its read-out.
         streams: ``("appearance", "motion")``, or one of them in ablations.
         dropout: of the backbones, in training.
+        encoder: ``mobilevit``; the name of a network of timm makes a teacher or a comparison (`models.timm_encoder`).
 
     Call: ``net(frames, flows)``, each (B, T, 3, H, W), RGB in [0, 1], gives logits (B, T, 1, H, W); any T >= 1 and
     any size (padded to a multiple of 32, or 64 for ``wilile``, and cropped back).
@@ -49,7 +51,8 @@ class DBSNet(nn.Module):
 
     def __init__(self, *, variant: str = "s", flavour: str = "reference", width: int = 64, hidden: int = 16,
                  dilations: tuple[int, ...] = (1, 2, 4), depth: int = 2, window: int = 8, pool: int = 2,
-                 rounds: int = 2, streams: tuple[str, ...] = STREAMS, dropout: float = 0.0) -> None:  # fmt: skip
+                 rounds: int = 2, streams: tuple[str, ...] = STREAMS, dropout: float = 0.0,
+                 encoder: str = "mobilevit") -> None:  # fmt: skip
         super().__init__()
         dilations, streams = tuple(dilations), tuple(streams)
         if not streams or any(stream not in STREAMS for stream in streams) or len(set(streams)) != len(streams):
@@ -57,20 +60,25 @@ class DBSNet(nn.Module):
         self.config: dict[str, Any] = {
             "variant": variant, "flavour": flavour, "width": width, "hidden": hidden, "dilations": list(dilations),
             "depth": depth, "window": window, "pool": pool, "rounds": rounds, "streams": list(streams),
-            "dropout": dropout,
+            "dropout": dropout, "encoder": encoder,
         }  # fmt: skip
         self.streams, self.width, self.window = streams, width, window
         count = len(streams)
-        self.encoders = nn.ModuleDict({stream: MobileViT(variant, flavour, dropout=dropout) for stream in streams})
-        encoder = self.encoders[streams[0]]
-        self.multiple = encoder.multiple
-        self.laterals = nn.ModuleDict(
+        self.encoders = nn.ModuleDict(
             {
-                stream: nn.ModuleList(ConvNormAct(channels, width) for channels in encoder.channels[1:])
+                stream: MobileViT(variant, flavour, dropout=dropout) if encoder == "mobilevit" else TimmEncoder(encoder)
                 for stream in streams
             }
         )
-        self.skip = ConvNormAct(count * encoder.channels[0], width)
+        first = self.encoders[streams[0]]
+        self.multiple = first.multiple
+        self.laterals = nn.ModuleDict(
+            {
+                stream: nn.ModuleList(ConvNormAct(channels, width) for channels in first.channels[1:])
+                for stream in streams
+            }
+        )
+        self.skip = ConvNormAct(count * first.channels[0], width)
         self.propagation = nn.ModuleList(
             DenseBiConvLSTM(width, hidden, dilations=dilations, streams=count) for _ in self.levels
         )
@@ -115,9 +123,11 @@ class DBSNet(nn.Module):
         """
         return self.decoder([fuse(x) for fuse, x in zip(self.fusion, levels)], skip, return_aux=return_aux)
 
-    def forward(self, frames: Tensor, flows: Tensor, return_aux: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, frames: Tensor, flows: Tensor, return_aux: bool = False, return_path: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits (B, T, 1, H, W); with `return_aux` also the list of logits at strides 8, 16, 32, each (B, T, 1, h,
-        w).
+        w); with `return_path` these and the decoder's maps at strides 32, 16, 8, 4, each (B*T, d, h, w).
         """
         if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape != flows.shape or not frames.shape[1]:
             raise ValueError(
@@ -131,9 +141,11 @@ class DBSNet(nn.Module):
             y = level.unflatten(0, (b, t))  # (B*T, S*d, h, w) -> (B, T, S*d, h, w)
             y = self.refine(index, self.propagation[index](y))
             levels[index] = y.flatten(0, 1)
-        logits, aux = self.decode(levels, skip, return_aux=return_aux)
+        path = self.decoder.path([fuse(level) for fuse, level in zip(self.fusion, levels)], skip)
+        logits, aux = self.decoder.read(path, return_aux=return_aux or return_path)
         logits = upsample_logits(logits, x.shape[-2:], size).unflatten(0, (b, t))  # (B*T, 1, H, W) -> (B, T, 1, H, W)
-        return (logits, [y.unflatten(0, (b, t)) for y in aux]) if return_aux else logits
+        aux = [y.unflatten(0, (b, t)) for y in aux]
+        return (logits, aux, path) if return_path else (logits, aux) if return_aux else logits
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of both backbones."""
@@ -144,9 +156,10 @@ class DBSNet(nn.Module):
         return (parameter for name, parameter in self.named_parameters() if not name.startswith("encoders."))
 
     def load_backbones(self, path: str | Path) -> None:
-        """Fill both backbones from one public MobileViT checkpoint, strictly; raises CheckpointError."""
+        """Fill both backbones from one public checkpoint of their kind, strictly; raises CheckpointError."""
+        load = load_pretrained if self.config["encoder"] == "mobilevit" else load_timm
         for stream in self.streams:
-            load_pretrained(self.encoders[stream], path)
+            load(self.encoders[stream], path)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

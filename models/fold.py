@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from models.mobilevit import ConvNormAct
+from models.timm_encoder import TimmEncoder
 
 
 @torch.no_grad()
@@ -21,7 +22,8 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     The copy gives what ``net.eval()`` gives, up to rounding. Its activations work in place and its parameters take no
     gradient, and its state dict has other keys (``conv.bias`` in place of ``norm.*``): not for training or saving.
 
-    Raises ValueError for a batch norm that does not follow a convolution inside a `ConvNormAct`.
+    An encoder of timm stays as it is. Raises ValueError for any other batch norm that does not follow a convolution
+    inside a `ConvNormAct`.
     """
     folded = copy.deepcopy(net).eval().requires_grad_(False)
     for module in folded.modules():
@@ -41,7 +43,12 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
             module.norm = None
         if module.act is not None:
             module.act = nn.SiLU(inplace=True)
-    left = [name for name, module in folded.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    foreign = tuple(f"{name}." for name, module in folded.named_modules() if isinstance(module, TimmEncoder))
+    left = [
+        name
+        for name, module in folded.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith(foreign)
+    ]
     if left:
         raise ValueError(f"cannot fold batch norms that stand alone: {', '.join(left)}")
     return folded

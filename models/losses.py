@@ -63,3 +63,21 @@ def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
         small = small.view(coarse.shape)  # (B*T, 1, h, w) -> (B, T, 1, h, w)
         auxiliary = auxiliary + sum(_bce_and_iou(coarse.float(), small, valid, epsilon)) / len(aux)
     return {"total": bce + iou + aux_weight * auxiliary, "bce": bce, "iou": iou, "aux": auxiliary}
+
+
+def distillation_loss(path: Sequence[Tensor], teacher_path: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference of a network's decoder maps from a teacher's, each relative to the teacher's variance.
+
+    1 is what the mean of the teacher's map would give, 0 a perfect copy. Of whole maps rather than of the mask: each
+    position is a lesson then (as FitNets, arXiv:1412.6550, but where both networks have the same maps already).
+
+    Args:
+        path, teacher_path: maps (N, C, h, w) from `DBSNet.forward(return_path=True)`; the teacher's take no gradient.
+    """
+    total = path[0].new_zeros((), dtype=torch.float32)
+    for own, theirs in zip(path, teacher_path, strict=True):
+        if own.shape != theirs.shape:
+            raise ValueError(f"maps of network and teacher differ: {tuple(own.shape)} and {tuple(theirs.shape)}")
+        theirs = theirs.detach().float()
+        total = total + F.mse_loss(own.float(), theirs) / theirs.var((0, 2, 3)).mean().clamp(min=1e-6)
+    return total / len(path)

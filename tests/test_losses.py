@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.losses import segmentation_loss
+from models.losses import distillation_loss, segmentation_loss
 
 
 def plain_frame(logits: Tensor, mask: Tensor, epsilon: float) -> tuple[float, float]:
@@ -120,3 +120,20 @@ def test_loss_falls_towards_the_mask() -> None:
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 2, 1, 4, 4\) and \(1, 2, 1, 4, 5\)"):
         segmentation_loss(torch.zeros(1, 2, 1, 4, 4), torch.zeros(1, 2, 1, 4, 5))
+
+
+def test_distillation_is_relative_to_the_teachers_variance() -> None:
+    torch.manual_seed(0)
+    teacher = [3 + 5 * torch.randn(4, 6, 8, 8), 0.1 * torch.randn(4, 6, 16, 16)]
+    assert distillation_loss(teacher, teacher) == 0
+    # The mean of each channel, which knows nothing of the picture, gives 1 whatever the maps' scale.
+    means = [x.mean((0, 2, 3), keepdim=True).expand_as(x) for x in teacher]
+    assert float(distillation_loss(means, teacher)) == pytest.approx(1, rel=1e-2)
+    half = [(x + mean) / 2 for x, mean in zip(teacher, means)]
+    assert float(distillation_loss(half, teacher)) == pytest.approx(0.25, rel=1e-2)
+    own = [x.clone().requires_grad_() for x in half]
+    lesson = [x.clone().requires_grad_() for x in teacher]
+    distillation_loss(own, lesson).backward()
+    assert all(x.grad.abs().sum() > 0 for x in own) and all(x.grad is None for x in lesson)
+    with pytest.raises(ValueError, match="maps of network and teacher differ"):
+        distillation_loss(half, teacher[::-1])

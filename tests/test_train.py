@@ -271,6 +271,23 @@ def test_streams_that_were_trained_alone_are_joined(tmp_path: Path, capsys: pyte
     assert "--finetune" in fails([*anew, "--add_stream", first], capsys)
 
 
+def test_a_network_comes_nearer_to_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Long enough for the teacher's batch norms to know the statistics of the pictures.
+    learning = [*TINY, "--max_steps", "30", "--ema", "0", "--lr", "3e-3"]
+    assert main.main([*learning, "--save_dir", str(tmp_path / "teacher")]) == 0
+    teacher = tmp_path / "teacher" / "weights.safetensors"
+    differences = {}
+    for name, weight in (("alone", "0"), ("taught", "10")):
+        folder = tmp_path / name
+        taught = [*learning, "--seed", "7", "--teacher", str(teacher), "--teacher_weight", weight]
+        assert main.main([*taught, "--save_dir", str(folder)]) == 0
+        differences[name] = [line["teacher"] for line in lines(folder, "train")]
+    assert differences["taught"][0] == differences["alone"][0]  # one start, and the same data
+    assert np.mean(differences["taught"][-5:]) < 0.7 * np.mean(differences["alone"][-5:])
+    wider = [*TINY[: TINY.index("--network")], "--network", "width:16", "hidden:4", "--save_dir", str(tmp_path / "w")]
+    assert "width 48, expected 16" in fails([*wider, "--teacher", str(teacher)], capsys)
+
+
 def test_scenes_of_synthetic_clips_are_options(capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = parse_args(["--config", "configs/demo.yaml", "--scene", "natural:0.5", "occluder:0"])
     scene = main.build_scene(config)

@@ -46,11 +46,15 @@ class TrainConfig:
         choices=("reference", "wilile"),
     )
     network: dict[str, Any] = _option({}, "other arguments of build_dbsnet, as key:value")
-    pretrained: str | None = _option(None, "public MobileViT checkpoint (wilile, cvnets or timm) for both encoders")
+    pretrained: str | None = _option(None, "public checkpoint of the encoders (MobileViT: wilile, cvnets or timm)")
     finetune: str | None = _option(None, "start from the weights of this checkpoint (.pt or .safetensors), step 0")
     add_stream: str | None = _option(
         None, "checkpoint of the other stream alone, which joins --finetune's network of one stream"
     )
+    teacher: str | None = _option(
+        None, "checkpoint of a network of the same width, whose decoder maps this one learns to have (distillation)"
+    )
+    teacher_weight: float = _option(1.0, "weight of the difference from the teacher's maps", low=0)
 
     # Data
     data_dir: str = _option("data", "root folder of the data sets, or the data set itself")

@@ -1,0 +1,96 @@
+"""An encoder of timm in the place of MobileViT: for a teacher to learn from, and for comparisons. Not of the paper.
+
+ImageNet-trained MobileViT weights are not at hand everywhere, those of some other network often are; a network with that
+encoder can be trained first, and a MobileViT stream learns from it (`main.py --teacher`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import CheckpointError
+from models.weights import describe_mismatch, read_state
+
+
+class TimmEncoder(nn.Module):
+    """Any convolutional network of timm with maps at strides 4, 8, 16, 32, called as `models.mobilevit.MobileViT` is.
+
+    Args:
+        name: timm's, for instance ``tf_efficientnet_lite0``.
+
+    Input: (B, 3, H, W) RGB in [0, 1], H and W multiples of 32. Attributes as `MobileViT` has them; `mean` and `std` are
+    those that timm says the network's weights were trained with.
+
+    Raises ValueError where timm is not installed, does not know the name, or the network has other strides.
+    """
+
+    reductions = (4, 8, 16, 32)
+    multiple = 32
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise ValueError(f"the encoder {name} is one of timm: pip install timm") from None
+        if not timm.is_model(name):
+            near = ", ".join(timm.list_models(f"*{name.split('_')[-1]}*")[:5])
+            raise ValueError(f"timm has no network {name!r}" + (f"; it has {near}" if near else ""))
+        try:
+            self.net = timm.create_model(name, pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
+        except (RuntimeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"timm's {name} cannot be an encoder: {error}") from None
+        info = self.net.feature_info
+        if tuple(info.reduction()) != self.reductions:
+            raise ValueError(f"timm's {name} has maps at strides {tuple(info.reduction())}, expected {self.reductions}")
+        self.name, self.channels = name, tuple(info.channels())
+        given = timm.get_pretrained_cfg(name)
+        mean, std = (given.mean, given.std) if given else ((0.5,) * 3, (0.5,) * 3)
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.net((x - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1))
+
+
+def load_timm(encoder: TimmEncoder, path: str | Path) -> None:
+    """Fill an encoder from a checkpoint with timm's keys, or an EfficientNet's with the keys of ``_blocks.0``….
+
+    The encoder must find every tensor; what a classifier has beyond its last stage is dropped. Raises CheckpointError.
+    """
+    state = read_state(path)
+    ours = {key: tensor for key, tensor in encoder.net.state_dict().items()}
+    if "_conv_stem.weight" in state:
+        state = _efficientnet_keys(state, ours)
+    given = {key: tensor for key, tensor in state.items() if key in ours}
+    # Counters of batches are of no use here, and old files have none.
+    given.update({key: tensor for key, tensor in ours.items() if key.endswith("num_batches_tracked")})
+    problem = describe_mismatch(
+        {key: tensor.shape for key, tensor in ours.items()}, {key: tensor.shape for key, tensor in given.items()}
+    )
+    if problem:
+        raise CheckpointError(f"{path} does not fit timm's {encoder.name}: {problem}")
+    encoder.net.load_state_dict(given)
+
+
+def _efficientnet_keys(state: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's keys for those of the EfficientNet checkpoints that number their blocks through (facts: both key lists)."""
+    places = sorted({tuple(map(int, m.groups())) for key in ours if (m := re.match(r"blocks\.(\d+)\.(\d+)\.", key))})
+    expanded = {key.split(".")[1] for key in state if "._expand_conv." in key}
+    plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    full = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+            "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
+    renamed = {}
+    for key, tensor in state.items():
+        parts = key.split(".")
+        if parts[0] in ("_conv_stem", "_bn0"):
+            renamed[f"{'conv_stem' if parts[0] == '_conv_stem' else 'bn1'}.{parts[1]}"] = tensor
+        elif parts[0] == "_blocks" and int(parts[1]) < len(places):
+            stage, block = places[int(parts[1])]
+            names = full if parts[1] in expanded else plain
+            renamed[f"blocks.{stage}.{block}.{names.get(parts[2], parts[2])}.{parts[3]}"] = tensor
+    return renamed

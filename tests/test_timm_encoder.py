@@ -1,0 +1,86 @@
+"""Encoders of timm, for teachers: the maps are timm's own, and both formats of checkpoints give the same network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import build_dbsnet
+from models.errors import CheckpointError
+from models.fold import fold_batch_norm
+from models.timm_encoder import TimmEncoder, load_timm
+
+timm = pytest.importorskip("timm")
+NAME = "tf_efficientnet_lite0"
+
+
+@pytest.fixture(scope="module")
+def whole() -> torch.nn.Module:
+    """timm's classifier with random weights and statistics."""
+    torch.manual_seed(0)
+    net = timm.create_model(NAME, pretrained=False).eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return net
+
+
+def numbered_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The names that EfficientNet codes with numbered-through blocks have; timm's state dict is in the same order."""
+    blocks: list[str] = []
+    renamed = {}
+    for key, tensor in state.items():
+        parts = key.split(".")
+        if parts[0] == "blocks":
+            place = ".".join(parts[1:3])
+            if place not in blocks:
+                blocks.append(place)
+            first = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+            later = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1",
+                     "conv_pwl": "_project_conv", "bn3": "_bn2"}  # fmt: skip
+            names = first if blocks.index(place) == 0 else later
+            key = f"_blocks.{blocks.index(place)}.{names[parts[3]]}.{parts[4]}"
+        else:
+            names = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1"}
+            key = f"{names.get(parts[0], '_fc')}.{parts[1]}"
+        renamed[key] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("naming", ["timm", "numbered"])
+def test_the_maps_are_those_of_timm(whole: torch.nn.Module, tmp_path: Path, naming: str) -> None:
+    state = whole.state_dict()
+    torch.save(state if naming == "timm" else numbered_names(state), tmp_path / "w.pth")
+    encoder = TimmEncoder(NAME).eval()
+    load_timm(encoder, tmp_path / "w.pth")
+    image = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        maps = encoder(image)
+        expected = whole.forward_intermediates((image - 0.5) / 0.5, indices=(1, 2, 3, 4), intermediates_only=True)
+    assert [x.shape[1] for x in maps] == list(encoder.channels)
+    for own, theirs, stride in zip(maps, expected, encoder.reductions, strict=True):
+        assert own.shape[-2:] == (64 // stride, 96 // stride)
+        torch.testing.assert_close(own, theirs)
+
+
+def test_a_network_with_such_an_encoder_is_folded_around_it() -> None:
+    torch.manual_seed(0)
+    options = {"width": 8, "dilations": [], "depth": 0, "rounds": 0, "streams": ["appearance"]}
+    net = build_dbsnet("xxs", encoder=NAME, **options).eval()
+    assert build_dbsnet(**net.config).config == net.config
+    frames, flows = torch.rand(2, 1, 1, 3, 64, 96).unbind()
+    with torch.no_grad():
+        torch.testing.assert_close(fold_batch_norm(net)(frames, flows), net(frames, flows), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="timm has no network 'tf_efficientnet_lite9'"):
+        build_dbsnet("xxs", encoder="tf_efficientnet_lite9")
+    with pytest.raises(ValueError, match="strides"):
+        TimmEncoder("vit_tiny_patch16_224")
+    torch.save({"conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "some.pth")
+    with pytest.raises(CheckpointError, match=r"some.pth does not fit timm's tf_efficientnet_lite0: \d+ missing"):
+        load_timm(TimmEncoder(NAME), tmp_path / "some.pth")
