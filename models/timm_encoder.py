@@ -1,7 +1,7 @@
 """An encoder of timm in the place of MobileViT: for a teacher to learn from, and for comparisons. Not of the paper.
 
-ImageNet-trained MobileViT weights are not at hand everywhere, those of some other network often are; a network with that
-encoder can be trained first, and a MobileViT stream learns from it (`main.py --teacher`).
+Where ImageNet-trained MobileViT weights are not at hand, those of some other network may be: one with that encoder is
+trained first, and a MobileViT stream learns from it (`main.py --teacher`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def load_timm(encoder: TimmEncoder, path: str | Path) -> None:
 
 
 def _efficientnet_keys(state: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's keys for those of the EfficientNet checkpoints that number their blocks through (facts: both key lists)."""
+    """timm's keys for those of EfficientNet checkpoints that number their blocks through (facts: both key lists)."""
     places = sorted({tuple(map(int, m.groups())) for key in ours if (m := re.match(r"blocks\.(\d+)\.(\d+)\.", key))})
     expanded = {key.split(".")[1] for key in state if "._expand_conv." in key}
     plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
