@@ -41,7 +41,8 @@ class DBSNet(nn.Module):
         rounds: message-passing rounds of Co-DGA; 0: only its read-out.
         streams: ``("appearance", "motion")``, or one of them in ablations.
         dropout: of the backbones, in training.
-        encoder: ``mobilevit``; the name of a network of timm makes a teacher or a comparison (`models.timm_encoder`).
+        encoder: ``mobilevit``, or the name of a network of timm (`models.timm_encoder`; not of the paper); for streams
+            of two kinds a name for each, ``{"appearance": …, "motion": …}``.
 
     Call: ``net(frames, flows)``, each (B, T, 3, H, W), RGB in [0, 1], gives logits (B, T, 1, H, W); any T >= 1 and
     any size (padded to a multiple of 32, or 64 for ``wilile``, and cropped back).
@@ -52,11 +53,14 @@ class DBSNet(nn.Module):
     def __init__(self, *, variant: str = "s", flavour: str = "reference", width: int = 64, hidden: int = 16,
                  dilations: tuple[int, ...] = (1, 2, 4), depth: int = 2, window: int = 8, pool: int = 2,
                  rounds: int = 2, streams: tuple[str, ...] = STREAMS, dropout: float = 0.0,
-                 encoder: str = "mobilevit") -> None:  # fmt: skip
+                 encoder: str | dict[str, str] = "mobilevit") -> None:  # fmt: skip
         super().__init__()
         dilations, streams = tuple(dilations), tuple(streams)
         if not streams or any(stream not in STREAMS for stream in streams) or len(set(streams)) != len(streams):
             raise ValueError(f"streams must be one or both of {STREAMS}, got {streams}")
+        names = encoder if isinstance(encoder, dict) else dict.fromkeys(streams, encoder)
+        if set(names) != set(streams):
+            raise ValueError(f"encoder must be one name or one for each of {streams}, got {encoder}")
         self.config: dict[str, Any] = {
             "variant": variant, "flavour": flavour, "width": width, "hidden": hidden, "dilations": list(dilations),
             "depth": depth, "window": window, "pool": pool, "rounds": rounds, "streams": list(streams),
@@ -66,19 +70,20 @@ class DBSNet(nn.Module):
         count = len(streams)
         self.encoders = nn.ModuleDict(
             {
-                stream: MobileViT(variant, flavour, dropout=dropout) if encoder == "mobilevit" else TimmEncoder(encoder)
+                stream: MobileViT(variant, flavour, dropout=dropout)
+                if names[stream] == "mobilevit"
+                else TimmEncoder(names[stream])
                 for stream in streams
             }
         )
-        first = self.encoders[streams[0]]
-        self.multiple = first.multiple
+        self.multiple = max(encoder.multiple for encoder in self.encoders.values())
         self.laterals = nn.ModuleDict(
             {
-                stream: nn.ModuleList(ConvNormAct(channels, width) for channels in first.channels[1:])
-                for stream in streams
+                stream: nn.ModuleList(ConvNormAct(channels, width) for channels in encoder.channels[1:])
+                for stream, encoder in self.encoders.items()
             }
         )
-        self.skip = ConvNormAct(count * first.channels[0], width)
+        self.skip = ConvNormAct(sum(encoder.channels[0] for encoder in self.encoders.values()), width)
         self.propagation = nn.ModuleList(
             DenseBiConvLSTM(width, hidden, dilations=dilations, streams=count) for _ in self.levels
         )
@@ -157,9 +162,8 @@ class DBSNet(nn.Module):
 
     def load_backbones(self, path: str | Path) -> None:
         """Fill both backbones from one public checkpoint of their kind, strictly; raises CheckpointError."""
-        load = load_pretrained if self.config["encoder"] == "mobilevit" else load_timm
-        for stream in self.streams:
-            load(self.encoders[stream], path)
+        for encoder in self.encoders.values():
+            (load_timm if isinstance(encoder, TimmEncoder) else load_pretrained)(encoder, path)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

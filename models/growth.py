@@ -81,19 +81,25 @@ def add_stream(net: DBSNet, other: DBSNet) -> DBSNet:
                 f"expected networks of one stream with {', '.join(PARTS)} empty, got streams {list(item.streams)}"
                 + "".join(f", {key} {item.config[key]}" for key in present)
             )
-    differing = [key for key in net.config if net.config[key] != other.config[key]]
-    if differing != ["streams"]:
-        words = ", ".join(f"{key} {net.config[key]} and {other.config[key]}" for key in differing if key != "streams")
-        raise ValueError(f"the two do not fit together: {words or f'both are of the {net.streams[0]} stream'}")
-    both = build_dbsnet(**{**net.config, "streams": list(STREAMS)})
+    if net.streams == other.streams:
+        raise ValueError(f"the two do not fit together: both are of the {net.streams[0]} stream")
+    own = ("streams", "encoder")
+    differing = [key for key in net.config if key not in own and net.config[key] != other.config[key]]
+    if differing:
+        words = ", ".join(f"{key} {net.config[key]} and {other.config[key]}" for key in differing)
+        raise ValueError(f"the two do not fit together: {words}")
+    encoder = net.config["encoder"]
+    if encoder != other.config["encoder"]:
+        encoder = {item.streams[0]: item.config["encoder"] for item in (net, other)}
+    both = build_dbsnet(**{**net.config, "streams": list(STREAMS), "encoder": encoder})
     old, added = net.state_dict(), other.state_dict()
     theirs = tuple(f"{part}.{other.streams[0]}." for part in ("encoders", "laterals"))
     state = {}
     for key, place in both.state_dict().items():
         value = added[key] if key.startswith(theirs) else old[key]
-        if value.shape != place.shape:  # a convolution that reads both: (C, c, k, k) of (C, 2c, k, k)
-            columns = [value if stream in net.streams else torch.zeros_like(value) for stream in STREAMS]
-            value = torch.cat(columns, 1)
+        if value.shape != place.shape:  # a convolution that reads both: (C, c, k, k) of (C, c + c', k, k)
+            zeros = place.new_zeros(len(place), place.shape[1] - value.shape[1], *place.shape[2:])
+            value = torch.cat([value if stream in net.streams else zeros for stream in STREAMS], 1)
         state[key] = value
     both.load_state_dict(state)
     return both.train(net.training)

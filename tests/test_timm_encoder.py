@@ -10,6 +10,7 @@ import torch
 from models import build_dbsnet
 from models.errors import CheckpointError
 from models.fold import fold_batch_norm
+from models.growth import add_stream
 from models.timm_encoder import TimmEncoder, load_timm
 
 timm = pytest.importorskip("timm")
@@ -74,6 +75,22 @@ def test_a_network_with_such_an_encoder_is_folded_around_it() -> None:
     frames, flows = torch.rand(2, 1, 1, 3, 64, 96).unbind()
     with torch.no_grad():
         torch.testing.assert_close(fold_batch_norm(net)(frames, flows), net(frames, flows), rtol=1e-4, atol=1e-5)
+
+
+def test_streams_of_two_kinds_are_joined() -> None:
+    torch.manual_seed(0)
+    options = {"width": 8, "dilations": [], "depth": 0, "rounds": 0}
+    appearance = build_dbsnet("xxs", encoder=NAME, **options, streams=["appearance"]).eval()
+    motion = build_dbsnet("xxs", **options, streams=["motion"]).eval()
+    for first, second in ((appearance, motion), (motion, appearance)):
+        both = add_stream(first, second)
+        assert both.config["encoder"] == {"appearance": NAME, "motion": "mobilevit"}
+        assert build_dbsnet(**both.config).state_dict().keys() == both.state_dict().keys()
+        frames, flows = torch.rand(2, 1, 1, 3, 64, 96).unbind()
+        with torch.no_grad():
+            torch.testing.assert_close(both(frames, flows), first(frames, flows))
+    with pytest.raises(ValueError, match="encoder must be one name or one for each"):
+        build_dbsnet("xxs", encoder={"appearance": NAME})
 
 
 def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
