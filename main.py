@@ -140,7 +140,7 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
     return net
 
 
-def load_teacher(config: TrainConfig, net: nn.Module) -> nn.Module | None:
+def load_teacher(config: TrainConfig, net: nn.Module, device: torch.device) -> nn.Module | None:
     """The network that ``--teacher`` names, beside ``net`` and as it is; None without one.
 
     Raises:
@@ -148,14 +148,12 @@ def load_teacher(config: TrainConfig, net: nn.Module) -> nn.Module | None:
     """
     if config.teacher is None:
         return None
-    teacher = load_dbsnet(config.teacher).requires_grad_(False)
+    teacher = load_dbsnet(config.teacher, device).requires_grad_(False)
     for key, value in (("width", net.width), ("multiple", net.multiple)):
         if getattr(teacher, key) != value:
             raise CheckpointError(
                 f"{config.teacher} cannot teach this network: {key} {getattr(teacher, key)}, expected {value}"
             )
-    parameter = next(net.parameters())
-    teacher = teacher.to(parameter.device)
     return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
 
 
@@ -676,7 +674,7 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
     average = WeightAverage(net, config.ema) if config.ema else None
-    teacher = load_teacher(config, net)
+    teacher = load_teacher(config, net, processes.device)
     net = set_batch_norm(net, config.bn, processes)
     training, validation = build_sequences(config)
     clips_per_step = config.batch_size * config.accumulate * processes.world_size

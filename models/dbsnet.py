@@ -122,11 +122,13 @@ class DBSNet(nn.Module):
         parts = x.split(self.width, 2)
         return torch.cat([self.refinement[stream][level - 1](part) for stream, part in zip(self.streams, parts)], 2)
 
-    def decode(self, levels: list[Tensor], skip: Tensor, *, return_aux: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Co-DGA per level and the decoder: maps (N, S*d, h, w) and the skip -> logits (N, 1, H/4, W/4), auxiliary
-        logits.
-        """
-        return self.decoder([fuse(x) for fuse, x in zip(self.fusion, levels)], skip, return_aux=return_aux)
+    def fuse(self, levels: list[Tensor], skip: Tensor) -> list[Tensor]:
+        """Co-DGA per level and the decoder's path: maps (N, S*d, h, w) and the skip -> maps at strides 32, 16, 8, 4."""
+        return self.decoder([fuse(x) for fuse, x in zip(self.fusion, levels)], skip)
+
+    def decode(self, levels: list[Tensor], skip: Tensor) -> Tensor:
+        """`fuse` and the decoder's logits (N, 1, H/4, W/4)."""
+        return self.decoder.read(self.fuse(levels, skip))[0]
 
     def forward(
         self, frames: Tensor, flows: Tensor, return_aux: bool = False, return_path: bool = False
@@ -146,7 +148,7 @@ class DBSNet(nn.Module):
             y = level.unflatten(0, (b, t))  # (B*T, S*d, h, w) -> (B, T, S*d, h, w)
             y = self.refine(index, self.propagation[index](y))
             levels[index] = y.flatten(0, 1)
-        path = self.decoder.path([fuse(level) for fuse, level in zip(self.fusion, levels)], skip)
+        path = self.fuse(levels, skip)
         logits, aux = self.decoder.read(path, return_aux=return_aux or return_path)
         logits = upsample_logits(logits, x.shape[-2:], size).unflatten(0, (b, t))  # (B*T, 1, H, W) -> (B, T, 1, H, W)
         aux = [y.unflatten(0, (b, t)) for y in aux]

@@ -23,7 +23,7 @@ class Decoder(nn.Module):
         self.head = nn.Conv2d(channels, 1, 1)
         self.aux_heads = nn.ModuleList(nn.Conv2d(channels, 1, 1) for _ in range(3))  # strides 8, 16, 32
 
-    def path(self, levels: list[Tensor], skip: Tensor) -> list[Tensor]:
+    def forward(self, levels: list[Tensor], skip: Tensor) -> list[Tensor]:
         """Maps (N, C, h, w) at strides 8, 16, 32 and at 4 -> those of the path at strides 32, 16, 8, 4."""
         x, path = None, []
         for block, level in zip(self.blocks, [*levels[::-1], skip]):
@@ -34,10 +34,6 @@ class Decoder(nn.Module):
         return path
 
     def read(self, path: list[Tensor], *, return_aux: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Maps of `path` -> logits (N, 1, H/4, W/4) and the auxiliary ones, finest first."""
+        """Maps of the path -> logits (N, 1, H/4, W/4) and the auxiliary ones, finest first."""
         aux = [head(y) for head, y in zip(self.aux_heads, path[2::-1])] if return_aux else []
         return self.head(path[-1]), aux
-
-    def forward(self, levels: list[Tensor], skip: Tensor, *, return_aux: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """`path` and `read` together."""
-        return self.read(self.path(levels, skip), return_aux=return_aux)

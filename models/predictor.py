@@ -283,7 +283,7 @@ class Predictor:
                 kept = slice(keep - start, until - start)
                 for index, level in enumerate(levels):
                     levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
-                logits, _ = net.decode(levels, skip[kept])
+                logits = net.decode(levels, skip[kept])
                 results = list(self._finish(logits, size, own, flip))
             yield from results
 
@@ -318,7 +318,7 @@ class Predictor:
                 for first in range(0, until - keep, self.batch_size):
                     part = slice(first, first + self.batch_size)
                     with torch.inference_mode(), self._autocast():
-                        logits, _ = net.decode([level[part] for level in levels], skip[part])
+                        logits = net.decode([level[part] for level in levels], skip[part])
                         results = list(self._finish(logits, size, own, flip))
                     yield from results
         finally:

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.errors import CheckpointError
-from models.weights import describe_mismatch, read_state
+from models.weights import load_state, read_state
 
 
 class TimmEncoder(nn.Module):
@@ -63,32 +62,28 @@ def load_timm(encoder: TimmEncoder, path: str | Path) -> None:
     The encoder must find every tensor; what a classifier has beyond its last stage is dropped. Raises CheckpointError.
     """
     state = read_state(path)
-    ours = {key: tensor for key, tensor in encoder.net.state_dict().items()}
+    ours = encoder.net.state_dict()
     if "_conv_stem.weight" in state:
         state = _efficientnet_keys(state, ours)
     given = {key: tensor for key, tensor in state.items() if key in ours}
     # Counters of batches are of no use here, and old files have none.
     given.update({key: tensor for key, tensor in ours.items() if key.endswith("num_batches_tracked")})
-    problem = describe_mismatch(
-        {key: tensor.shape for key, tensor in ours.items()}, {key: tensor.shape for key, tensor in given.items()}
-    )
-    if problem:
-        raise CheckpointError(f"{path} does not fit timm's {encoder.name}: {problem}")
-    encoder.net.load_state_dict(given)
+    load_state(encoder.net, given, path, f"timm's {encoder.name}")
 
 
 def _efficientnet_keys(state: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's keys for those of EfficientNet checkpoints that number their blocks through (facts: both key lists)."""
     places = sorted({tuple(map(int, m.groups())) for key in ours if (m := re.match(r"blocks\.(\d+)\.(\d+)\.", key))})
     expanded = {key.split(".")[1] for key in state if "._expand_conv." in key}
+    stem = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
     plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     full = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
             "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
     renamed = {}
     for key, tensor in state.items():
         parts = key.split(".")
-        if parts[0] in ("_conv_stem", "_bn0"):
-            renamed[f"{'conv_stem' if parts[0] == '_conv_stem' else 'bn1'}.{parts[1]}"] = tensor
+        if parts[0] in stem:
+            renamed[f"{stem[parts[0]]}.{parts[1]}"] = tensor
         elif parts[0] == "_blocks" and int(parts[1]) < len(places):
             stage, block = places[int(parts[1])]
             names = full if parts[1] in expanded else plain

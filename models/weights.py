@@ -106,14 +106,17 @@ def describe_mismatch(expected: dict[str, torch.Size], given: dict[str, torch.Si
     return "; ".join(parts)
 
 
-def load_state(net: torch.nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Fill a network from a state dict, strictly; a CheckpointError counts and names what does not fit."""
+def load_state(net: torch.nn.Module, state: dict[str, Tensor], path: str | Path, name: str = "this network") -> None:
+    """Fill a network from a state dict, strictly; a CheckpointError counts and names what does not fit.
+
+    name: what the message calls the network.
+    """
     problem = describe_mismatch(
         {key: tensor.shape for key, tensor in net.state_dict().items()},
         {key: tensor.shape for key, tensor in state.items()},
     )
     if problem:
-        raise CheckpointError(f"{path} does not fit this network: {problem}")
+        raise CheckpointError(f"{path} does not fit {name}: {problem}")
     net.load_state_dict(state)
 
 
