@@ -41,7 +41,7 @@ from datasets.synthetic import SceneOptions, SyntheticClips
 from datasets.transforms import Augment
 from models import Predictor, build_dbsnet, load_dbsnet
 from models.errors import CheckpointError
-from models.growth import PARTS, add_stream, grow, is_growth
+from models.growth import PARTS, add_stream, grow, is_growth, keep_stream
 from models.losses import distillation_loss, segmentation_loss
 from models.weights import load_state, save_weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -113,6 +113,11 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
     elif config.finetune is not None:
         path = Path(config.finetune)
         net = load_dbsnet(path)
+        if config.keep_stream is not None:
+            try:
+                net = keep_stream(net, config.keep_stream)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: keep_stream: {error}") from None
         if config.add_stream is not None:
             try:
                 net = add_stream(net, load_dbsnet(config.add_stream))

@@ -1,4 +1,5 @@
-"""Give a trained network what it was built without: the other stream, or propagation, refinement and graph attention.
+"""Give a trained network what it was built without (the other stream, propagation, refinement, graph attention), or
+take from it all but one stream.
 
 Not of the paper, as far as the public record goes. Two streams trained together lean on the easier one, motion; each
 trained alone must learn to do without the other (as FusionSeg did, arXiv:1701.05384). And single frames have nothing
@@ -103,6 +104,39 @@ def add_stream(net: DBSNet, other: DBSNet) -> DBSNet:
         state[key] = value
     both.load_state_dict(state)
     return both.train(net.training)
+
+
+def keep_stream(net: DBSNet, stream: str) -> DBSNet:
+    """One stream of a network of both, without propagation, refinement and rounds of graph attention.
+
+    It is where that stream goes on being trained alone, before `add_stream` joins it with another. What read both
+    streams keeps the weights for this one: with the parts of `PARTS` absent, it gives what `net` gives where the other
+    stream's maps are zero.
+
+    Args:
+        stream: ``appearance`` or ``motion``.
+
+    Raises:
+        ValueError: the network has not both streams, or there is no such stream.
+    """
+    if stream not in STREAMS:
+        raise ValueError(f"there is no stream {stream!r}; the two are {' and '.join(STREAMS)}")
+    if len(net.streams) != len(STREAMS):
+        raise ValueError(f"expected a network of both streams, got one of {list(net.streams)}")
+    encoder = net.config["encoder"]
+    if isinstance(encoder, dict):
+        encoder = encoder[stream]
+    absent = {"dilations": [], "depth": 0, "rounds": 0}
+    one = build_dbsnet(**{**net.config, **absent, "streams": [stream], "encoder": encoder})
+    old, state = net.state_dict(), {}
+    for key, place in one.state_dict().items():
+        value = old[key]
+        if value.shape != place.shape:  # a convolution that read both, appearance first
+            columns = place.shape[1]
+            value = value[:, :columns] if stream == STREAMS[0] else value[:, -columns:]
+        state[key] = value
+    one.load_state_dict(state)
+    return one.train(net.training)
 
 
 @torch.no_grad()

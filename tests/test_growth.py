@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from models import DBSNet, build_dbsnet
 from models.dbsnet import STREAMS
-from models.growth import add_stream, grow
+from models.growth import add_stream, grow, keep_stream
 
 TINY = {"width": 16, "hidden": 4}
 FULL = {"dilations": [1, 2], "depth": 1, "rounds": 2}
@@ -94,3 +96,35 @@ def test_streams_that_do_not_fit_are_refused(plain: DBSNet) -> None:
         add_stream(motion, plain)
     with pytest.raises(ValueError, match="depth 1"):
         add_stream(motion, build_dbsnet("xxs", **TINY, **{**none, "depth": 1}, streams=["appearance"]))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_stream_kept_gives_what_the_network_gave_with_the_other_silent(plain: DBSNet, stream: str) -> None:
+    whole = grow(plain, **FULL)  # the parts begin as the identity, so leaving them out changes nothing
+    kept = keep_stream(whole, stream)
+    other = next(name for name in STREAMS if name != stream)
+    assert kept.config == {**plain.config, "streams": [stream]} and not kept.training
+    frames, flows = torch.rand(2, 1, 2, 3, 64, 96).unbind()
+    silent = keep_all_but_maps(whole, other)
+    with torch.no_grad():
+        expected = silent(frames, flows)
+        torch.testing.assert_close(kept(frames, flows), expected)
+        assert not torch.allclose(whole(frames, flows), expected)
+    # And it is one that the other can be added to again.
+    assert add_stream(kept, keep_stream(whole, other)).config == plain.config
+
+
+def keep_all_but_maps(net: DBSNet, stream: str) -> DBSNet:
+    """A copy of `net` whose encoder of that stream gives maps of zeros, before and after the lateral convolutions."""
+    silent = copy.deepcopy(net)
+    silent.encoders[stream].register_forward_hook(lambda module, inputs, maps: [torch.zeros_like(x) for x in maps])
+    for lateral in silent.laterals[stream]:
+        lateral.register_forward_hook(lambda module, inputs, x: torch.zeros_like(x))
+    return silent
+
+
+def test_a_stream_that_is_not_there_is_not_kept(plain: DBSNet) -> None:
+    with pytest.raises(ValueError, match="no stream 'sound'"):
+        keep_stream(plain, "sound")
+    with pytest.raises(ValueError, match=r"got one of \['motion'\]"):
+        keep_stream(keep_stream(plain, "motion"), "motion")

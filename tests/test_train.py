@@ -269,6 +269,14 @@ def test_streams_that_were_trained_alone_are_joined(tmp_path: Path, capsys: pyte
     anew = [*options, *whole, "--save_dir", str(tmp_path / "anew")]
     assert "both are of the motion stream" in fails([*anew, "--finetune", first, "--add_stream", first], capsys)
     assert "--finetune" in fails([*anew, "--add_stream", first], capsys)
+    # And one of them taken out again, to be trained on its own.
+    both = str(tmp_path / "both" / "weights.safetensors")
+    alone = [*options, "--network", *plain, "streams:[motion]", "--save_dir", str(tmp_path / "kept"), "--finetune"]
+    assert main.main([*alone, both, "--keep_stream", "motion"]) == 0
+    assert load_dbsnet(tmp_path / "kept" / "weights.safetensors").config["streams"] == ["motion"]
+    anew = [*options, "--network", *plain, "--save_dir", str(tmp_path / "again"), "--keep_stream", "motion"]
+    assert "expected a network of both streams" in fails([*anew, "--finetune", first], capsys)
+    assert "--finetune" in fails(anew, capsys)
 
 
 def test_a_network_comes_nearer_to_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,11 @@ class TrainConfig:
     network: dict[str, Any] = _option({}, "other arguments of build_dbsnet, as key:value")
     pretrained: str | None = _option(None, "public checkpoint of the encoders (MobileViT: wilile, cvnets or timm)")
     finetune: str | None = _option(None, "start from the weights of this checkpoint (.pt or .safetensors), step 0")
+    keep_stream: str | None = _option(
+        None,
+        "of --finetune's network of both streams keep this one, without propagation, refinement and graph attention",
+        choices=("appearance", "motion"),
+    )
     add_stream: str | None = _option(
         None, "checkpoint of the other stream alone, which joins --finetune's network of one stream"
     )
@@ -386,3 +391,5 @@ def _check(config: TrainConfig) -> None:
         raise UserError("pretrained and finetune both give the encoders' weights; give one of them")
     if config.add_stream and not config.finetune:
         raise UserError("add_stream: there is no network for it to join; give that of the first stream with --finetune")
+    if config.keep_stream and not config.finetune:
+        raise UserError("keep_stream: there is no network to keep it of; give one of both streams with --finetune")
