@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,11 +149,19 @@ def run_test(args: argparse.Namespace, processes: Processes) -> int:
     from utils import inference
 
     weights = inference.load_weights(args.checkpoint)
-    if args.video or args.frames:
-        inference.run_own(args, _own(args), processes, weights)
-        return 0
-    videos = [inference.video_of(sequence) for part in _read(args).values() for sequence in part]
-    inference.run(args, videos, processes, weights)
+    own = _own(args) if args.video or args.frames else None
+    sequences = [] if own else [sequence for part in _read(args).values() for sequence in part]
+    beside: AbstractContextManager[Callable[[Path], None] | None] = nullcontext()
+    if _follows(args, "crf", "test") and (own is None or processes.is_main):
+        from utils import crf
+
+        refined = [own.sequence(Path(args.save_dir))] if own else sequences
+        beside = crf.run_beside_test(args, refined, args.save_dir, 1 if own else processes.world_size)
+    with beside as written:
+        if own is None:
+            inference.run(args, [inference.video_of(s) for s in sequences], processes, weights, written)
+        else:
+            inference.run_own(args, own, processes, weights, written)
     return 0
 
 
@@ -164,6 +173,9 @@ def run_crf(args: argparse.Namespace, processes: Processes) -> int:
             sequences = [_own(args).sequence(Path(args.save_dir))]
         else:
             sequences = [s for part in _read(args).values() for s in part]
+        if _follows(args, "crf", "test"):
+            # What `test` has just made anew was refined beside it, and older maps are out of date without a word.
+            args = argparse.Namespace(**{**vars(args), "overwrite": False})
         crf.run(args, sequences, args.save_dir)
     return 0
 
@@ -272,6 +284,11 @@ def _read(args: argparse.Namespace, num_frames: int | None = None) -> dict[str, 
         found = {name: [s for s in part if s.name in args.sequences] for name, part in found.items()}
         found = {name: part for name, part in found.items() if part}
     return found
+
+
+def _follows(args: argparse.Namespace, tool: str, other: str) -> bool:
+    """Whether a tool comes after another in the row asked for."""
+    return tool in args.tools and other in args.tools[: args.tools.index(tool)]
 
 
 def _own(args: argparse.Namespace) -> OwnVideo:

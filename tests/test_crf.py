@@ -343,3 +343,19 @@ def test_run_names_what_is_missing_or_does_not_fit(tmp_path: Path):
     Image.fromarray(example(24, 40)[0]).save(target)
     with pytest.raises(DataError, match="8-bit grey"):
         crf.run(arguments(), [sequence], results)
+
+
+@needs_library
+def test_beside_the_test_the_maps_become_what_they_become_after_it(tmp_path: Path):
+    sequence, results = make_results(tmp_path)
+    crf.run(arguments(), [sequence], results)
+    expected = outputs(results)
+    for name in expected:
+        (results / "crf" / "made" / "clip" / name).unlink()
+    with crf.run_beside_test(arguments("--workers", "2"), [sequence], results) as written:
+        for name in expected:
+            written(Path("made", "clip", name))
+    assert outputs(results) == expected
+    assert crf.run(arguments(), [sequence], results) == 0  # nothing is left to do
+    with crf.run_beside_test(arguments(), [sequence], results) as written:
+        assert written is None  # no other process is allowed

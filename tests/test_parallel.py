@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
+from pathlib import Path
 
 import pytest
 
 from utils.errors import UserError
-from utils.parallel import IN_FLIGHT_PER_WORKER, default_workers, parallel_map
+from utils.parallel import IN_FLIGHT_PER_WORKER, Background, default_workers, parallel_map
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -50,3 +51,32 @@ def test_a_killed_process_is_reported():
 
 def test_default_is_the_processors_at_hand():
     assert 1 <= default_workers() <= (os.cpu_count() or 1)
+
+
+def test_jobs_in_the_background_are_done_at_the_end_of_the_block(tmp_path: Path):
+    with Background(os.mkdir, 2, "folders") as background:
+        for number in range(20):
+            background.submit(tmp_path / str(number))
+    assert len(list(tmp_path.iterdir())) == 20
+    with Background(os.mkdir, 1, "none"):
+        pass
+
+
+def test_errors_in_the_background_arrive_and_stop_it(tmp_path: Path):
+    with pytest.raises(FileExistsError), Background(os.mkdir, 1, "folders") as background:
+        background.submit(tmp_path)
+    with pytest.raises(UserError, match="was killed"), Background(os._exit, 2, "exits") as background:
+        background.submit(1)
+    # An error of this process's own drops what has not begun.
+    with pytest.raises(ZeroDivisionError), Background(os.mkdir, 1, "folders") as background:
+        for number in range(1000):
+            background.submit(tmp_path / str(number))
+        operator.floordiv(1, 0)
+    assert len(list(tmp_path.iterdir())) < 1000
+
+
+def test_an_error_in_the_background_is_raised_by_a_later_job(tmp_path: Path):
+    with pytest.raises(FileExistsError), Background(os.mkdir, 1, "folders") as background:
+        background.submit(tmp_path)
+        while True:  # for ever, if it were not raised
+            background.submit(tmp_path / "other" if not (tmp_path / "other").exists() else tmp_path)

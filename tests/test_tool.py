@@ -104,6 +104,28 @@ def test_the_row_of_tools_scores_what_it_wrote(results: Path) -> None:
     assert 0.01 < document["overall"]["J_mean"] < 1
 
 
+def test_the_crf_runs_beside_the_test(
+    results: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crf = pytest.importorskip("utils.crf")
+    pytest.importorskip("pydensecrf.densecrf")
+    left, run = [], crf.run
+    monkeypatch.setattr(crf, "run", lambda *args: left.append(run(*args)))
+    words = ["--checkpoint", weights, "--data_dir", results / "data", "--datasets", "DAVIS-2016"]
+    maps = {}
+    # One after the other, and side by side; the second time everything is made again.
+    for workers, options in (("0", []), ("2", []), ("2", ["--overwrite"])):
+        folder = tmp_path / workers
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+        assert call(*words, "--tools", "test", "crf", "--workers", workers, "--save_dir", folder, *options) == 0
+        files = sorted((folder / "crf").rglob("*.png"))
+        maps[workers] = [path.read_bytes() for path in files]
+        assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+        assert len(files) == 2 * FRAMES
+    assert maps["2"] == maps["0"]
+    assert left == [2 * FRAMES, 0, 0]
+
+
 def test_the_page_needs_no_other_file(results: Path) -> None:
     page = (results / "results" / "report.html").read_text()
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)

@@ -19,9 +19,7 @@ from models import Predictor
 from utils.benchmark_timing import PeakMemory
 from utils.files import write_png
 from utils.flow import dis_flow
-from utils.parallel import start_worker
-
-NICENESS = 10  # of the processes for flow and CRF, which on a CPU share the processors with the network
+from utils.parallel import NICENESS, start_worker
 
 
 def flow_of(paths: Sequence[Path], index: int) -> np.ndarray:

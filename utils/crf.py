@@ -9,7 +9,8 @@ import argparse
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import numpy as np
 from datasets.errors import DataError
 from datasets.images import load_frame, require_size
 from utils.files import write_bytes
-from utils.parallel import parallel_map
+from utils.parallel import Background, default_workers, parallel_map
 
 # `utils.errors` is imported where it is raised: it brings torch, which the processes of `run` can do without.
 
@@ -226,6 +227,36 @@ def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], save_dir: 
     for _ in tqdm(done, total=len(tasks), desc="crf", unit="frame"):
         pass
     return len(tasks)
+
+
+@contextmanager
+def run_beside_test(
+    args: argparse.Namespace, sequences: Sequence[VideoSequence], save_dir: str | Path, world_size: int = 1
+) -> Iterator[Callable[[Path], None] | None]:
+    """``--tools test crf``: refines maps on other processes while the network makes the next ones.
+
+    Gives what is to be called with the place of each map that has been written, ``<dataset>/<video>/<stem>.png``; None
+    where ``--workers`` allows no process beside this one. `run`, afterwards, makes what is still missing.
+
+    Args:
+        world_size: processes of `test`, which share out the workers.
+
+    Raises:
+        As `run`, also from the call that it gives.
+    """
+    workers = default_workers() if args.workers is None else args.workers
+    if workers <= 1:
+        yield None
+        return
+    _import_densecrf()
+    settings, save_dir = settings_from(args), Path(save_dir)
+    frames = {Path(s.dataset, s.name, f"{frame.stem}.png"): frame for s in sequences for frame in s.frames}
+    with Background(_refine_file, max(1, workers // world_size), "crf") as background:
+
+        def written(place: Path) -> None:
+            background.submit(frames[place], save_dir / "probability" / place, save_dir / "crf" / place, settings)
+
+        yield written
 
 
 def _refine_file(frame: Path, source: Path, target: Path, settings: CrfSettings) -> None:

@@ -14,7 +14,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,10 +252,19 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace, videos: Sequence[Video], processes: Processes, weights: Weights) -> int:
+def run(
+    args: argparse.Namespace,
+    videos: Sequence[Video],
+    processes: Processes,
+    weights: Weights,
+    written: Callable[[Path], None] | None = None,
+) -> int:
     """``--tools test``: the maps that are missing, of the videos that are this process's; returns how many.
 
     A video all of whose maps are there, made with the same weights and settings, is kept, unless ``--overwrite``.
+
+    Args:
+        written: called with the place of each map that has been written, ``<dataset>/<video>/<stem>.png``.
 
     Raises:
         UserError: options out of range. DataError: a frame or flow image that is missing or damaged.
@@ -287,6 +296,14 @@ def run(args: argparse.Namespace, videos: Sequence[Video], processes: Processes,
         mirror_flow=mirror_flow,
         scales=args.scales,
     )
+    waiting: deque[tuple[Future, Path]] = deque()
+
+    def finish_next() -> None:
+        writing, place = waiting.popleft()
+        writing.result()
+        if written is not None:
+            written(place)
+
     began = time.monotonic()
     with (
         tqdm(total=total, desc="test", unit="frame", disable=not processes.is_main) as progress,
@@ -294,17 +311,18 @@ def run(args: argparse.Namespace, videos: Sequence[Video], processes: Processes,
     ):
         for video in todo:
             progress.set_postfix_str(video.place.name, refresh=False)
-            waiting: deque[Future] = deque()
             inputs = {"frames": video.frames, "flow": video.flows}
             if args.without:
                 inputs[args.without] = Blank(inputs[args.without], BLANKS[args.without])
             for index, probability in predictor(inputs["frames"], inputs["flow"]):
-                waiting.append(writers.submit(write_maps, video, save_dir, video.stems[index], probability, settings))
+                stem = video.stems[index]
+                writing = writers.submit(write_maps, video, save_dir, stem, probability, settings)
+                waiting.append((writing, video.place / f"{stem}.png"))
                 if len(waiting) > WAITING:
-                    waiting.popleft().result()
+                    finish_next()
                 progress.update()
-            for writing in waiting:
-                writing.result()
+        while waiting:
+            finish_next()
     processes.wait()
     seconds = time.monotonic() - began
     if processes.is_main and (frames or not (save_dir / RECORD).is_file()):
@@ -442,8 +460,17 @@ def run_own_flow(args: argparse.Namespace, own: OwnVideo, device: Any) -> LazyFr
     return video_flows(args, own.frames, own.flow_dir(Path(args.save_dir)), device)
 
 
-def run_own(args: argparse.Namespace, own: OwnVideo, processes: Processes, weights: Weights) -> None:
+def run_own(
+    args: argparse.Namespace,
+    own: OwnVideo,
+    processes: Processes,
+    weights: Weights,
+    written: Callable[[Path], None] | None = None,
+) -> None:
     """``--tools test`` on a user's video: flow, maps, and an overlay video. One process does it all.
+
+    Args:
+        written: as in `run`.
 
     Raises:
         As `run` and `run_own_flow`.
@@ -459,7 +486,7 @@ def run_own(args: argparse.Namespace, own: OwnVideo, processes: Processes, weigh
     save_dir = Path(args.save_dir)
     flows = run_own_flow(args, own, processes.device)
     video = Video(Path(own.name), own.frames.stems, SharedFrames(own.frames), SharedFrames(flows))
-    run(args, [video], processes, weights)
+    run(args, [video], processes, weights, written)
     path = save_dir / "overlay" / f"{own.name}.mp4"
     maps = (load_probability(video.probability(save_dir, stem)) for stem in video.stems)
     counted = tqdm(maps, total=len(video.stems), desc="overlay", unit="frame")

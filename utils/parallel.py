@@ -11,10 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
 from typing import Any
 
 # `utils.errors` is imported where it is raised: it brings torch, which takes a new process longer to import than many a
 # task takes.
+
+NICENESS = 10
+"""By how much processes step back that work beside a network: on a CPU they share the processors with it."""
 
 # Tasks handed out before their results are collected, per process: enough to keep every process busy while the
 # parent reads the next inputs, few enough that a long video is never in memory.
@@ -93,8 +97,57 @@ def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: 
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise UserError(
-            f"one of {workers} worker processes was killed, most often for want of memory: try a smaller --workers"
-        ) from None
+        raise _killed(workers) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Background:
+    """Jobs on other processes while this one computes. At the end of the ``with`` block all of them are done; after an
+    exception those that have not begun are dropped.
+
+    Args:
+        function: at the top level of a module; called with the arguments of each `submit`. Its results are dropped.
+        workers: processes, 1 or more.
+        name: what the progress bar of the jobs that are left at the end says.
+    """
+
+    def __init__(self, function: Callable[..., Any], workers: int, name: str) -> None:
+        self.function, self.workers, self.name = function, workers, name
+        context = multiprocessing.get_context("spawn")  # as in `parallel_map`
+        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(NICENESS,))
+        self._waiting: deque[Future] = deque()
+
+    def submit(self, *task: Any) -> None:
+        """Hand out one job. An exception of an earlier one that is done is raised here, with its type."""
+        try:
+            while self._waiting and self._waiting[0].done():
+                self._waiting.popleft().result()
+            self._waiting.append(self._pool.submit(self.function, *task))
+        except BrokenProcessPool:
+            raise _killed(self.workers) from None
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        from tqdm import tqdm
+
+        try:
+            if error is None:
+                for job in tqdm(self._waiting, desc=f"{self.name} (the rest)", unit="frame"):
+                    job.result()
+        except BrokenProcessPool:
+            raise _killed(self.workers) from None
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _killed(workers: int) -> Exception:
+    from utils.errors import UserError
+
+    return UserError(
+        f"one of {workers} worker processes was killed, most often for want of memory: try a smaller --workers"
+    )
