@@ -22,33 +22,73 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     The copy gives what ``net.eval()`` gives, up to rounding. Its activations work in place and its parameters take no
     gradient, and its state dict has other keys (``conv.bias`` in place of ``norm.*``): not for training or saving.
 
-    An encoder of timm stays as it is. Raises ValueError for any other batch norm that does not follow a convolution
-    inside a `ConvNormAct`.
+    In an encoder of timm, a batch norm that reads no convolution stays as it is. Raises ValueError for any other batch
+    norm that does not follow a convolution inside a `ConvNormAct`.
     """
     folded = copy.deepcopy(net).eval().requires_grad_(False)
+    foreign = {name: module for name, module in folded.named_modules() if isinstance(module, TimmEncoder)}
+    for encoder in foreign.values():
+        _fold_timm(encoder)
     for module in folded.modules():
         if not isinstance(module, ConvNormAct):
             continue
-        conv, norm = module.conv, module.norm
-        if norm is not None:
-            # In double precision, so that only the folded weight is rounded.
-            factor = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-            weight = conv.weight.double() * factor[:, None, None, None]  # (C_out, C_in/groups, k, k)
-            bias = norm.bias.double() - norm.running_mean.double() * factor
-            if conv.bias is not None:
-                bias = bias + conv.bias.double() * factor
-            # Keeps the weight's memory format, channels-last or not.
-            conv.weight.copy_(weight)
-            conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+        if module.norm is not None:
+            _fold_pair(module.conv, module.norm)
             module.norm = None
         if module.act is not None:
             module.act = nn.SiLU(inplace=True)
-    foreign = tuple(f"{name}." for name, module in folded.named_modules() if isinstance(module, TimmEncoder))
     left = [
         name
         for name, module in folded.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith(foreign)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith(tuple(f"{n}." for n in foreign))
     ]
     if left:
         raise ValueError(f"cannot fold batch norms that stand alone: {', '.join(left)}")
     return folded
+
+
+def _fold_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Gives the convolution the batch norm's part."""
+    # In double precision, so that only the folded weight is rounded.
+    factor = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    weight = conv.weight.double() * factor[:, None, None, None]  # (C_out, C_in/groups, k, k)
+    bias = norm.bias.double() - norm.running_mean.double() * factor
+    if conv.bias is not None:
+        bias = bias + conv.bias.double() * factor
+    # Keeps the weight's memory format, channels-last or not.
+    conv.weight.copy_(weight)
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+
+
+def _fold_timm(encoder: TimmEncoder) -> None:
+    """Folds each batch norm that reads the very tensor which a convolution made, and leaves its activation, if any.
+
+    Which those are is seen while the encoder runs on a small picture, since timm's blocks go by many names. Another
+    module that reads the convolution's output would see it changed, so where there is one nothing is folded.
+    """
+    made: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}  # the tensors are kept, so that no other gets their number
+    pairs: dict[nn.Module, nn.Conv2d | None] = {}
+    readers: dict[nn.Conv2d, int] = {}
+
+    def watch(module: nn.Module, inputs: tuple, output: object) -> None:
+        conv, _ = made.get(id(inputs[0]), (None, None)) if inputs else (None, None)
+        if conv is not None:
+            readers[conv] = readers.get(conv, 0) + 1
+        if isinstance(module, nn.BatchNorm2d):
+            pairs[module] = conv if module not in pairs else None
+        elif isinstance(module, nn.Conv2d) and isinstance(output, torch.Tensor):
+            made[id(output)] = module, output
+
+    leaves = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d) or not any(True for _ in m.children())]
+    hooks = [module.register_forward_hook(watch) for module in leaves]
+    weight = next(encoder.parameters())
+    encoder(torch.zeros(1, 3, 64, 64, device=weight.device, dtype=weight.dtype))
+    for hook in hooks:
+        hook.remove()
+    names = {module: name for name, module in encoder.named_modules()}
+    for norm, conv in pairs.items():
+        if conv is None or readers[conv] != 1 or not norm.affine or norm.running_mean is None:
+            continue
+        _fold_pair(conv, norm)
+        parent, _, name = names[norm].rpartition(".")
+        setattr(encoder.get_submodule(parent), name, getattr(norm, "act", nn.Identity()))
