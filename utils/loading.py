@@ -69,8 +69,10 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
 
 def _start_worker(_: int) -> None:
     """A worker leaves signals to the training process and keeps to one thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the last steps still need the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the loader ends its workers
+    # Ctrl-C reaches all processes, and so do the signals of schedulers (SLURM) and of pkill; the last steps still need
+    # the workers. These end when the loader tells them to, or when they see that their parent is gone.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     # For libraries that draw from the global generator; our clips have generators of their own.
     np.random.seed(torch.initial_seed() % 2**32)  # noqa: NPY002
