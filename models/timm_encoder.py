@@ -1,7 +1,8 @@
-"""An encoder of timm in the place of MobileViT: for a teacher to learn from, and for comparisons. Not of the paper.
+"""An encoder of timm in the place of MobileViT. Not of the paper.
 
-Where ImageNet-trained MobileViT weights are not at hand, those of some other network may be: one with that encoder is
-trained first, and a MobileViT stream learns from it (`main.py --teacher`).
+Where ImageNet-trained MobileViT weights are not at hand, those of some other network may be, and such a start is worth
+more than the kind of encoder: the published default weights have an EfficientNet-Lite0 for appearance (MODEL_CARD.md). A network with
+such encoders can also teach one with MobileViT (`main.py --teacher`).
 """
 
 from __future__ import annotations
