@@ -1,8 +1,8 @@
 """An encoder of timm in the place of MobileViT. Not of the paper.
 
 Where ImageNet-trained MobileViT weights are not at hand, those of some other network may be, and such a start is worth
-more than the kind of encoder: the published default weights have an EfficientNet-Lite0 for appearance (MODEL_CARD.md). A network with
-such encoders can also teach one with MobileViT (`main.py --teacher`).
+more than the kind of encoder: the default weights have an EfficientNet-Lite0 for appearance (MODEL_CARD.md). A network
+with such encoders can also teach one with MobileViT (`main.py --teacher`).
 """
 
 from __future__ import annotations
