@@ -162,6 +162,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> int:
             inference.run(args, [inference.video_of(s) for s in sequences], processes, weights, written)
         else:
             inference.run_own(args, own, processes, weights, written)
+    processes.wait()  # or the first would refine what the others' processes are still at
     return 0
 
 
