@@ -37,10 +37,11 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
             module.norm = None
         if module.act is not None:
             module.act = nn.SiLU(inplace=True)
+    inside = tuple(f"{name}." for name in foreign)
     left = [
         name
         for name, module in folded.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith(tuple(f"{n}." for n in foreign))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.startswith(inside)
     ]
     if left:
         raise ValueError(f"cannot fold batch norms that stand alone: {', '.join(left)}")

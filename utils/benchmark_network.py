@@ -77,7 +77,7 @@ def bench_against_encoders(
     """The whole network against timm's two encoders of its size alone, eager, in one run.
 
     Raises:
-        UserError: timm is not installed; the project does not need it otherwise.
+        UserError: timm is not installed.
     """
     if importlib.util.find_spec("timm") is None:
         raise UserError("--bench_parts encoders compares with timm's encoders: pip install timm, or leave it out")

@@ -6,8 +6,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from models import Predictor
 from utils.benchmark_timing import PeakMemory
 from utils.files import write_png
 from utils.flow import dis_flow
-from utils.parallel import NICENESS, start_worker
+from utils.parallel import NICENESS, start_pool
 
 
 def flow_of(paths: Sequence[Path], index: int) -> np.ndarray:
@@ -57,10 +56,6 @@ def refine_and_write(frame: Path | None, probability: np.ndarray, target: Path) 
     write_png(target, np.where(probability * 255 > 127, np.uint8(255), np.uint8(0)))
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(NICENESS,))
-
-
 def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int, crf: bool) -> dict[str, Any]:
     """Seconds of each stage alone on frames in files, of all one after the other, and overlapped.
 
@@ -81,8 +76,8 @@ def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int,
 
     with (
         tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder,
-        _pool(workers) as pool,
-        _pool(workers) as crf_pool,
+        start_pool(workers, NICENESS) as pool,
+        start_pool(workers, NICENESS) as crf_pool,
         ThreadPoolExecutor(2) as threads,
     ):
         target = Path(folder)

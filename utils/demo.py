@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from datasets.synthetic import SceneOptions, write_dataset
 from utils import inference
 from utils.config import CONFIGS
 from utils.errors import UserError
+from utils.parallel import cpu_seconds
 from utils.report import write_report
 
 Command = Callable[[Sequence[str]], int]
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
             "the demo's flow is computed by OpenCV, which is not installed: pip install opencv-python-headless"
         )
     has_crf = importlib.util.find_spec("pydensecrf") is not None
-    began, used = time.monotonic(), _cpu_seconds()
+    began, used = time.monotonic(), sum(cpu_seconds())
     folder = Path(args.demo_dir)
     published = inference.PUBLISHED_WEIGHTS.is_file() and not args.demo_scratch
     data, trained, results = folder / "data", folder / ("finetuned" if published else "trained"), folder / "results"
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
 
     # 3. The page.
     scores = _scores(results)
-    seconds, used = time.monotonic() - began, _cpu_seconds() - used
+    seconds, used = time.monotonic() - began, sum(cpu_seconds()) - used
     start = "the published weights" if published else "random weights"
     introduction = [
         f"{TRAIN_VIDEOS['videos']} synthetic videos were drawn: one object that moves before a camera at rest, in "
@@ -134,12 +134,6 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
         flush=True,
     )
     return {**scores, "seconds": seconds, "cpu_seconds": used, "page": page}
-
-
-def _cpu_seconds() -> float:
-    """Processor time of this process and of those that it started and that have ended."""
-    spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _run(program: str, command: Command, arguments: list[str]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from utils.errors import exit_on_user_error
 from utils.evaluation import Unit, default_protocol, evaluate
 from utils.files import write_png
 from utils.metrics import BOUNDARY_TOLERANCE, boundary_map, jaccard_and_boundary_f
+from utils.parallel import cpu_seconds
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -125,20 +125,14 @@ def time_processes(
                 )
                 for copy in range(copies)
             ]
-            clock, (own, children) = time.perf_counter(), _cpu_seconds()
+            clock, (own, children) = time.perf_counter(), cpu_seconds()
             evaluate(units, workers=workers)
-            own_after, children_after = _cpu_seconds()
+            own_after, children_after = cpu_seconds()
             result[f"wall_s_{workers}"] = time.perf_counter() - clock
             result[f"cpu_s_{workers}"] = own_after - own + (children_after - children) / workers
     result["wall_ratio"] = result["wall_s_1"] / result["wall_s_2"]
     result["cpu_ratio"] = result["cpu_s_1"] / result["cpu_s_2"]
     return result
-
-
-def _cpu_seconds() -> tuple[float, float]:
-    """Processor time of this process and of its ended children; finer than the hundredths of `os.times`."""
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime
 
 
 def main() -> None:

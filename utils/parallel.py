@@ -7,6 +7,7 @@ import importlib.util
 import multiprocessing
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -62,6 +63,22 @@ def start_worker(niceness: int = 0) -> None:
         cv2.setNumThreads(1)
 
 
+def start_pool(workers: int, niceness: int = 0) -> ProcessPoolExecutor:
+    """Processes that `start_worker` prepares."""
+    # "spawn", since forking a process in which torch or OpenCV already runs threads can deadlock.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(niceness,))
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Processor time of this process, and of those that it started and that have ended.
+
+    The second is told in hundredths; so is the first by `os.times`, where a short computation takes none at all.
+    """
+    spent = os.times()
+    return time.process_time(), spent.children_user + spent.children_system
+
+
 def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: int | None = None) -> Iterator[Any]:
     """Yields ``function(*task)`` for every task, in the order of the tasks.
 
@@ -85,9 +102,7 @@ def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: 
             yield function(*task)
         return
 
-    # "spawn", since forking a process in which torch or OpenCV already runs threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    pool = start_pool(workers)
     waiting: deque[Future] = deque()
     try:
         for task in tasks:
@@ -114,8 +129,7 @@ class Background:
 
     def __init__(self, function: Callable[..., Any], workers: int, name: str) -> None:
         self.function, self.workers, self.name = function, workers, name
-        context = multiprocessing.get_context("spawn")  # as in `parallel_map`
-        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(NICENESS,))
+        self._pool = start_pool(workers, NICENESS)
         self._waiting: deque[Future] = deque()
 
     def submit(self, *task: Any) -> None:
