@@ -50,7 +50,7 @@ from utils.distributed import Processes, freeze_batch_norm, set_batch_norm, star
 from utils.ema import WeightAverage
 from utils.errors import UserError, exit_on_user_error
 from utils.files import write_text
-from utils.loading import ClipOrder, build_loader, read_batches
+from utils.loading import ClipOrder, build_loader, read_batches, to_device, to_floats
 from utils.metrics import jaccard
 from utils.runlog import RunLog
 from utils.stopping import StopRequest
@@ -240,6 +240,7 @@ def build_clips(
                 strides=config.strides,
                 flow_drop=config.flow_drop,
                 frame_drop=config.frame_drop,
+                defer=config.augment_on == "device",
             )
         parts.append((part, weight))
     return (parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)), steps
@@ -340,6 +341,7 @@ def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
         total_labelled, stopping = processes.reduce([labelled, float(run.stop.wanted)])
         if stopping:
             return False
+        parts = [to_device(part, processes.device) for part in parts]
         losses, norm, logits = train_step(run, parts, total_labelled)
         meter.add(losses, norm)
         run.log.advance()
@@ -362,7 +364,8 @@ def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
 def train_step(
     run: Run, parts: list[dict[str, Any]], total_labelled: float
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """One optimiser step on the batches ``parts``; returns losses, gradient norm and the last batch's logits.
+    """One optimiser step on the batches ``parts`` (of `to_device`); returns losses, gradient norm and the last batch's
+    logits.
 
     The losses are this process's share: summed over the processes they are the means over all labelled frames.
     """
@@ -375,7 +378,7 @@ def train_step(
     losses: dict[str, Tensor] = {}
     logits = torch.empty(0)
     for number, part in enumerate(parts):
-        batch = to_device(part, processes.device)
+        batch = to_floats(part)
         # Mean over the labelled frames of all parts and processes, however they are spread.
         share = int(part["valid"].sum()) / max(1.0, total_labelled)
         if isinstance(run.model, DistributedDataParallel):
@@ -387,7 +390,14 @@ def train_step(
                 logits, aux, path = run.model(batch["frames"], batch["flows"], return_path=True)
                 with torch.no_grad():
                     *_, lesson = run.teacher(batch["frames"], batch["flows"], return_path=True)
-        part_losses = segmentation_loss(logits, batch["masks"], batch["valid"], aux, aux_weight=config.aux_weight)
+        part_losses = segmentation_loss(
+            logits,
+            batch["masks"],
+            batch["valid"],
+            aux,
+            aux_weight=config.aux_weight,
+            edge_weight=config.edge_weight,
+        )
         if run.teacher is not None:
             part_losses["teacher"] = distillation_loss(path, lesson)
             part_losses["total"] = part_losses["total"] + config.teacher_weight * part_losses["teacher"]
@@ -404,15 +414,6 @@ def train_step(
     if run.average is not None:
         run.average.update(run.net, run.step)
     return losses, norm, logits
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """uint8 travels, floats are made where they are used: frames and flows in [0, 1], masks 0/1, valid bool."""
-    moved = {name: batch[name].to(device, non_blocking=True) for name in ("frames", "flows", "masks", "valid")}
-    for name in ("frames", "flows"):
-        moved[name] = moved[name].float().div_(255)
-    moved["masks"] = moved["masks"].float()
-    return moved
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -8,6 +8,9 @@ Every set here hands out the same kind of item, which the default collate functi
     valid     (T,) bool, whether the frame is annotated
     dataset, sequence    str
 
+`VideoClips` can leave its augmentation to the training device; an item then has one `RawClip` under ``raw`` in place of
+frames, flows and masks, and `utils.loading` makes the batch.
+
 An item depends on (seed, epoch, index) only, never on what was read before or on the worker that makes it: a run that
 is resumed sees the clips that it would have seen.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,14 +29,44 @@ from torch.utils.data import Dataset
 
 from datasets.errors import DataError
 from datasets.images import NO_MOTION, NO_PICTURE, load_flow_image, load_frame, load_mask, require_size
-from datasets.transforms import Augment, augment, resize, unpack
+from datasets.transforms import Augment, Draw, apply, draw, resize, unpack
 from datasets.video_sequence import VideoSequence
 
-Item = dict[str, "torch.Tensor | str"]
+Item = dict[str, "torch.Tensor | str | RawClip"]
+PICTURES = ("frames", "flows", "masks")
 CACHES = ("none", "ram")
 
 # Videos are read at up to this multiple of the size that is trained on: room for crops, at a bounded cost.
 READ_SCALE = 1.2
+
+
+@dataclass(frozen=True)
+class RawClip:
+    """A clip as it was read, with what was drawn for it, not augmented yet.
+
+    planes: (T, 7, h, w) uint8; h and w differ from clip to clip. size: (H, W) it is wanted at. drawn: None for the
+    whole frame, resized. blank: "flows" or "frames" that are to show nothing, or "".
+    """
+
+    planes: torch.Tensor
+    size: tuple[int, int]
+    drawn: Draw | None
+    blank: str = ""
+
+    def pin_memory(self) -> RawClip:
+        """For the loader (PyTorch calls it by this name)."""
+        return replace(self, planes=self.planes.pin_memory())
+
+    def finish(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Frames and flows (T, 3, H, W) and masks (T, 1, H, W), uint8, made on a device and left there."""
+        planes = self.planes.to(device, non_blocking=True)
+        clip = resize(planes, self.size) if self.drawn is None else apply(planes, self.size, self.drawn)
+        frames, flows, masks = unpack(clip)
+        if self.blank == "flows":
+            flows.fill_(NO_MOTION)
+        elif self.blank == "frames":
+            frames.fill_(NO_PICTURE)
+        return frames, flows, masks
 
 
 class ClipDataset(Dataset):
@@ -87,6 +121,7 @@ class VideoClips(ClipDataset):
     samples_per_epoch: length of the set; by default as many clips as hold every annotated frame once.
     strides: time steps between the frames of a clip, drawn with equal probability; a video too short for the one drawn
         takes the largest that fits. Flow stays that of neighbouring frames.
+    defer: leave the augmentation to the training device (``raw`` in the items); on the CPU the clips are the same.
     reverse: probability that a clip runs backwards. 0 by default, because its flow would still point forward.
     flow_drop: probability that a clip's flow pictures are white, "nothing moves".
     frame_drop: probability that a clip's frames are grey and only the flow is left; never together with `flow_drop`.
@@ -111,6 +146,7 @@ class VideoClips(ClipDataset):
         flow_drop: float = 0.0,
         frame_drop: float = 0.0,
         reverse: float = 0.0,
+        defer: bool = False,
         preload_threads: int = 2,
     ) -> None:
         if not sequences:
@@ -142,6 +178,7 @@ class VideoClips(ClipDataset):
         self.flow_drop = flow_drop
         self.frame_drop = frame_drop
         self.reverse = reverse
+        self.defer = defer
         self.annotated = [
             np.array([i for i, stem in enumerate(s.stems) if stem in s.masks], dtype=np.int64) for s in self.sequences
         ]
@@ -162,26 +199,18 @@ class VideoClips(ClipDataset):
         number = self._sequence_number(index)
         sequence = self.sequences[number]
         indices = self._draw_indices(number, rng)
-        clip = self._read(number, indices)
-        if self.augment is None:
-            clip = resize(clip, self.size)
-        else:
-            clip = augment(clip, self.size, self.augment, rng)
-        frames, flows, masks = unpack(clip)
+        planes = self._read(number, indices)
+        drawn = None if self.augment is None else draw(planes[:, 6], self.size, self.augment, rng)
         drop = rng.random()
-        if drop < self.flow_drop:
-            flows.fill_(NO_MOTION)
-        elif drop < self.flow_drop + self.frame_drop:
-            frames.fill_(NO_PICTURE)
+        blank = "flows" if drop < self.flow_drop else "frames" if drop < self.flow_drop + self.frame_drop else ""
+        raw = RawClip(planes, self.size, drawn, blank)
         stems = sequence.stems
-        return {
-            "frames": frames,
-            "flows": flows,
-            "masks": masks,
+        item: Item = {
             "valid": torch.tensor([stems[i] in sequence.masks for i in indices]),
             "dataset": sequence.dataset,
             "sequence": sequence.name,
         }
+        return {**item, "raw": raw} if self.defer else {**item, **dict(zip(PICTURES, raw.finish()))}
 
     def _sequence_number(self, index: int) -> int:
         """Sequences in rounds, each round in an order of its own."""

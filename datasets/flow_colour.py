@@ -119,9 +119,9 @@ def _decode(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.minimum(position, _COLUMNS - 1), spread, largest
 
 
-@functools.lru_cache(maxsize=1)
-def _mirror_table() -> np.ndarray:
-    """Colour of the mirrored motion for every colour at 7 bits a channel, (2**21, 3) uint8; built once, 6 MB."""
+@functools.lru_cache(maxsize=4)
+def _mirror_table(device: torch.device) -> torch.Tensor:
+    """Colour of the mirrored motion for every colour at 7 bits a channel, (2**21,) int32 0xRRGGBB; 8 MB a device."""
     levels = np.arange(128, dtype=np.float32) * 2 + 1  # so that white stays exactly white
     # 128^3 colours, red slowest
     image = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -133,17 +133,18 @@ def _mirror_table() -> np.ndarray:
     lower = np.minimum(mirrored.astype(np.int64), _COLUMNS - 1)
     weight = (mirrored - lower)[:, None]
     colour = (1 - weight) * wheel[lower] + weight * wheel[lower + 1]
-    table = largest[:, None] - spread[:, None] * (1 - colour / 255)
-    return np.ascontiguousarray(np.clip(np.rint(table), 0, 255).astype(np.uint8))
+    table = np.clip(np.rint(largest[:, None] - spread[:, None] * (1 - colour / 255)), 0, 255).astype(np.int32)
+    return torch.from_numpy(table[:, 0] << 16 | table[:, 1] << 8 | table[:, 2]).to(device)
 
 
 def mirror_colours(images: torch.Tensor) -> torch.Tensor:
     """Flow pictures with every motion mirrored left to right (u -> -u), the pixels left where they are.
 
-    images: (T, 3, H, W) uint8 RGB; returns the same. A table of all colours at 7 bits a channel does it, so the result
-    is within about one grey level of colouring the mirrored flow. Flip the pixels as well to mirror a scene.
+    images: (T, 3, H, W) uint8 RGB, on any device; returns the same. A table of all colours at 7 bits a channel does it,
+    so the result is within about one grey level of colouring the mirrored flow. Flip the pixels as well to mirror a
+    scene.
     """
     red, green, blue = ((images[:, c] >> 1).to(torch.int32) for c in range(3))
     index = (red << 14) | (green << 7) | blue
-    mirrored = torch.from_numpy(_mirror_table().take(index.numpy(), axis=0))  # (T, H, W, 3)
-    return mirrored.permute(0, 3, 1, 2).contiguous()
+    mirrored = _mirror_table(images.device).index_select(0, index.flatten()).view_as(index)  # (T, H, W)
+    return torch.stack([mirrored >> 16, mirrored >> 8 & 255, mirrored & 255], dim=1).to(torch.uint8)

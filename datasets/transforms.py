@@ -3,6 +3,9 @@
 A clip travels as one uint8 tensor (T, 7, h, w): RGB frame, flow picture, mask {0, 1}. The geometry (crop, scale,
 aspect, flip, rotation) is then a single affine sampling whose weights are worked out once for all T x 7 planes.
 
+All is drawn first, from the masks' place and a generator of numbers (`draw`), and done after (`apply`), on the device
+that the clip is on. So the loader can draw and the training device do the work.
+
 What happens to the motion that a flow picture shows:
 - scale: nothing to do, since the picture is normalised by the frame's largest speed;
 - flip: u -> -u, exactly, through the colour wheel (`flip_flow="exact"`; "ignore" flips the pixels alone);
@@ -69,18 +72,49 @@ def resize(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return _finish(resized[:, :6], resized[:, 6:])
 
 
+@dataclass(frozen=True)
+class Colours:
+    """Changes of a clip's colours, as factors; 1 changes nothing. `sharpness` None: left as it is."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    sharpness: float | None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn for one clip: `matrix` as `draw_view` gives it, whether the flow's colours are mirrored, and the
+    changes of colour.
+    """
+
+    matrix: np.ndarray
+    mirror: bool
+    colours: Colours
+
+
 def augment(clip: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.random.Generator) -> torch.Tensor:
     """A random view of a clip.
 
     clip: (T, 7, h, w) uint8. Returns (T, 7, H, W) uint8 with (H, W) = size, masks {0, 1}. All randomness is drawn from
     `rng`, in a fixed order.
     """
-    matrix, flipped = draw_view(clip[:, 6], size, options, rng)
-    sampled = sample_view(clip, size, matrix)
-    if flipped and options.flip_flow == "exact":
+    return apply(clip, size, draw(clip[:, 6], size, options, rng))
+
+
+def draw(masks: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.random.Generator) -> Draw:
+    """All that is random about the view of a clip whose masks are (T, h, w), on the CPU."""
+    matrix, flipped = draw_view(masks, size, options, rng)
+    return Draw(matrix, flipped and options.flip_flow == "exact", draw_colours(options, rng))
+
+
+def apply(clip: torch.Tensor, size: tuple[int, int], drawn: Draw) -> torch.Tensor:
+    """The view of a clip (T, 7, h, w) uint8 that was drawn for it, (T, 7, H, W) uint8, on the clip's device."""
+    sampled = sample_view(clip, size, drawn.matrix)
+    if drawn.mirror:
         flows = sampled[:, 3:6].add_(0.5).to(torch.uint8)
         sampled[:, 3:6] = mirror_colours(flows)
-    sampled[:, :3] = jitter_colours(sampled[:, :3], options, rng)
+    sampled[:, :3] = change_colours(sampled[:, :3], drawn.colours)
     return _finish(sampled[:, :6], sampled[:, 6:])
 
 
@@ -143,36 +177,43 @@ def sample_view(clip: torch.Tensor, size: tuple[int, int], matrix: np.ndarray) -
     theta = matrix.copy()
     theta[:, 2] += shift
     theta = theta * np.array([[2 / part_width], [2 / part_height]])
-    grid = F.affine_grid(torch.from_numpy(theta.astype(np.float32))[None], (1, 1, *size), align_corners=False)
+    theta = torch.from_numpy(theta.astype(np.float32)).to(clip.device)
+    grid = F.affine_grid(theta[None], (1, 1, *size), align_corners=False)
     planes_together = part.reshape(1, length * planes, part_height, part_width)  # (T, 7, h, w) -> (1, 7T, h, w)
     sampled = F.grid_sample(planes_together, grid, padding_mode="reflection", align_corners=False)
     return sampled.view(length, planes, *size)
 
 
-def jitter_colours(frames: torch.Tensor, options: Augment, rng: np.random.Generator) -> torch.Tensor:
-    """Brightness, contrast, saturation and sharpness of frames (T, 3, H, W) float in [0, 255], one draw for a clip."""
+def draw_colours(options: Augment, rng: np.random.Generator) -> Colours:
+    """Changes of colour for one clip."""
     brightness, contrast, saturation = (
         rng.uniform(1 - x, 1 + x) for x in (options.brightness, options.contrast, options.saturation)
     )
     sharpen = rng.random() < options.sharpness_probability
     sharpness = rng.uniform(1 - options.sharpness, 1 + options.sharpness)
-    if sharpen:
+    return Colours(brightness, contrast, saturation, sharpness if sharpen else None)
+
+
+def change_colours(frames: torch.Tensor, colours: Colours) -> torch.Tensor:
+    """Brightness, contrast, saturation and sharpness of frames (T, 3, H, W) float in [0, 255], alike for a clip."""
+    brightness, contrast, saturation = colours.brightness, colours.contrast, colours.saturation
+    if colours.sharpness is not None:
         soft = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
-        frames = torch.lerp(soft, frames, sharpness)
+        frames = torch.lerp(soft, frames, colours.sharpness)
     # The first three are linear in the colour of a pixel: x -> M x + o. Contrast turns about the clip's mean grey.
     luma = np.array([0.299, 0.587, 0.114])
     mix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * luma[None, :].repeat(3, axis=0))
-    pivot = float(luma @ frames[:, :, ::4, ::4].mean(dim=(0, 2, 3)).double().numpy())
-    offset = brightness * (1 - contrast) * pivot
+    mean = frames[:, :, ::4, ::4].mean(dim=(0, 2, 3))  # (3,)
+    pivot = (mean * torch.from_numpy(luma.astype(np.float32)).to(frames.device)).sum()
     length, _, height, width = frames.shape
-    matrix = torch.from_numpy(mix.astype(np.float32)).expand(length, 3, 3)
+    matrix = torch.from_numpy(mix.astype(np.float32)).to(frames.device).expand(length, 3, 3)
     flat = torch.bmm(matrix, frames.reshape(length, 3, height * width))  # (T, 3, H * W)
-    return flat.add_(offset).clamp_(0, 255).view(length, 3, height, width)
+    return flat.add_(pivot * (brightness * (1 - contrast))).clamp_(0, 255).view(length, 3, height, width)
 
 
 def _finish(colours: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Float colours (T, 6, H, W) in [0, 255] and masks (T, 1, H, W) in [0, 1] as a uint8 clip."""
-    clip = torch.empty(len(colours), 7, *colours.shape[2:], dtype=torch.uint8)
+    clip = torch.empty(len(colours), 7, *colours.shape[2:], dtype=torch.uint8, device=colours.device)
     clip[:, :6] = colours.add(0.5).clamp_(0, 255)
     clip[:, 6:] = masks >= 0.5
     return clip

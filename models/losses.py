@@ -12,14 +12,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EDGE_WINDOW = 31
+"""Side in pixels of the window over which `edge_weights` averages: that of F3Net (arXiv:1911.11445) at 352x352."""
 
-def _bce_and_iou(logits: Tensor, masks: Tensor, valid: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+
+def edge_weights(masks: Tensor, edge_weight: float) -> Tensor:
+    """Weights of pixels, greatest beside outlines and on thin parts: 1 + `edge_weight` * |local mean - mask|.
+
+    Those of F3Net (arXiv:1911.11445, section 3.4), whose edge_weight is 5. The local mean is over the part of a
+    31x31 window that lies inside the frame.
+
+    Args:
+        masks: (B, T, 1, H, W), 0 or 1, float.
+
+    Returns (B, T, 1, H, W), from 1 to 1 + `edge_weight`.
+    """
+    flat = masks.flatten(0, 1)  # (B, T, 1, H, W) -> (B*T, 1, H, W)
+    mean = F.avg_pool2d(flat, EDGE_WINDOW, stride=1, padding=EDGE_WINDOW // 2, count_include_pad=False)
+    return 1 + edge_weight * (mean.view_as(masks) - masks).abs()
+
+
+def _bce_and_iou(
+    logits: Tensor, masks: Tensor, valid: Tensor, epsilon: float, edge_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Means over the valid frames; logits and masks (B, T, 1, H, W), valid (B, T) float."""
     count = valid.sum().clamp(min=1)
-    bce = F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((2, 3, 4))  # (B, T)
+    bce = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
     probability = logits.sigmoid()
-    intersection = (probability * masks).sum((2, 3, 4))
-    union = (probability + masks - probability * masks).sum((2, 3, 4))
+    overlap, either = probability * masks, probability + masks - probability * masks
+    if edge_weight:
+        weights = edge_weights(masks, edge_weight)
+        bce, overlap, either = (
+            bce * weights / weights.mean((2, 3, 4), keepdim=True),
+            overlap * weights,
+            either * weights,
+        )
+    bce = bce.mean((2, 3, 4))  # (B, T)
+    intersection, union = overlap.sum((2, 3, 4)), either.sum((2, 3, 4))
     iou = 1 - (intersection + epsilon) / (union + epsilon)  # (B, T)
     return (bce * valid).sum() / count, (iou * valid).sum() / count
 
@@ -39,7 +68,8 @@ def _pad_like(masks: Tensor, coarse: Tensor) -> Tensor:
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None, aux: Sequence[Tensor] = (), *,
-                      aux_weight: float = 0.4, epsilon: float = 1.0) -> dict[str, Tensor]:  # fmt: skip
+                      aux_weight: float = 0.4, edge_weight: float = 0.0,
+                      epsilon: float = 1.0) -> dict[str, Tensor]:  # fmt: skip
     """BCE + soft IoU, plus `aux_weight` times the mean of the same on the auxiliary logits.
 
     Args:
@@ -47,6 +77,7 @@ def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
         masks: (B, T, 1, H, W), 0 or 1, any dtype.
         valid: (B, T); frames without a label carry no loss. A batch without any label has loss 0. None: all are valid.
         aux: logits (B, T, 1, h, w) at coarser strides; the masks are averaged down to them.
+        edge_weight: of `edge_weights`, which then weigh both terms on `logits`; 0: every pixel counts alike.
         epsilon: pixels added to intersection and union.
 
     Returns scalars ``total``, ``bce``, ``iou`` and ``aux``.
@@ -55,7 +86,7 @@ def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
         raise ValueError(f"logits and masks must have one shape, got {tuple(logits.shape)} and {tuple(masks.shape)}")
     logits, masks = logits.float(), masks.float()  # half precision would lose the sums
     valid = torch.ones(logits.shape[:2], device=logits.device) if valid is None else valid.to(logits.dtype)
-    bce, iou = _bce_and_iou(logits, masks, valid, epsilon)
+    bce, iou = _bce_and_iou(logits, masks, valid, epsilon, edge_weight)
     auxiliary = logits.new_zeros(())
     for coarse in aux:
         # (B*T, …) -> (B, T, …)

@@ -18,6 +18,7 @@ from datasets.errors import DataError
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.synthetic import SyntheticClips, write_dataset
 from datasets.transforms import Augment
+from utils.loading import ClipOrder, build_loader, to_device, to_floats
 
 SIZE = (48, 64)
 TENSORS = ("frames", "flows", "masks", "valid")
@@ -165,6 +166,42 @@ def test_dropping_flow_or_frames(sequences: list[VideoSequence]) -> None:
     for i in range(20):
         item = both[i]
         assert (item["flows"] == 255).all() != (item["frames"] == 128).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("augment", [None, Augment(sharpness_probability=0.5)])
+def test_clips_finished_on_the_training_device_are_those_of_the_loader(
+    augment: Augment | None, workers: int, sequences: list[VideoSequence], tmp_path: Path
+) -> None:
+    # The counting video has another size than the others, so raw clips of one batch cannot be stacked.
+    videos = [*sequences, counting_video(tmp_path, 9)]
+    batches = []
+    for defer in (False, True):
+        options = {"flow_drop": 0.2, "frame_drop": 0.2, "samples_per_epoch": 16, "seed": 3, "defer": defer}
+        parts = [(VideoClips(videos, 2, SIZE, augment, **options), 3.0), (SyntheticClips(None, 16, 2, SIZE, 0), 1.0)]
+        order = ClipOrder(batch=4, accumulate=1, steps=4, rank=0, world_size=1, seed=0)
+        loader = build_loader(MixedClips(parts, 16, 0), order, workers=workers, pin_memory=False)
+        loaded = list(loader)
+        assert any("items" in batch for batch in loaded) == defer
+        batches.append([to_device(batch, torch.device("cpu")) for batch in loaded])
+    assert len(batches[0]) == 4
+    for by_loader, by_device in zip(*batches):
+        for key in TENSORS:
+            assert torch.equal(by_loader[key], by_device[key]), key
+    floats = to_floats(batches[0][0])
+    assert torch.equal(floats["frames"], batches[0][0]["frames"] / 255) and floats["masks"].max() == 1
+    assert floats["valid"].dtype == torch.bool
+
+
+@pytest.mark.gpu
+def test_clips_finished_on_a_gpu_are_those_of_the_loader(sequences: list[VideoSequence]) -> None:
+    clips = VideoClips(sequences, 3, SIZE, Augment(sharpness_probability=0.5), samples_per_epoch=8, defer=True)
+    for index in range(8):
+        raw = clips[index]["raw"]
+        for plain, made in zip(raw.finish(), raw.pin_memory().finish("cuda")):
+            difference = (plain.int() - made.cpu().int()).abs()
+            # Rounding may tip a value to the next one, and a mask's pixel on its outline to the other side.
+            assert difference.float().mean() < 0.05 and difference.float().quantile(0.99) <= 1
 
 
 def test_without_augmentation_the_whole_frame_is_resized(sequences: list[VideoSequence]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.losses import distillation_loss, segmentation_loss
+from models.losses import distillation_loss, edge_weights, segmentation_loss
 
 
 def plain_frame(logits: Tensor, mask: Tensor, epsilon: float) -> tuple[float, float]:
@@ -64,6 +64,40 @@ def test_masks_of_any_size_meet_the_auxiliary_logits_of_the_padded_input() -> No
         coarse = torch.randn(cells.shape, generator=torch.Generator().manual_seed(stride))
         loss = segmentation_loss(logits, masks, aux=[coarse[None, None, None]])["aux"].item()
         assert loss == pytest.approx(sum(plain_frame(coarse, cells, 1.0)), rel=1e-5)
+
+
+def test_edge_weight_equals_the_plain_loop() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(1, 2, 1, 40, 50, generator=generator)
+    masks = torch.zeros(1, 2, 1, 40, 50)
+    masks[0, 0, 0, 10:25, 5:44] = masks[0, 1, 0, :7] = 1
+    losses = segmentation_loss(logits, masks, edge_weight=5.0, epsilon=1.0)
+    bces, ious = [], []
+    for frame in range(2):
+        bce = total = intersection = union = 0.0
+        mask = masks[0, frame, 0].double()
+        for y in range(40):
+            for x in range(50):
+                local = mask[max(0, y - 15) : y + 16, max(0, x - 15) : x + 16].mean().item()
+                weight = 1 + 5 * abs(local - mask[y, x].item())
+                p, m = torch.sigmoid(logits[0, frame, 0, y, x].double()).item(), mask[y, x].item()
+                bce -= weight * math.log(p if m else 1 - p)
+                total += weight
+                intersection += weight * p * m
+                union += weight * (p + m - p * m)
+        bces.append(bce / total)
+        ious.append(1 - (intersection + 1) / (union + 1))
+    assert losses["bce"].item() == pytest.approx(sum(bces) / 2, rel=1e-5)
+    assert losses["iou"].item() == pytest.approx(sum(ious) / 2, rel=1e-5)
+
+
+def test_edges_and_thin_parts_weigh_most() -> None:
+    masks = torch.zeros(1, 1, 1, 96, 96)
+    masks[..., 40:, 40:] = 1  # a broad part
+    masks[..., 5:8, :60] = 1  # a thin one
+    weights = edge_weights(masks, 5.0)[0, 0, 0]
+    assert weights[6, 20] > weights[41, 70] > weights[80, 80] == 1 == weights[80, 5]
+    assert weights.min() >= 1 and weights.max() <= 6
 
 
 def test_frames_without_a_label_carry_no_loss_and_no_gradient() -> None:

@@ -217,6 +217,29 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--checkpoint" in fails(capsys, "--tools", "export", "--output", out)
 
 
+def test_export_of_a_mean(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nets = [load_dbsnet(weights) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    files = [tmp_path / f"{index}.safetensors" for index in range(3)]
+    for net, file in zip(nets, files):
+        for parameter in net.parameters():
+            parameter.data += torch.randn(parameter.shape, generator=generator)
+        save_weights(file, net, metadata={"size": "32 64", "J": "0.9", "step": "7", "licence": "x"})
+    out = tmp_path / "mean.safetensors"
+    words = ["--tools", "export", "--checkpoint", files[0], "--output", out, "--average"]
+    assert call(*words, *files[1:]) == 0
+    mean = load_dbsnet(out).state_dict()
+    for key, value in mean.items():
+        states = [net.state_dict()[key].numpy() for net in nets]
+        assert np.allclose(value.numpy(), sum(states) / 3, rtol=1e-3, atol=1e-3), key
+    notes, size = inference.read_notes(out)
+    # Figure and step are those of one of them.
+    assert size == (32, 64) and notes == {"size": "32 64", "licence": "x", "average_of": "3"}
+    other = build_dbsnet(**{**nets[0].config, "rounds": nets[0].config["rounds"] + 1})
+    save_weights(tmp_path / "other.safetensors", other, metadata={"size": "32 64"})
+    assert "rounds" in fails(capsys, *words, tmp_path / "other.safetensors")
+
+
 def test_export_of_a_training_checkpoint(tmp_path: Path, repository: Path) -> None:
     import main
 

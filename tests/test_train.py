@@ -116,6 +116,15 @@ def test_the_loader_workers_change_nothing(finished: Path, tmp_path: Path) -> No
     equal(read(tmp_path)["model"], read(finished)["model"])
 
 
+def test_augmentation_on_the_training_device_changes_nothing(videos: Path, tmp_path: Path) -> None:
+    data = ["--datasets", "DAVIS-2016:1", "synthetic:1", "--data_dir", str(videos), "--accumulate", "2"]
+    for place in ("loader", "device"):
+        words = [*TINY, *data, "--augment_on", place, "--panels_every", "3", "--save_dir", str(tmp_path / place)]
+        assert main.main(words) == 0
+        assert list((tmp_path / place / "panels").iterdir())
+    equal(read(tmp_path / "device")["model"], read(tmp_path / "loader")["model"])
+
+
 def test_a_finished_run_is_left_as_it_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "last.pt").read_bytes()
     assert main.main([*TINY, "--save_dir", str(finished)]) == 0

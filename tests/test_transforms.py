@@ -10,7 +10,17 @@ import torch
 from PIL import Image, ImageEnhance
 
 from datasets.flow_colour import flows_to_images
-from datasets.transforms import Augment, augment, draw_view, jitter_colours, pack, resize, sample_view, unpack
+from datasets.transforms import (
+    Augment,
+    augment,
+    change_colours,
+    draw_colours,
+    draw_view,
+    pack,
+    resize,
+    sample_view,
+    unpack,
+)
 
 NO_COLOUR = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "sharpness_probability": 0.0}
 IDENTITY = Augment(scale=(1, 1), aspect=(1, 1), flip=0.0, rotation_probability=0.0, **NO_COLOUR)
@@ -154,7 +164,7 @@ def test_colour_changes_are_those_of_pillow(name: str, enhancer: type) -> None:
     expected = np.asarray(enhancer(Image.fromarray(pixels)).enhance(1.3)).astype(int)
     options = replace(IDENTITY, **{name: 0.3})
     frames = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-    found = jitter_colours(frames, options, FixedDraws())[0].permute(1, 2, 0).round().numpy()
+    found = change_colours(frames, draw_colours(options, FixedDraws()))[0].permute(1, 2, 0).round().numpy()
     assert np.abs(found - expected).max() <= 2
 
 
@@ -164,7 +174,7 @@ def test_sharpness_below_one_smooths_and_above_sharpens() -> None:
     spreads = []
     for seed in range(12):
         rng = np.random.default_rng(seed)
-        spreads.append(float(jitter_colours(frames, options, rng).std() / frames.std()))
+        spreads.append(float(change_colours(frames, draw_colours(options, rng)).std() / frames.std()))
     assert min(spreads) < 0.95 and max(spreads) > 1.05
 
 

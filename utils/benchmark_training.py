@@ -17,7 +17,7 @@ from datasets.synthetic import SyntheticClips
 from models import build_dbsnet
 from models.losses import segmentation_loss
 from utils.benchmark_timing import PeakMemory, synchronise
-from utils.loading import ClipOrder, build_loader
+from utils.loading import ClipOrder, build_loader, to_device, to_floats
 
 
 class Step:
@@ -31,12 +31,11 @@ class Step:
         self.device, self.amp = device, amp
 
     def __call__(self, batch: dict[str, Any]) -> None:
-        moved = {name: batch[name].to(self.device, non_blocking=True) for name in ("frames", "flows", "masks", "valid")}
-        frames, flows = (moved[name].float().div_(255) for name in ("frames", "flows"))
+        clips = to_floats(to_device(batch, self.device))
         half = torch.float16 if self.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype=half, enabled=self.amp != "none"):
-            logits, aux = self.model(frames, flows, return_aux=True)
-        segmentation_loss(logits, moved["masks"].float(), moved["valid"], aux)["total"].backward()
+            logits, aux = self.model(clips["frames"], clips["flows"], return_aux=True)
+        segmentation_loss(logits, clips["masks"], clips["valid"], aux)["total"].backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -85,6 +85,12 @@ class TrainConfig:
 
     # Augmentation, alike for all frames, flows and masks of a clip
     augment: bool = _option(True, "augment clips of videos; without it whole frames are resized")
+    augment_on: str = _option(
+        "loader",
+        "where clips of videos are augmented: by the loader's processes or by the training device; synthetic clips are "
+        "made by the loader",
+        choices=("loader", "device"),
+    )
     scale: tuple[float, float] = _option((0.6, 1.0), "side of the random crop, relative to the frame", low=0.01, high=1)
     aspect: tuple[float, float] = _option((0.85, 1.18), "aspect of the crop, relative to size's", low=0.1, high=10)
     flip: float = _option(0.5, "probability of a horizontal flip", low=0, high=1)
@@ -116,6 +122,7 @@ class TrainConfig:
     warmup_steps: int = _option(100, "steps of linear warm-up", low=0)
     grad_clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     aux_weight: float = _option(0.4, "weight of the auxiliary heads' loss", low=0)
+    edge_weight: float = _option(0.0, "how much more pixels beside outlines weigh in the loss (F3Net: 5)", low=0)
     ema: float = _option(0.999, "decay of the running average of weights; 0: none is kept", low=0, high=0.999999)
     bn: str = _option(
         "sync", "batch norm over all processes, over one, or with fixed statistics", choices=("sync", "local", "frozen")

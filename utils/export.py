@@ -1,7 +1,8 @@
 """`tool.py --tools export`: from a training checkpoint to weights that can be handed out.
 
-The result is one .safetensors in half precision whose metadata say which network it is, the input size that it is for,
-and how it was trained; `models.load_dbsnet` and ``tool.py --checkpoint`` need nothing else.
+The result, of one checkpoint or of the mean of several, is one .safetensors in half precision whose metadata say which
+network it is, the input size that it is for, and how it was trained; `models.load_dbsnet` and ``tool.py --checkpoint``
+need nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``export``; ``--checkpoint`` and ``--size`` are shared ones."""
     group = parser.add_argument_group("export")
     group.add_argument("--output", metavar="FILE", help="the .safetensors to write")
+    group.add_argument(
+        "--average",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="write the mean of --checkpoint's weights and those of these checkpoints of the same network",
+    )
     group.add_argument(
         "--note", nargs="+", default=[], metavar="KEY=VALUE", help="facts for its metadata, for instance licence=…"
     )
@@ -49,7 +57,7 @@ def run(args: argparse.Namespace) -> Path:
         UserError: an option that is missing or wrong, or a checkpoint whose input size is not known.
         CheckpointError: a checkpoint that is unreadable or of another network.
     """
-    from models.weights import save_weights
+    from models.weights import average_into, save_weights
     from utils.inference import load_weights
 
     if not args.checkpoint:
@@ -58,10 +66,19 @@ def run(args: argparse.Namespace) -> Path:
         raise UserError(f"--output {args.output or ''}: expected the name of a .safetensors file to write")
     notes = parse_notes(args.note)
     weights = load_weights(args.checkpoint)
+    kept = dict(weights.notes)
+    if args.average:
+        for key in ("step", "J"):  # of one run, not of the mean
+            kept.pop(key, None)
+        kept["average_of"] = str(1 + len(args.average))
+    try:
+        average_into(weights.net, [load_weights(path).net for path in args.average])
+    except ValueError as error:
+        raise UserError(f"--average: {error}; expected checkpoints of the network of {weights.path}") from None
     size = tuple(args.size) if args.size else weights.size
     if size is None:
         raise UserError(f"{weights.path}: does not say the input size that it is for; give --size H W")
-    metadata = {**weights.notes, **notes, "size": f"{size[0]} {size[1]}"}
+    metadata = {**kept, **notes, "size": f"{size[0]} {size[1]}"}
     output = Path(args.output)
     save_weights(output, weights.net, half=True, metadata=metadata)
     facts = ", ".join(f"{key} {value}" for key, value in metadata.items())

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from datasets.clips import PICTURES, Item
 from datasets.errors import DataError
 
 
@@ -49,10 +50,43 @@ def build_loader(clips: Dataset, order: ClipOrder, *, workers: int, pin_memory: 
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
+        collate_fn=_collate,
         pin_memory=pin_memory,
         # Workers are seeded from this; without it each epoch would draw from the global generator.
         generator=torch.Generator().manual_seed(order.seed),
     )
+
+
+def _collate(items: list[Item]) -> dict[str, Any]:
+    """A batch; clips that the training device is to augment are no tensors of one size yet and stay a list."""
+    if not any("raw" in item for item in items):
+        return default_collate(items)
+    return {"items": items, "valid": torch.stack([item["valid"] for item in items])}
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with frames, flows (B, T, 3, H, W) and masks (B, T, 1, H, W) uint8 on a device; raw clips are augmented
+    there. ``valid`` (B, T) stays where it is, to be counted without waiting for the device.
+    """
+    if "items" not in batch:
+        moved = (batch[name].to(device, non_blocking=True) for name in PICTURES)
+    else:
+        clips = [
+            item["raw"].finish(device)
+            if "raw" in item
+            else tuple(item[name].to(device, non_blocking=True) for name in PICTURES)
+            for item in batch["items"]
+        ]
+        moved = (torch.stack(parts) for parts in zip(*clips))
+    return {**dict(zip(PICTURES, moved)), "valid": batch["valid"]}
+
+
+def to_floats(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the network takes of a batch of `to_device`: frames and flows in [0, 1], masks 0/1, valid bool."""
+    floats = {name: batch[name].float() for name in PICTURES}
+    for name in ("frames", "flows"):
+        floats[name].div_(255)
+    return {**floats, "valid": batch["valid"].to(batch["masks"].device, non_blocking=True)}
 
 
 def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
