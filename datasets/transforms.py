@@ -203,8 +203,8 @@ def change_colours(frames: torch.Tensor, colours: Colours) -> torch.Tensor:
     # The first three are linear in the colour of a pixel: x -> M x + o. Contrast turns about the clip's mean grey.
     luma = np.array([0.299, 0.587, 0.114])
     mix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * luma[None, :].repeat(3, axis=0))
-    mean = frames[:, :, ::4, ::4].mean(dim=(0, 2, 3))  # (3,)
-    pivot = (mean * torch.from_numpy(luma.astype(np.float32)).to(frames.device)).sum()
+    mean = frames[:, :, ::4, ::4].mean(dim=(0, 2, 3)).double()  # (3,)
+    pivot = mean @ torch.from_numpy(luma).to(frames.device)
     length, _, height, width = frames.shape
     matrix = torch.from_numpy(mix.astype(np.float32)).to(frames.device).expand(length, 3, 3)
     flat = torch.bmm(matrix, frames.reshape(length, 3, height * width))  # (T, 3, H * W)
