@@ -1,5 +1,5 @@
 """Give a trained network what it was built without (the other stream, propagation, refinement, graph attention), or
-take from it all but one stream.
+take from it all but one stream, or one of these parts, to see what that is worth.
 
 Not of the paper, as far as the public record goes. Two streams trained together lean on the easier one, motion; each
 trained alone must learn to do without the other (as FusionSeg did, arXiv:1701.05384). And single frames have nothing
@@ -8,11 +8,14 @@ that propagation or refinement could learn from, so that a first stage without t
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from models.co_dga import CoDGA
 from models.convlstm import DenseBiConvLSTM
 from models.dbsnet import STREAMS, DBSNet, build_dbsnet
 from models.refinement import RefinementLayer
@@ -20,6 +23,10 @@ from models.weights import describe_mismatch
 
 PARTS = {"dilations": "propagation", "depth": "refinement", "rounds": "fusion"}
 """Options of `DBSNet` that are empty (0 or no dilations) where a part is absent, and the module each is about."""
+
+
+REMOVABLE = {"propagation": "dilations", "refinement": "depth", "co_dga": "rounds"}
+"""Parts that `silence` takes out, and the option of `DBSNet` that says whether a network has them."""
 
 
 def is_growth(before: Any, after: Any) -> bool:
@@ -45,13 +52,7 @@ def grow(net: DBSNet, **parts: Any) -> DBSNet:
         if not is_growth(net.config[key], value):
             raise ValueError(f"{key}: the network has {net.config[key]} already and cannot be given {value}")
     grown = build_dbsnet(**{**net.config, **parts})
-    for module in grown.modules():
-        if isinstance(module, DenseBiConvLSTM) and "dilations" in parts:
-            _zero(module.proj)
-        elif isinstance(module, RefinementLayer) and "depth" in parts:
-            for last in (module.position, module.out, module.mlp[-1]):
-                _zero(last)
-        # Co-DGA's messages begin with a scale of zero in any case.
+    _zero(_branch_ends(grown, parts))
     state, old = grown.state_dict(), net.state_dict()
     # Strict but for the new parts: each tensor of the old network has its place, and no other place stays unfilled.
     new = {key for key in state if key not in old and key.startswith(tuple(PARTS[part] for part in parts))}
@@ -139,7 +140,41 @@ def keep_stream(net: DBSNet, stream: str) -> DBSNet:
     return one.train(net.training)
 
 
+def silence(net: DBSNet, part: str) -> DBSNet:
+    """A copy of a network in which one part is the identity, as it was before it learned: what does it contribute?
+
+    The rest of the network was trained with it, so this tells what is lost without it rather than what a network
+    trained without it would reach.
+
+    Args:
+        part: ``propagation``, ``refinement`` or ``co_dga`` (its messages; the read-out that fuses the streams stays).
+
+    Raises:
+        ValueError: no such part, or a network that has none of it.
+    """
+    if part not in REMOVABLE:
+        raise ValueError(f"there is no part {part!r} to take out; those are {', '.join(REMOVABLE)}")
+    option = REMOVABLE[part]
+    if not net.config[option]:
+        raise ValueError(f"the network has no {part} to take out ({option} {net.config[option]})")
+    silenced = copy.deepcopy(net)
+    _zero(_branch_ends(silenced, [option]))
+    return silenced
+
+
+def _branch_ends(net: DBSNet, options: Collection[str]) -> Iterator[nn.Parameter]:
+    """The last parameters of the residual branches of the parts that `options` (keys of `PARTS`) are about."""
+    for module in net.modules():
+        if isinstance(module, DenseBiConvLSTM) and "dilations" in options:
+            yield from module.proj.parameters()
+        elif isinstance(module, RefinementLayer) and "depth" in options:
+            for last in (module.position, module.out, module.mlp[-1]):
+                yield from last.parameters()
+        elif isinstance(module, CoDGA) and "rounds" in options:
+            yield module.scale
+
+
 @torch.no_grad()
-def _zero(module: nn.Module) -> None:
-    for parameter in module.parameters():
+def _zero(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
         parameter.zero_()

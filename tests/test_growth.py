@@ -9,7 +9,7 @@ import torch
 
 from models import DBSNet, build_dbsnet
 from models.dbsnet import STREAMS
-from models.growth import add_stream, grow, keep_stream
+from models.growth import REMOVABLE, add_stream, grow, keep_stream, silence
 
 TINY = {"width": 16, "hidden": 4}
 FULL = {"dilations": [1, 2], "depth": 1, "rounds": 2}
@@ -46,6 +46,31 @@ def test_a_grown_network_gives_what_it_gave_and_can_learn(plain: DBSNet, part: s
         optimizer.step()
     stuck = [name for name, p in new.items() if torch.equal(p, before[name])]
     assert not stuck
+
+
+@pytest.mark.parametrize("part", REMOVABLE)
+def test_a_network_with_a_part_silenced_is_one_built_without_it(part: str) -> None:
+    torch.manual_seed(1)
+    net = build_dbsnet("xxs", **TINY, **FULL).eval()
+    for fusion in net.fusion:
+        torch.nn.init.normal_(fusion.scale)  # or Co-DGA's messages would be silent already
+    option = REMOVABLE[part]
+    without = build_dbsnet("xxs", **TINY, **{**FULL, option: [] if option == "dilations" else 0}).eval()
+    own = net.state_dict()
+    without.load_state_dict({key: own[key] for key in without.state_dict()})
+    frames, flows = torch.rand(2, 1, 3, 3, 64, 96).unbind()
+    with torch.no_grad():
+        before, silenced = net(frames, flows), silence(net, part)(frames, flows)
+        torch.testing.assert_close(silenced, without(frames, flows))
+        assert (silenced - before).abs().max() > 1e-3
+        assert torch.equal(net(frames, flows), before)  # a copy was silenced
+    with pytest.raises(ValueError, match=option):
+        silence(without, part)
+
+
+def test_a_part_that_does_not_exist_is_not_silenced(plain: DBSNet) -> None:
+    with pytest.raises(ValueError, match="decoder.*propagation"):
+        silence(plain, "decoder")
 
 
 def test_what_cannot_be_grown_is_refused(plain: DBSNet) -> None:

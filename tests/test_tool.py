@@ -21,6 +21,7 @@ from datasets.synthetic import write_dataset
 from models import build_dbsnet, load_dbsnet
 from models.weights import save_weights
 from utils import inference
+from utils.report import describe_encoders
 
 FRAMES = 5
 
@@ -139,6 +140,18 @@ def test_the_page_needs_no_other_file(results: Path) -> None:
     assert "viewport" in page and "prefers-color-scheme: dark" in page
     if "crf" in document:
         assert f"<b>{100 * document['crf']['overall']['J_mean']:.1f}</b>J after the CRF" in page
+
+
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [
+        ("mobilevit", "MobileViT-XS"),
+        ("tf_efficientnet_lite0", "tf_efficientnet_lite0"),
+        ({"appearance": "resnet18", "motion": "mobilevit"}, "appearance resnet18, motion MobileViT-XS"),
+    ],
+)
+def test_the_page_names_the_encoders(encoder: str | dict[str, str], words: str) -> None:
+    assert describe_encoders({"variant": "xs", "encoder": encoder}) == words
 
 
 def test_the_page_shows_the_training_run(results: Path, data: Path, tmp_path: Path) -> None:

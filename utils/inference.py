@@ -194,6 +194,8 @@ def share(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
 
 # What training shows where it takes one of the two inputs away (`datasets.clips.VideoClips`: flow_drop, frame_drop).
 BLANKS = {"flow": NO_MOTION, "frames": NO_PICTURE}
+# Those of `models.growth.silence`, named here too: the command line is read in processes that do without torch.
+PARTS = ("propagation", "refinement", "co_dga")
 
 
 class Blank(Sequence[np.ndarray]):
@@ -223,7 +225,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="average over these multiples of --size"
     )
     group.add_argument(
-        "--without", choices=tuple(BLANKS), help="blind one stream, to see what the other does alone: flow or frames"
+        "--without",
+        choices=(*BLANKS, *PARTS),
+        help="blind one stream, to see what the other does alone (flow, frames), or take out a part of the network, to "
+        "see what it contributes (propagation, refinement, co_dga)",
     )
 
 
@@ -250,6 +255,20 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         "amp": args.amp,
         "without": args.without,
     }
+
+
+def without_part(weights: Weights, part: str) -> DBSNet:
+    """The network with one of `PARTS` taken out.
+
+    Raises:
+        UserError: it has none.
+    """
+    from models.growth import silence
+
+    try:
+        return silence(weights.net, part)
+    except ValueError as error:
+        raise UserError(f"--without {part}: {weights.path}: {error}") from None
 
 
 def run(
@@ -286,7 +305,7 @@ def run(
         size = "×".join(map(str, settings["size"]))
         print(f"test: {weights.path} at {size}, {frames} frames to do{others}{kept}", flush=True)
     predictor = Predictor(
-        weights.net,
+        without_part(weights, args.without) if args.without in PARTS else weights.net,
         device=processes.device,
         size=tuple(settings["size"]),
         batch_size=args.batch_size,
@@ -312,7 +331,7 @@ def run(
         for video in todo:
             progress.set_postfix_str(video.place.name, refresh=False)
             inputs = {"frames": video.frames, "flow": video.flows}
-            if args.without:
+            if args.without in BLANKS:
                 inputs[args.without] = Blank(inputs[args.without], BLANKS[args.without])
             for index, probability in predictor(inputs["frames"], inputs["flow"]):
                 stem = video.stems[index]

@@ -191,6 +191,15 @@ def _tiles(score: Scores) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
+def describe_encoders(network: dict[str, Any]) -> str:
+    """The backbones of a network's configuration in words: one name, or a name for each stream."""
+    own = f"MobileViT-{network['variant'].upper()}"
+    encoder = network.get("encoder", "mobilevit")
+    if isinstance(encoder, dict):
+        return ", ".join(f"{stream} {own if name == 'mobilevit' else name}" for stream, name in encoder.items())
+    return own if encoder == "mobilevit" else encoder
+
+
 def _facts(record: dict[str, Any], scores: Sequence[Scores]) -> str:
     """What was run, by what, and by which rule it was scored."""
     import torch
@@ -201,7 +210,7 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores]) -> str:
         notes = ", ".join(f"{key} {value}" for key, value in record["notes"].items())
         rows += [
             ("checkpoint", f"{record['checkpoint']} (SHA-256 {record['sha256']}…{'; ' + notes if notes else ''})"),
-            ("network", f"MobileViT-{network['variant'].upper()}, {record['parameters']:,} parameters"),
+            ("network", f"{describe_encoders(network)}, {record['parameters']:,} parameters"),
             (
                 "test",
                 f"{settings['size'][0]}×{settings['size'][1]}, "
