@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets.clips import ClipDataset, MixedClips, VideoClips
-from datasets.images import LazyImages, load_flow_image, load_frame, load_mask
+from datasets.images import LazyImages, load_flow_image, load_frame, load_mask, require_size
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.stills import read_stills
 from datasets.synthetic import SceneOptions, SyntheticClips
@@ -46,7 +46,14 @@ from models.losses import distillation_loss, segmentation_loss
 from models.weights import load_state, save_weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import TrainConfig, nearest, parse_args
-from utils.distributed import Processes, freeze_batch_norm, set_batch_norm, start_processes, stop_processes
+from utils.distributed import (
+    Processes,
+    broadcast_buffers,
+    freeze_batch_norm,
+    set_batch_norm,
+    start_processes,
+    stop_processes,
+)
 from utils.ema import WeightAverage
 from utils.errors import UserError, exit_on_user_error
 from utils.files import write_text
@@ -194,12 +201,30 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
             training[name] = [sequence for sequence in sequences if sequence.name not in held_out]
             if not training[name]:
                 raise UserError(f"datasets: {name} has no training sequence left beside val_sequences")
+    for sequence in validation:
+        check_validation(config, sequence)
     missing = sorted(held_out - known)
     if missing:
         where = ", ".join(sources) or "no video data set (give val_datasets)"
         near = nearest(missing[0], known)
         raise UserError(f"val_sequences: {missing[0]!r} is not in the train split of {where}; {near}")
     return training, validation
+
+
+def check_validation(config: TrainConfig, sequence: VideoSequence) -> None:
+    """Says before training what the first validation would stumble over.
+
+    Raises:
+        DataError: a frame without flow. UserError: no labelled frame that counts.
+    """
+    stems = sequence.stems[: config.val_frames or None]
+    for stem in stems:
+        sequence.flow_path(stem)
+    if not any(stem in sequence.masks for stem in stems[1:-1]):
+        raise UserError(
+            f"val_sequences: {sequence.name} has no labelled frame between its first and its last"
+            + (f" of val_frames {config.val_frames}" if config.val_frames else "")
+        )
 
 
 def build_clips(
@@ -357,6 +382,8 @@ def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
         elif config.save_every and run.step % config.save_every == 0 and not last:
             save(run)
         if config.stop_after and run.step - run.first_step >= config.stop_after and not last:
+            if not config.val_every and run.step % run.steps_per_epoch == 0:
+                run.pending_validation = bool(run.validation)  # what an epoch ends with is the next call's
             return False
     return True
 
@@ -472,11 +499,16 @@ class Meter:
             f"wait {line['data_wait']:.0%} left {left:.0f} min"
         )
         if not math.isfinite(line["loss"]):
-            raise UserError(
-                f"the loss is {line['loss']} at step {run.step}. Try a lower lr, longer warmup_steps, grad_clip or amp "
-                "none; with them the same command goes on from last.pt, which is from before"
-            )
+            raise UserError(diverged(run, f"loss is {line['loss']}"))
         self._reset()
+
+
+def diverged(run: Run, what: str) -> str:
+    """What to tell of a run that has lost its numbers."""
+    return (
+        f"the {what} at step {run.step}. Try a lower lr, longer warmup_steps, grad_clip or amp none; with them the "
+        f"same command goes on from {run.folder / 'last.pt'}, which is from before, or anew where there is none yet"
+    )
 
 
 def picture(batch: dict[str, Any], logits: Tensor) -> np.ndarray:
@@ -484,7 +516,8 @@ def picture(batch: dict[str, Any], logits: Tensor) -> np.ndarray:
     from utils.visualise import clip_panel
 
     probability = logits[0].detach().float().sigmoid().cpu()
-    return clip_panel(batch["frames"][0], batch["flows"][0], batch["masks"][0], probability, batch["valid"][0])
+    frames, flows, masks, valid = (batch[name][0].cpu() for name in ("frames", "flows", "masks", "valid"))
+    return clip_panel(frames, flows, masks, probability, valid)
 
 
 # -------------------------------------------------------------------------------------------------------- validation
@@ -497,6 +530,7 @@ def validate(run: Run) -> dict[str, float] | None:
     """
     config, processes = run.config, run.processes
     net = run.tested_net.eval()
+    broadcast_buffers(net, processes)  # or batch norms without sync would be each process's own, and rank 0's are saved
     amp = None if config.amp == "none" else config.amp
     predictor = Predictor(net, device=processes.device, size=config.val_size or config.size, amp=amp)
     mine: dict[str, float] | None = {}
@@ -510,12 +544,12 @@ def validate(run: Run) -> dict[str, float] | None:
                 mine = None
                 break
             if 0 < index < len(stems) - 1 and stems[index] in sequence.masks:
-                truth = load_mask(sequence.masks[stems[index]], sequence.mask_rule)
+                path = sequence.masks[stems[index]]
+                truth = load_mask(path, sequence.mask_rule)
+                require_size(path, truth.shape, probability.shape, sequence.frames[index])
                 scores.append(jaccard(np.rint(probability * 255) > 127, truth > 0))
         if mine is None:
             break
-        if not scores:
-            raise UserError(f"val_sequences: {sequence.name} has no labelled frame between its first and its last")
         mine[sequence.name] = float(np.mean(scores))
     shares = processes.gather(mine)
     if any(share is None for share in shares):
@@ -553,7 +587,14 @@ def validate_and_save(run: Run) -> bool:
 
 
 def save(run: Run, best: bool = False) -> None:
-    """Writes last.pt; best.pt too if this is the best; and the weights to test with."""
+    """Writes last.pt; best.pt too if this is the best; and the weights to test with.
+
+    Raises:
+        UserError: weights that are no numbers any more, in all processes; what is on disk stays as it is.
+    """
+    # Here and not only where losses are reported: between two lines of the log a run could save what it has lost.
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in run.net.parameters()):
+        raise UserError(diverged(run, "weights are not finite any more"))
     if not run.processes.is_main:
         return
     checkpoint = {
@@ -614,13 +655,19 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
     if config.resume == "auto" and not any(present):
         return None
     checkpoint = load_checkpoint(path)
-    for key in ("finetune", "add_stream"):
+    for key in ("pretrained", "finetune", "add_stream"):
         asked, started_from = getattr(config, key), checkpoint["config"].get(key)
         if asked and Path(asked).resolve() != Path(started_from or "").resolve():
             raise UserError(
                 f"{path} is of a run that started from {started_from or 'no other weights'}, not from {asked} "
                 f"({key}); give another --save_dir, or --resume none to start anew"
             )
+    before = checkpoint["config"].get("keep_stream")
+    if config.keep_stream and config.keep_stream != before:
+        raise UserError(
+            f"{path} is of a run that started with keep_stream {before or 'none'}, not {config.keep_stream}; give "
+            "another --save_dir, or --resume none to start anew"
+        )
     return checkpoint
 
 
@@ -641,11 +688,11 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
         load_state(run.average.net, checkpoint["ema"], path)
     if checkpoint["config"]["optimizer"] != run.config.optimizer:
         raise UserError(f"{path}: the run was made with --optimizer {checkpoint['config']['optimizer']}; keep it")
-    base = [group["base_lr"] for group in run.optimizer.param_groups]
-    decay = [group["weight_decay"] for group in run.optimizer.param_groups]
+    own = ("base_lr", "weight_decay", "momentum")  # those of this call, if they were changed
+    asked = [{key: group[key] for key in own if key in group} for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, lr, weight_decay in zip(run.optimizer.param_groups, base, decay):
-        group["base_lr"], group["weight_decay"] = lr, weight_decay  # those of this call, if they were changed
+    for group, options in zip(run.optimizer.param_groups, asked):
+        group.update(options)
     if checkpoint["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(checkpoint["scaler"])
     run.step, run.best = checkpoint["step"], checkpoint["best"]

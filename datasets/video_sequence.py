@@ -147,7 +147,8 @@ def build_sequence(
         flow_dirs: where its flow may lie; the first that exists is read, and the first of all is where flow is written.
         masks: folder of the masks, or masks by frame stem, or None.
         listed_in: the list file that names this sequence, for the error.
-        keep_every: keep every so-maniest frame, beginning with the first.
+        keep_every: keep every so-maniest frame, beginning with the first; where that would lose all labels, with the
+            first that keeps one.
 
     Returns:
         None where there is no frame at all and `report` returned.
@@ -191,7 +192,11 @@ def build_sequence(
 
     flow_dir = first_folder(flow_dirs)
     flows = by_stem(list_files(flow_dir, FLOW_SUFFIXES), name, report)
-    kept = list(frames)[::keep_every]
+    first = 0
+    if masks and not any(stem in masks for stem in list(frames)[::keep_every]):
+        # Labels that lie between the frames to be kept: begin later, with one of them among those kept.
+        first = next(index for index, stem in enumerate(frames) if stem in masks) % keep_every
+    kept = list(frames)[first::keep_every]
     return VideoSequence(
         name=name,
         dataset=dataset,

@@ -41,7 +41,10 @@ class TimmEncoder(nn.Module):
             near = ", ".join(timm.list_models(f"*{name.split('_')[-1]}*")[:5])
             raise ValueError(f"timm has no network {name!r}" + (f"; it has {near}" if near else ""))
         try:
-            self.net = timm.create_model(name, pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
+            try:
+                self.net = timm.create_model(name, pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
+            except IndexError:  # four stages, the first at stride 4 already (ConvNeXt)
+                self.net = timm.create_model(name, pretrained=False, features_only=True, out_indices=(0, 1, 2, 3))
         except (RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"timm's {name} cannot be an encoder: {error}") from None
         info = self.net.feature_info

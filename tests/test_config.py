@@ -65,6 +65,10 @@ def test_flags_of_every_kind() -> None:
     assert (config.tensorboard, config.compile, config.val_size) == (False, True, None)
     assert config.network == {"width": 32, "streams": ["appearance"]}
     assert config.pretrained == "a b.pt"
+    mapping = "encoder:{appearance: tf_efficientnet_lite0, motion: mobilevit}"
+    assert parse_args(["--network", mapping])[0].network == {
+        "encoder": {"appearance": "tf_efficientnet_lite0", "motion": "mobilevit"}
+    }
     assert parse_args(["--val_sequences", "none"])[0].val_sequences == []
     assert parse_args(["--resume", "none"])[0].resume == "none"
 
@@ -114,6 +118,8 @@ def test_errors_of_the_file(tmp_path: Path, text: str, words: list[str]) -> None
 def test_errors_of_the_flags(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--batch_szie.*--batch_size"):
         parse_args(["--batch_szie", "2"])
+    with pytest.raises(UserError, match=r"--network dilations: '\[1,2' is not YAML"):
+        parse_args(["--network", "dilations:[1,2"])
     with pytest.raises(UserError, match=r"--lr: expected a number, got 'high'"):
         parse_args(["--lr", "high"])
     with pytest.raises(UserError, match=r"nowhere.yaml: no such file.*configs/stage1.yaml"):

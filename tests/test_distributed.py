@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from utils.distributed import Processes, SyncBatchNorm2d, set_batch_norm, start_processes
+from models.timm_encoder import TimmEncoder
+from utils.distributed import Processes, SyncBatchNorm2d, broadcast_buffers, set_batch_norm, start_processes
 from utils.errors import UserError
 from utils.loading import ClipOrder
 
@@ -77,6 +78,57 @@ def test_batch_norm_over_processes_is_batch_norm_of_the_whole_batch(tmp_path: Pa
     for one, other, expected in zip(first[4:], second[4:], norm.state_dict().values()):
         assert torch.equal(one, other)
         assert torch.allclose(one.double(), expected.double(), atol=1e-12)
+
+
+def _timm_norm_in_a_process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    processes = Processes(rank, rank, 2, torch.device("cpu"))
+    torch.manual_seed(0)
+    net = set_batch_norm(TimmEncoder("tf_efficientnet_lite0"), "sync", processes).train()
+    maps = net(torch.load(f"{folder}/x.pt")[2 * rank : 2 * rank + 2])
+    torch.save([[y.detach() for y in maps], net.state_dict()], f"{folder}/result{rank}.pt")
+    if rank:
+        for buffer in net.buffers():
+            buffer.zero_()
+    broadcast_buffers(net, processes)
+    assert min(float(value.abs().max()) for key, value in net.named_buffers() if "running" in key) > 0
+    dist.destroy_process_group()
+
+
+def test_batch_norm_with_an_activation_inside_is_shared_too(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    x = torch.rand(4, 3, 64, 96)
+    torch.save(x, tmp_path / "x.pt")
+    mp.spawn(_timm_norm_in_a_process, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    net = TimmEncoder("tf_efficientnet_lite0").train()
+    maps = net(x)
+    (first, state), (second, _) = (torch.load(tmp_path / f"result{rank}.pt") for rank in range(2))
+    for one, other, expected in zip(first, second, maps):
+        torch.testing.assert_close(torch.cat([one, other]), expected, rtol=1e-3, atol=1e-3)
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norms_synchronised_on_gpus_keep_their_activations() -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = TimmEncoder("tf_efficientnet_lite0").eval()
+    x = torch.rand(1, 3, 64, 96)
+    before = net(x)
+    net = set_batch_norm(net, "sync", Processes(0, 0, 2, torch.device("cuda", 0)))  # converted, not run, on a GPU
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in net.modules()) > 40
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    for one, other in zip(net(x), before):
+        assert torch.equal(one, other)
+
+
+def test_an_unknown_kind_of_batch_norm_is_not_left_out() -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UserError, match="Own; take frozen or local"):
+        set_batch_norm(nn.Sequential(Own(3)), "sync", Processes(0, 0, 2, torch.device("cpu")))
 
 
 def test_processes_share_the_clips_of_each_step() -> None:

@@ -302,8 +302,9 @@ def test_youtube_vos_keeps_every_fifth_frame(tmp_path, folder):
     root = youtube(tmp_path / folder)
     first, second = read_dataset("YouTube-VOS-2018", tmp_path, "train")
     assert (first.name, second.name) == ("003234408d", "0043f083b5")
-    assert first.stems == ("00000", "00025", "00050") and second.stems == ("00000",)
+    assert first.stems == ("00000", "00025", "00050") and second.stems == ("00005",)
     assert first.annotated == ("00025",), "sparse: the masks of this tree are at odd positions"
+    assert second.annotated == ("00005",), "its first frame has no mask, and thinned out from there it would have none"
     assert tuple(first.flows) == first.stems and first.flow_dir == root / "train" / "Flows" / "003234408d"
     assert first.dataset == "YouTube-VOS-2018" and first.mask_rule == "nonzero"
 
@@ -311,6 +312,9 @@ def test_youtube_vos_keeps_every_fifth_frame(tmp_path, folder):
     assert [len(sequence) for sequence in every] == [12, 4]
     assert every[0].annotated == tuple(stems(12, step=5)[1::2])
     assert [len(sequence) for sequence in read_dataset("YouTube-VOS", tmp_path, "train", num_frames=7)] == [2, 1]
+    # Of every second frame the even ones are kept, where no mask is: the odd ones are taken instead.
+    (odd, _) = read_dataset("YouTube-VOS", tmp_path, "train", num_frames=2)
+    assert odd.stems == tuple(stems(12, step=5)[1::2]) == odd.annotated
     with pytest.raises(DataError, match="num_frames is 0"):
         read_dataset("YouTube-VOS", tmp_path, "train", num_frames=0)
 

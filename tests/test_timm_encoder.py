@@ -105,6 +105,14 @@ def test_streams_of_two_kinds_are_joined() -> None:
         build_dbsnet("xxs", encoder={"appearance": NAME})
 
 
+def test_a_network_of_four_stages_is_an_encoder_too() -> None:
+    encoder = TimmEncoder("convnext_atto")
+    maps = encoder(torch.rand(1, 3, 64, 96))
+    assert [tuple(y.shape[1:]) for y in maps] == [
+        (channels, 64 // stride, 96 // stride) for channels, stride in zip(encoder.channels, encoder.reductions)
+    ]
+
+
 def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="timm has no network 'tf_efficientnet_lite9'"):
         build_dbsnet("xxs", encoder="tf_efficientnet_lite9")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main
 from datasets.synthetic import SceneOptions, write_dataset
@@ -333,8 +334,25 @@ def test_a_run_that_cannot_go_on_says_why(finished: Path, tmp_path: Path, capsys
     assert "3 steps per epoch" in fails([*run, "--steps_per_epoch", "4"], capsys)
     assert "--ema" in fails([*run, "--ema", "0"], capsys)
     assert "--optimizer adamw" in fails([*run, "--optimizer", "sgd"], capsys)
+    # Weights that would not be read any more.
+    assert "(pretrained)" in fails([*run, "--pretrained", "mobilevit.pt"], capsys)
+    config = TrainConfig(save_dir=str(finished), keep_stream="motion")
+    with pytest.raises(UserError, match="keep_stream none, not motion"):
+        main.find_checkpoint(config, main.start_processes("cpu"))
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "give another" in fails([*TINY, "--resume", "none", "--save_dir", str(file)], capsys)
     assert "nowhere.pt" in fails([*TINY, "--save_dir", str(tmp_path), "--resume", "nowhere.pt"], capsys)
     assert "widht" in fails([*TINY, "widht:3", "--save_dir", str(tmp_path)], capsys)
+
+
+def test_a_resumed_run_takes_the_momentum_asked_for(tmp_path: Path) -> None:
+    words = [*TINY, "--optimizer", "sgd", "--lr", "1e-4", "--save_dir", str(tmp_path)]
+    assert main.main([*words, "--stop_after", "1"]) == 0
+    assert main.main([*words, "--momentum", "0.1", "--weight_decay", "0.25"]) == 0
+    groups = read(tmp_path)["optimizer"]["param_groups"]
+    assert {group["momentum"] for group in groups} == {0.1}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.25}
 
 
 def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,6 +378,68 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, capsys: pytest.Ca
     message = fails([*arguments, "--lr", "1e30", "--warmup_steps", "0", "--optimizer", "adamw"], capsys)
     assert "at step" in message and "lr" in message
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Nothing is reported before the last step, and there would be a saving after each step and at the epoch's end.
+    arguments = [*TINY, "--save_dir", str(tmp_path), "--schedule", "constant", "--log_every", "100"]
+    assert main.main([*arguments, "--stop_after", "1"]) == 0
+    message = fails([*arguments, "--lr", "1e30", "--warmup_steps", "0", "--save_every", "1"], capsys)
+    assert "not finite" in message and "last.pt" in message
+    for tensor in read(tmp_path)["model"].values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_a_call_that_ends_with_an_epoch_leaves_its_validation_to_the_next(videos: Path, tmp_path: Path) -> None:
+    name = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())[0]
+    data = ["--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name, "--max_steps", "6"]
+    for _ in range(2):
+        assert main.main([*TINY, *data, "--stop_after", "3", "--save_dir", str(tmp_path / "parts")]) == 0
+    assert main.main([*TINY, *data, "--save_dir", str(tmp_path / "whole")]) == 0
+    parts, whole = (
+        [(line["step"], line["J"]) for line in lines(tmp_path / folder, "val")] for folder in ("parts", "whole")
+    )
+    assert parts == whole and [step for step, _ in whole] == [3, 6]
+
+
+def test_what_validation_would_stumble_over_is_said_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_dataset(tmp_path / "data", videos=2, frames=4, size=(48, 80), seed=1, validation=0)
+    name = sorted(path.name for path in (root / "JPEGImages" / "480p").iterdir())[0]
+    words = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(root), "--val_sequences", name]
+    assert "no labelled frame" in fails([*words, "--val_frames", "2", "--save_dir", str(tmp_path / "a")], capsys)
+    assert not (tmp_path / "a").exists()
+    mask = root / "Annotations" / "480p" / name / "00001.png"
+    Image.fromarray(np.zeros((24, 40), np.uint8)).save(mask)
+    assert str(mask) in fails([*words, "--save_dir", str(tmp_path / "b")], capsys)  # when it is read: of another size
+    (root / "Flows" / "480p" / name / "00002.png").unlink()
+    assert name in fails([*words, "--save_dir", str(tmp_path / "c")], capsys)
+    assert not (tmp_path / "c").exists()
+
+
+class Elsewhere:
+    """A tensor of another device, as far as NumPy is concerned: it has to be fetched."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, index: int) -> Elsewhere:
+        return Elsewhere(self.tensor[index])
+
+    def __array__(self, *_: object, **__: object) -> None:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self) -> torch.Tensor:
+        return self.tensor
+
+
+def test_panels_of_a_batch_on_a_gpu() -> None:
+    batch = {name: torch.randint(0, 256, (1, 2, 3, 32, 64), dtype=torch.uint8) for name in ("frames", "flows")}
+    batch.update(masks=torch.ones(1, 2, 1, 32, 64, dtype=torch.uint8), valid=torch.ones(1, 2, dtype=torch.bool))
+    logits = torch.randn(1, 2, 1, 32, 64)
+    expected = main.picture(batch, logits)
+    assert np.array_equal(main.picture({name: Elsewhere(value) for name, value in batch.items()}, logits), expected)
 
 
 def test_max_minutes_stops_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

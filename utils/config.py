@@ -99,8 +99,8 @@ class TrainConfig:
     colour: float = _option(0.3, "largest change of brightness, contrast and saturation, RGB only", low=0, high=1)
     sharpness: float = _option(0.8, "largest change of sharpness, RGB only", low=0, high=1)
     strides: list[int] = _option([1, 2, 3], "steps between the frames of a clip, one drawn for each clip", low=1)
-    flow_drop: float = _option(0.0, "probability that a clip's flow shows no motion", low=0, high=1)
-    frame_drop: float = _option(0.0, "probability that a clip's frames are grey", low=0, high=1)
+    flow_drop: float = _option(0.0, "probability that the flow of a clip of a video shows no motion", low=0, high=1)
+    frame_drop: float = _option(0.0, "probability that the frames of a clip of a video are grey", low=0, high=1)
 
     # Length
     batch_size: int = _option(2, "clips of one process at one time", low=1)
@@ -314,14 +314,16 @@ def _cast(kind: Any, value: Any, where: str) -> Any:
 
 def _pair(word: str, kind: Any, where: str) -> tuple[str, Any]:
     """``NAME`` or ``NAME:VALUE`` of a flag."""
-    name, colon, value = word.rpartition(":")
-    if not colon:
-        if kind is Any:
-            raise UserError(f"{where}: expected key:value, got {word!r}")
-        return word, 1.0
     if kind is Any:
-        return name, yaml.safe_load(value)
-    return name, value
+        name, colon, value = word.partition(":")  # the value may be a mapping itself
+        if not colon:
+            raise UserError(f"{where}: expected key:value, got {word!r}")
+        try:
+            return name, yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{where} {name}: {value!r} is not YAML; lists are [1,2] and mappings {{a: b}}") from None
+    name, colon, value = word.rpartition(":")
+    return (name, value) if colon else (word, 1.0)
 
 
 def _name(kind: Any) -> str:

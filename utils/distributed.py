@@ -165,19 +165,50 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
+class SyncBatchNormAct2d(SyncBatchNorm2d):
+    """The same of timm's ``BatchNormAct2d``: batch norm, dropout and activation in one module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 def set_batch_norm(net: nn.Module, mode: str, processes: Processes) -> nn.Module:
     """Makes the batch norms of ``net`` what ``mode`` says: "sync", "local" or "frozen" (see `freeze_batch_norm`).
 
     Names of parameters and buffers stay, so checkpoints do not depend on the mode. With one process, "sync" is "local".
+
+    Raises:
+        UserError: "sync" for a kind of batch norm that is not known here, rather than without that one.
     """
-    if mode == "sync" and processes.world_size > 1:
-        if processes.device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        for module in net.modules():
-            # The subclass adds no state, so the module itself can take its forward; no copy, no renamed key.
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SyncBatchNorm2d
+    if mode != "sync" or processes.world_size == 1:
+        return net
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    of_timm = [module for module in norms if _is_timms(module)]
+    for module in norms:
+        if type(module) is not nn.BatchNorm2d and not _is_timms(module):
+            raise UserError(f"bn: sync cannot be had of the network's {type(module).__name__}; take frozen or local")
+    if processes.device.type == "cuda":
+        if of_timm:  # PyTorch's conversion would lose the activations that they contain
+            from timm.layers import convert_sync_batchnorm
+
+            return convert_sync_batchnorm(net)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for module in norms:
+        # The subclass adds no state, so the module itself can take its forward; no copy, no renamed key.
+        module.__class__ = SyncBatchNormAct2d if _is_timms(module) else SyncBatchNorm2d
     return net
+
+
+def _is_timms(module: nn.Module) -> bool:
+    """Whether a batch norm is one of timm's, with an activation inside (told by name: timm need not be installed)."""
+    return type(module).__name__ == "BatchNormAct2d" and type(module).__module__.startswith("timm.")
+
+
+def broadcast_buffers(net: nn.Module, processes: Processes) -> None:
+    """Gives every process the buffers of rank 0's ``net`` (running statistics of batch norms)."""
+    if processes.world_size > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def freeze_batch_norm(net: nn.Module) -> None:
