@@ -140,7 +140,7 @@ def run_flow(args: argparse.Namespace, processes: Processes) -> int:
     # One frame in num_frames is a matter of training; stored flow is of neighbours, and of every frame.
     sequences = [s for part in _read(args, num_frames=1).values() for s in part]
     mine = share([len(sequence) for sequence in sequences], processes.rank, processes.world_size)
-    flow.run(args, [sequences[index] for index in mine], processes.device)
+    flow.run(args, [sequences[index] for index in mine], processes.device, processes.world_size)
     processes.wait()
     return 0
 

@@ -88,6 +88,8 @@ class Storage:
         self, length: int, device: torch.device, dtype: torch.dtype, device_memory: int, host_memory: int
     ) -> None:
         self.length, self.dtype = length, dtype
+        if device.type == "cuda":  # the network needs room as well, whatever the card
+            device_memory = min(device_memory, torch.cuda.mem_get_info(device)[0] // 4)
         self.places = [(torch.device("cpu"), host_memory)] if device.type == "cpu" else [
             (device, device_memory), (torch.device("cpu"), host_memory)]  # fmt: skip
         self.used = [0] * len(self.places)

@@ -376,6 +376,15 @@ def test_our_own_results_with_crf(tmp_path):
     assert only["overall"] == document["crf"]["overall"]
 
 
+def test_masks_of_others_inside_the_table_folder_stay_as_they_are(tmp_path):
+    sequence = make_sequence(tmp_path)
+    theirs = write_maps(tmp_path / "out" / "theirs", sequence)
+    before = tree(theirs)
+    score(theirs, [sequence], table_dir=tmp_path / "out")
+    assert tree(theirs) == before
+    assert (tmp_path / "out" / "theirs_scores" / "evaluation.json").is_file()
+
+
 def test_probability_alone_scores_as_its_binary_maps(tmp_path):
     sequence = make_sequence(tmp_path)
     both = write_own(tmp_path / "both", sequence, crf=False)

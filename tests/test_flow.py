@@ -23,14 +23,17 @@ from utils.flow import (
     FlowEstimator,
     FlowFiles,
     FlowSettings,
+    FlowTask,
     compute_flows,
     convert_raft_state,
     dis_flow,
     frame_pairs,
     load_raft,
     padding,
+    pending_frames,
     read_raw_flow,
     torchvision_key,
+    write_flows,
     write_raw_flow,
 )
 
@@ -415,6 +418,28 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path):
     assert contents(sequence.flow_dir) == before
     flow_module.run(dis("--flow_size", "20", "30", "--overwrite"), [sequence])
     assert Image.open(sequence.flow_dir / "00000.png").size == (30, 20)
+
+
+def test_interrupted_overwriting_leaves_no_old_flow_among_the_new(tmp_path: Path):
+    sequence = make_sequence(tmp_path, count=6)
+    files = FlowFiles(raw_format="npz")
+    old, new = FlowSettings(method="dis"), FlowSettings(method="dis", size=(20, 28))
+
+    def write(settings: FlowSettings, most: int, overwrite: bool) -> None:
+        pending = pending_frames(sequence.stems, sequence.flow_dir, settings, files, overwrite)
+        frames = [np.asarray(Image.open(path)) for path in sequence.frames]
+        task = FlowTask(frames, sequence.stems, sequence.flow_dir, pending)
+        for count, _ in enumerate(write_flows([task], settings, files, workers=0), 1):
+            if count == most:
+                break
+
+    write(old, 6, False)
+    write(new, 2, True)
+    assert len(pending_frames(sequence.stems, sequence.flow_dir, new, files)) == 4
+    assert len(list(sequence.flow_dir.glob("*.npz"))) == 2
+    write(new, 6, False)
+    for path in sequence.flow_dir.glob("*.png"):
+        assert Image.open(path).size == (28, 20)
 
 
 def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from models import Predictor, build_dbsnet, load_dbsnet
 from models.growth import REMOVABLE, silence
 from models.weights import save_weights
 from utils import inference
+from utils.video import VideoFrames, write_video
 
 FRAMES, SIZE = 4, (48, 80)
 
@@ -160,6 +162,61 @@ def test_it_goes_on_where_it_stopped(data: Path, weights: Path, tmp_path: Path) 
     call(tmp_path / "other.safetensors", tmp_path / "r", *words, "--sequences", "video-000", "--overwrite")
     assert not times()["video-000"] & third["video-000"]
     assert not list((tmp_path / "r").rglob("*.tmp"))
+
+
+def test_maps_older_than_their_flow_are_made_again(data: Path, weights: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(data, tmp_path / "data")
+    call(weights, tmp_path / "r", "--data_dir", root)
+    before = maps(tmp_path / "r")
+    refined = tmp_path / "r" / "crf" / "DAVIS-2016" / "video-001" / "00001.png"
+    refined.parent.mkdir(parents=True)
+    refined.write_bytes(b"of the map before")
+    for path in sorted((root / "DAVIS" / "Flows").rglob("video-001/*.png")):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "probability").rglob("*.png")}
+    call(weights, tmp_path / "r", "--data_dir", root)
+    assert {path.parent.name for path, when in written.items() if path.stat().st_mtime_ns != when} == {"video-001"}
+    assert any((grey != before[name]).any() for name, grey in maps(tmp_path / "r").items())
+    assert not refined.exists()  # the CRF's of a map that is no more
+
+
+def test_upright_videos_are_not_squeezed_into_a_lying_size(weights: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", "DAVIS", videos=2, frames=2, size=SIZE[::-1], seed=2, validation=2)
+    for words, size in (([], (64, 32)), (["--size", 32, 64], (32, 64))):
+        call(weights, tmp_path / "r", "--data_dir", tmp_path / "d", *words)
+        predictor = Predictor(load_dbsnet(weights), size=size)
+        for sequence in read_dataset("DAVIS-2016", tmp_path / "d"):
+            frames = [load_frame(path) for path in sequence.frames]
+            flows = [load_flow_image(sequence.flow_path(stem)) for stem in sequence.stems]
+            for index, probability in predictor(frames, flows):
+                grey = maps(tmp_path / "r")[f"DAVIS-2016/{sequence.name}/{sequence.stems[index]}.png"]
+                assert grey.shape == SIZE[::-1]
+                assert np.abs(grey - np.floor(probability * 255 + 0.5)).max() <= 1
+
+
+def test_the_record_is_of_the_maps_that_are_there(data: Path, weights: Path, tmp_path: Path) -> None:
+    other = weights_file(tmp_path / "other.safetensors", seed=1)
+
+    def recorded() -> str:
+        return json.loads((tmp_path / "r" / "test.json").read_text())["checkpoint"]
+
+    call(weights, tmp_path / "r", "--data_dir", data, "--sequences", "video-000")
+    call(other, tmp_path / "r", "--data_dir", data, "--sequences", "video-001")
+    assert recorded() == str(other)
+    call(weights, tmp_path / "r", "--data_dir", data, "--sequences", "video-000")  # nothing to do
+    assert recorded() == str(weights)
+
+
+@pytest.mark.parametrize("clip_len", [4, 40])
+def test_clips_of_an_own_video_are_decoded_once(
+    clip_len: int, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [np.full((32, 64, 3), t, np.uint8) for t in range(100)]
+    write_video(tmp_path / "v.mp4", frames)
+    opened = []
+    monkeypatch.setattr(VideoFrames, "_open", lambda self, old=VideoFrames._open: opened.append(1) or old(self))
+    call(weights, tmp_path / "r", "--video", tmp_path / "v.mp4", "--clip_len", clip_len)
+    assert len(opened) <= 4  # to count the frames, for the flow, for the clips, for the overlay
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

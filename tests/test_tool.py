@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -152,6 +153,26 @@ def test_the_page_needs_no_other_file(results: Path) -> None:
 )
 def test_the_page_names_the_encoders(encoder: str | dict[str, str], words: str) -> None:
     assert describe_encoders({"variant": "xs", "encoder": encoder}) == words
+
+
+def test_the_page_is_not_of_other_maps_than_its_figures(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(results / "results", tmp_path / "r")
+    words = ["--tools", "report", "--save_dir", folder, "--data_dir", results / "data", "--datasets", "DAVIS-2016"]
+    assert call(*words) == 0
+    later = (folder / "evaluation.json").stat().st_mtime_ns + 10**9
+    os.utime(folder / "test.json", ns=(later, later))
+    assert "--tools eval again" in fails(capsys, *words)
+
+
+def test_the_page_of_the_crf_alone(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pydensecrf.densecrf")
+    folder = tmp_path / "r"
+    shutil.copytree(results / "results" / "crf", folder / "crf")
+    words = ["--save_dir", folder, "--data_dir", results / "data", "--datasets", "DAVIS-2016", "--metrics", "uvos"]
+    assert call("--tools", "eval", *words) == 0
+    assert "beside crf/" in fails(capsys, "--tools", "report", *words)
 
 
 def test_the_page_shows_the_training_run(results: Path, data: Path, tmp_path: Path) -> None:

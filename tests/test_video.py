@@ -81,6 +81,27 @@ def test_the_number_of_frames_is_what_can_be_decoded_not_what_the_header_says(tm
     assert [number(frame) for frame in frames] == list(range(len(frames)))
 
 
+def test_a_damaged_frame_is_no_end(clip: Path, monkeypatch: pytest.MonkeyPatch):
+    class Damaged:
+        """OpenCV on a file whose frame 2 is damaged: once it fails, and goes on after it."""
+
+        def __init__(self, path: str) -> None:
+            self.inner, self.at = cv2_capture(path), 0
+
+        def grab(self) -> bool:
+            self.at += 1
+            return self.inner.grab() and self.at != 2
+
+        def __getattr__(self, name: str):
+            return getattr(self.inner, name)
+
+    cv2_capture = cv2.VideoCapture
+    assert len(open_video(clip)) > 5
+    monkeypatch.setattr(cv2, "VideoCapture", Damaged)
+    with pytest.raises(UserError, match="frame 2 of .* is damaged(.|\n)*ffmpeg"):
+        open_video(clip)
+
+
 def test_memory_does_not_grow_with_the_length(tmp_path: Path):
     peaks = []
     for count in (20, 120):
@@ -168,6 +189,13 @@ def test_what_is_written_can_be_read(tmp_path: Path, size: tuple[int, int]):
         assert abs(number(frame) - t) <= 1
         assert frame[size[0] // 2, 5, 0] > 200 > frame[size[0] // 2, 5, 2]
     assert [p.name for p in path.parent.iterdir()] == ["made.mp4"]
+
+
+def test_a_rate_that_mpeg4_has_no_ticks_for_is_rounded(tmp_path: Path):
+    frames = [np.full((32, 64, 3), 20 * t, np.uint8) for t in range(5)]
+    for rate, written in ((238.526, 239), (119.88, 119.88), (29.97, 29.97)):
+        assert write_video(tmp_path / "v.mp4", frames, rate) == 5
+        assert open_video(tmp_path / "v.mp4").fps == pytest.approx(written, abs=0.01)
 
 
 def test_an_interrupted_video_leaves_nothing_new_behind(tmp_path: Path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import UserError
+
+# How long a process waits for the others where they agree. One may have hours of flow or of a long video left when the
+# rest is done, which is no fault; one that dies ends the others through the launcher, long before this.
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,15 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
         # several machines the count may differ between them; their line in docs/performance.md has another remedy.
         store, rank, world_size = next(rendezvous("env://"))
         dist.init_process_group(
-            backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=world_size
+            backend,
+            store=dist.PrefixStore(f"attempt-{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=None if where.type == "cuda" else PATIENCE,
         )
     else:
-        dist.init_process_group(backend)
-    control = dist.new_group(backend="gloo") if where.type == "cuda" else dist.group.WORLD
+        dist.init_process_group(backend, timeout=None if where.type == "cuda" else PATIENCE)
+    control = dist.new_group(backend="gloo", timeout=PATIENCE) if where.type == "cuda" else dist.group.WORLD
     return Processes(rank, local_rank, world_size, where, control)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,43 @@ class UserError(ValueError):
     """
 
 
+PLACES = {
+    errno.ENOSPC: "make room there. The features of a long video go to a temporary file (TMPDIR says where; "
+    "--clip_len N needs none)",
+    errno.EACCES: "it cannot be read or written by this user; choose another place, for results --save_dir",
+    errno.EPERM: "it cannot be read or written by this user; choose another place, for results --save_dir",
+    errno.EROFS: "flow is kept beside its data set and results in --save_dir; both have to be places to write to",
+    errno.ENOTDIR: "a file lies where a folder is expected; choose another place, for results --save_dir",
+    errno.EEXIST: "a file lies where a folder is expected; choose another place, for results --save_dir",
+}
+"""Refusals of the system that are the user's to mend, and what to do."""
+
+MEMORY = (
+    "The GPU has not enough memory: give a smaller --batch_size or --size, in flow a smaller --flow_batch (RAFT needs "
+    "memory by the fourth power of a frame's side; --flow_size limits it), or --device cpu"
+)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError`, `DataError` or `CheckpointError` raised inside into `error: …` on stderr and exit code 2."""
+    """Turn a `UserError`, `DataError` or `CheckpointError` raised inside into `error: …` on stderr and exit code 2.
+
+    So it does with what the system refuses for a reason that is the user's to mend (`PLACES`), and with a GPU that has
+    not enough memory.
+    """
     try:
         yield
+    except OSError as error:
+        if error.errno not in PLACES:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; {PLACES[error.errno]}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch itself need not have been imported here
+            raise
+        print(f"error: {str(error).splitlines()[0]} {MEMORY}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     except ValueError as error:
         # Imported only now: `models` imports torch, which worker processes that need this module do without.
         from models.errors import CheckpointError

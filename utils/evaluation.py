@@ -144,7 +144,8 @@ def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[s
             raise UserError(f"{results}: --eval_folder {folder} needs one of {', '.join(KINDS)} in it, there is none")
         root = results / dataset if (results / dataset).is_dir() else results
         return [("", {"uvos": root, "vsod": root})]
-    present = {kind: path for kind, path in own.items() if path.is_dir()}
+    # A folder whose maps were all removed (by `test`, for being of older maps) is as good as none.
+    present = {kind: path for kind, path in own.items() if any(path.rglob("*.png"))}
     if folder != "auto":
         if folder not in present:
             raise UserError(f"{results / folder / dataset}: no such folder; --eval_folder {folder} expects maps there")
@@ -517,6 +518,8 @@ def run(
         of_folder = [score for score in scores if score.unit.results == folder]
         documents[name] = document(name, of_folder)
         target = folder if _is_own(folder) else Path(table_dir) / name.replace("/", "_")
+        if not _is_own(folder) and target.resolve() == folder.resolve():
+            target = target.with_name(f"{target.name}_scores")
         write_json(target / "evaluation.json", documents[name])
         for score in of_folder:
             suffix = f"_{score.unit.label}" if score.unit.label else ""

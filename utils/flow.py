@@ -28,7 +28,7 @@ from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from models.errors import CheckpointError
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
-from utils.parallel import parallel_map
+from utils.parallel import default_workers, parallel_map
 from utils.video import FolderFrames, LazyFrames
 
 if TYPE_CHECKING:
@@ -571,7 +571,9 @@ def write_flows(
                 continue
             if settings.method != "dis":
                 estimator.load()
-            write_json(Path(video.flow_dir) / RECORD, settings.record() | (video.source or {}))
+            _begin(
+                Path(video.flow_dir), [video.stems[t] for t in video.pending], settings.record() | (video.source or {})
+            )
             if settings.method == "dis":
                 pairs = frame_pairs(video.frames, settings.size, video.pending)
             else:
@@ -598,6 +600,22 @@ def _dis_job(
 def _write_job(flow_dir: Path, stem: str, files: FlowFiles, flow: np.ndarray) -> tuple[Path, str]:
     files.write(flow_dir, stem, flow)
     return flow_dir, stem
+
+
+def _begin(flow_dir: Path, stems: Sequence[str], record: dict[str, Any]) -> None:
+    """Says in `RECORD` how the flow of these frames is being made. Flow that was made otherwise (``--overwrite``) goes
+    first: after an interruption it would pass for the new.
+    """
+    path = flow_dir / RECORD
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else record
+    except ValueError:
+        before = None
+    if before != record:
+        for stem in stems:
+            for suffix in (*FLOW_SUFFIXES, *(f".{raw}" for raw in RAW_FORMATS)):
+                (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
+    write_json(path, record)
 
 
 def _check_record(flow_dir: Path, wanted: dict[str, Any]) -> None:
@@ -660,11 +678,19 @@ def settings_from(args: argparse.Namespace) -> FlowSettings:
     )
 
 
-def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], device: str | torch.device = "cpu") -> int:
+def run(
+    args: argparse.Namespace,
+    sequences: Sequence[VideoSequence],
+    device: str | torch.device = "cpu",
+    world_size: int = 1,
+) -> int:
     """``--tools flow``: makes the flow images that are missing, in each sequence's ``flow_dir``; returns how many.
 
     The partner of a frame is its neighbour in the folder, also where the data set is thinned out (``--num_frames``), so
     that stored flow does not depend on that option (our reading).
+
+    Args:
+        world_size: processes of the tool, which share out the workers.
 
     Raises:
         UserError, CheckpointError, DataError: see `pending_frames` and `write_flows`.
@@ -682,6 +708,9 @@ def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], device: st
         videos[sequence.flow_dir] = sequence
     total = sum(len(stems) for stems in pending.values())
     print(f"flow: {total} frames to do, by {settings.method}", flush=True)
+    workers = args.workers
+    if world_size > 1:
+        workers = max(1, (default_workers() if workers is None else workers) // world_size)
 
     def tasks() -> Iterator[FlowTask]:
         for flow_dir, sequence in videos.items():
@@ -693,7 +722,7 @@ def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], device: st
                 yield FlowTask(frames, frames.stems, flow_dir, todo)
 
     with tqdm(total=total, desc=f"flow ({settings.method})", unit="frame") as progress:
-        written = write_flows(tasks(), settings, files, device=device, batch_size=args.flow_batch, workers=args.workers)
+        written = write_flows(tasks(), settings, files, device=device, batch_size=args.flow_batch, workers=workers)
         for flow_dir, _ in written:
             progress.set_postfix_str(flow_dir.name, refresh=False)
             progress.update()

@@ -157,6 +157,7 @@ class Video:
     stems: tuple[str, ...]
     frames: Sequence[np.ndarray]
     flows: Sequence[np.ndarray]
+    sources: tuple[Path, ...] = ()  # files of frames and flow, which maps must not be older than
 
     def probability(self, save_dir: Path, stem: str) -> Path:
         return save_dir / "probability" / self.place / f"{stem}.png"
@@ -177,6 +178,7 @@ def video_of(sequence: VideoSequence) -> Video:
         stems=sequence.stems,
         frames=LazyImages(sequence.frames, load_frame),
         flows=LazyImages(flows, load_flow_image),
+        sources=(*sequence.frames, *flows),
     )
 
 
@@ -257,6 +259,16 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     }
 
 
+def settings_of(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The settings for one video: a size that nobody gave is turned where the video is upright and the size is not, or
+    the other way about, rather than squeezing it into the wrong shape.
+    """
+    (height, width), (h, w) = video.frames[0].shape[:2], settings["size"]
+    if args.size is None and (height - width) * (h - w) < 0:
+        return {**settings, "size": [w, h]}
+    return settings
+
+
 def without_part(weights: Weights, part: str) -> DBSNet:
     """The network with one of `PARTS` taken out.
 
@@ -280,7 +292,9 @@ def run(
 ) -> int:
     """``--tools test``: the maps that are missing, of the videos that are this process's; returns how many.
 
-    A video all of whose maps are there, made with the same weights and settings, is kept, unless ``--overwrite``.
+    A video all of whose maps are there, made with the same weights and settings and not older than its frames and
+    flow, is kept, unless ``--overwrite``. A size that is the checkpoint's rather than ``--size``'s is turned for videos
+    of the other orientation.
 
     Args:
         written: called with the place of each map that has been written, ``<dataset>/<video>/<stem>.png``.
@@ -295,7 +309,8 @@ def run(
     settings = settings_from(args, weights)
     save_dir = Path(args.save_dir)
     mine = [videos[index] for index in share([len(v.stems) for v in videos], processes.rank, processes.world_size)]
-    todo = [video for video in mine if args.overwrite or not is_current(video, save_dir, settings)]
+    own = {video.place: settings_of(video, settings, args) for video in mine}
+    todo = [video for video in mine if args.overwrite or not is_current(video, save_dir, own[video.place])]
     total = sum(len(video.stems) for video in todo)
     shares = processes.gather((total, len(todo)))
     frames, count = (sum(part) for part in zip(*shares))
@@ -330,12 +345,13 @@ def run(
     ):
         for video in todo:
             progress.set_postfix_str(video.place.name, refresh=False)
+            predictor.size = tuple(own[video.place]["size"])
             inputs = {"frames": video.frames, "flow": video.flows}
             if args.without in BLANKS:
                 inputs[args.without] = Blank(inputs[args.without], BLANKS[args.without])
             for index, probability in predictor(inputs["frames"], inputs["flow"]):
                 stem = video.stems[index]
-                writing = writers.submit(write_maps, video, save_dir, stem, probability, settings)
+                writing = writers.submit(write_maps, video, save_dir, stem, probability, own[video.place])
                 waiting.append((writing, video.place / f"{stem}.png"))
                 if len(waiting) > WAITING:
                     finish_next()
@@ -344,7 +360,7 @@ def run(
             finish_next()
     processes.wait()
     seconds = time.monotonic() - began
-    if processes.is_main and (frames or not (save_dir / RECORD).is_file()):
+    if processes.is_main and (frames or not is_recorded(save_dir, weights, settings)):
         write_json(save_dir / RECORD, describe(weights, settings, processes, frames, seconds))
     return total
 
@@ -362,11 +378,14 @@ def mirror_flow(image: np.ndarray) -> np.ndarray:
 def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray, settings: dict[str, Any]) -> None:
     """Writes both maps of one frame. The grey one, which says what it was made with, comes last: it vouches for both.
 
+    What the CRF made of an older map is removed: it would be scored beside the new ones.
+
     Args:
         probability: (H, W) float in [0, 1].
     """
     from PIL import Image, PngImagePlugin
 
+    (save_dir / "crf" / video.place / f"{stem}.png").unlink(missing_ok=True)
     grey = np.rint(np.clip(probability, 0, 1) * 255).astype(np.uint8)
     text = PngImagePlugin.PngInfo()
     text.add_text(FIELD, json.dumps(settings))
@@ -381,8 +400,12 @@ def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray,
 
 
 def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
-    """Whether all maps of a video are there and were made with these settings."""
+    """Whether all maps of a video are there, were made with these settings, and of the frames and flow of now."""
+    newest = max((path.stat().st_mtime_ns for path in video.sources if path.exists()), default=0)
     return all(
+        video.probability(save_dir, stem).is_file() and video.probability(save_dir, stem).stat().st_mtime_ns >= newest
+        for stem in video.stems
+    ) and all(
         video.binary(save_dir, stem).is_file() and made_with(video.probability(save_dir, stem)) == settings
         for stem in video.stems
     )
@@ -397,6 +420,15 @@ def made_with(path: Path) -> dict[str, Any] | None:
             return json.loads(image.info[FIELD])
     except (OSError, SyntaxError, ValueError, KeyError):
         return None
+
+
+def is_recorded(save_dir: Path, weights: Weights, settings: dict[str, Any]) -> bool:
+    """Whether `RECORD` tells of these weights and settings already."""
+    try:
+        record = json.loads((save_dir / RECORD).read_text(encoding="utf-8"))
+        return record["sha256"] == weights.sha256 and record["settings"] == settings
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def describe(
@@ -504,7 +536,18 @@ def run_own(
         return
     save_dir = Path(args.save_dir)
     flows = run_own_flow(args, own, processes.device)
-    video = Video(Path(own.name), own.frames.stems, SharedFrames(own.frames), SharedFrames(flows))
+    if args.clip_len:
+        # Clips overlap by half, and each of several passes has a reader of its own, a clip ahead: whoever goes back
+        # further than what is kept makes the decoder begin anew.
+        several = args.flip or len(args.scales) > 1
+        own.frames.window += args.clip_len * (2 if several else 1)
+    video = Video(
+        place=Path(own.name),
+        stems=own.frames.stems,
+        frames=SharedFrames(own.frames),
+        flows=SharedFrames(flows),
+        sources=(*own.frames.files, *flows.files),
+    )
     run(args, [video], processes, weights, written)
     path = save_dir / "overlay" / f"{own.name}.mp4"
     maps = (load_probability(video.probability(save_dir, stem)) for stem in video.stems)

@@ -48,6 +48,11 @@ def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[Vi
     """
     save_dir = Path(args.save_dir)
     record = _json(save_dir / RECORD) if (save_dir / RECORD).is_file() else {}
+    if record and (save_dir / RECORD).stat().st_mtime_ns > (save_dir / "evaluation.json").stat().st_mtime_ns:
+        raise UserError(
+            f"{save_dir / 'evaluation.json'}: older than the maps that {RECORD} tells of, so its figures may be of "
+            "others; run --tools eval again, with the same --save_dir"
+        )
     log = Path(args.log) if args.log else Path(record.get("checkpoint", save_dir / "none")).parent / "log.jsonl"
     if args.log and not log.is_file():
         raise UserError(f"--log {log}: no such file; expected the log.jsonl of a training run")
@@ -136,8 +141,14 @@ def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Score
         return source[name][dataset] if several else source[name]
 
     sources = {"": document, **({"crf": document["crf"]} if "crf" in document else {})}
+    sources = {label: source for label, source in sources.items() if "overall" in source}  # crf/ may be alone
     sources = {label: source for label, source in sources.items() if not several or dataset in source["overall"]}
     overall = {label: part(source, "overall") for label, source in sources.items()}
+    if "" not in overall:
+        raise UserError(
+            f"{save_dir / 'evaluation.json'}: has figures of {', '.join(overall) or 'no'} maps alone; run --tools eval "
+            "where probability/ is beside crf/"
+        )
     key, frame_key = ("J_mean", "J") if "J_mean" in overall[""] else ("S", "S")
     frames: dict[str, dict[str, dict[str, float]]] = {}
     for label in sources:

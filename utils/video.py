@@ -25,6 +25,8 @@ from utils.errors import UserError
 # Frames kept decoded. Callers go through a video in batches, and flow looks one frame ahead or behind.
 WINDOW = 16
 DEFAULT_FPS = 25.0
+# Frames in a row that may be damaged before what follows them is not looked for.
+DAMAGED_AT_MOST = 250
 
 
 class LazyFrames(Sequence[np.ndarray]):
@@ -134,6 +136,11 @@ class VideoFrames(LazyFrames):
         count = 1
         while capture.grab():
             count += 1
+        if math.isfinite(stated) and stated > count + 1:
+            # The end of the file, or a damaged frame with good ones after it? OpenCV says the same of both.
+            later = any(capture.grab() for _ in range(min(DAMAGED_AT_MOST, int(stated) - count)))
+            if later:
+                raise self._undecodable(f"frame {count} of {stated:.0f} is damaged, and later ones are not")
         capture.release()
         if math.isfinite(stated) and stated > count + 1:
             warnings.warn(
@@ -221,7 +228,8 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
     """Writes frames, (H, W, 3) uint8 RGB of one size, as an MPEG-4 file, and returns their number.
 
     The file appears only when it is complete. An odd height or width gets one more row or column, a copy of the last
-    one, because the codec knows only even sizes and would cut the last one off.
+    one, because the codec knows only even sizes and would cut the last one off. A rate that the codec's clock (65,535
+    ticks a second at most) has no ticks for, such as the mean of a slow-motion video, is rounded to a whole number.
 
     Raises:
         UserError: no frames, a file name that does not end in .mp4, or an OpenCV that cannot write MPEG-4.
@@ -249,8 +257,12 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
             if writer is None:
                 shape = frame.shape
                 height, width = (side + side % 2 for side in shape[:2])
-                writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), float(fps), (width, height))
-                if not writer.isOpened():
+                code = cv2.VideoWriter_fourcc(*"mp4v")
+                for rate in (fps, max(1, round(fps))):
+                    writer = cv2.VideoWriter(str(temporary), code, float(rate), (width, height))
+                    if writer.isOpened():
+                        break
+                else:
                     raise UserError(f"{path}: this OpenCV cannot write MPEG-4 of size {width} x {height}")
             if frame.shape != shape:
                 raise ValueError(f"{path}: frame {count} has shape {frame.shape}, the first one {shape}")

@@ -1,0 +1,50 @@
+"""What ends a command with one line and exit code 2, and what stays an error of the program."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import tool
+from utils.errors import PLACES, exit_on_user_error
+
+
+@pytest.mark.parametrize("number", PLACES)
+def test_refusals_of_the_system_are_a_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        raise OSError(number, "refused", "some/place")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: some/place: refused; {PLACES[number]}\n"
+
+
+def test_a_gpu_without_enough_memory_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GiB.\nMore lines")
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message.startswith("error: CUDA out of memory. Tried to allocate 34 GiB. ") and "--flow_batch" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), RuntimeError("a defect"), ValueError("another")])
+def test_defects_stay_defects(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, exit_on_user_error():
+        raise error
+    assert caught.value is error
+
+
+def test_a_results_folder_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "frames").mkdir()
+
+    Image.new("RGB", (64, 32)).save(tmp_path / "frames" / "0.png")
+    words = ["--tools", "flow", "--frames", str(tmp_path / "frames"), "--save_dir", str(tmp_path / "file")]
+    with pytest.raises(SystemExit) as caught:
+        tool.main(words)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "error: " in message and "--save_dir" in message and "Traceback" not in message
