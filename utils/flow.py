@@ -608,9 +608,9 @@ def _begin(flow_dir: Path, stems: Sequence[str], record: dict[str, Any]) -> None
     """
     path = flow_dir / RECORD
     try:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else record
-    except ValueError:
-        before = None
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None  # flow of unknown making
     if before != record:
         for stem in stems:
             for suffix in (*FLOW_SUFFIXES, *(f".{raw}" for raw in RAW_FORMATS)):
