@@ -92,6 +92,7 @@ def _timm_norm_in_a_process(rank: int, folder: str) -> None:
             buffer.zero_()
     broadcast_buffers(net, processes)
     assert min(float(value.abs().max()) for key, value in net.named_buffers() if "running" in key) > 0
+    dist.barrier()  # who leaves while the other still sends makes gloo abort
     dist.destroy_process_group()
 
 
