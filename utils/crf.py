@@ -20,7 +20,7 @@ import numpy as np
 from datasets.errors import DataError
 from datasets.images import load_frame, require_size
 from utils.files import write_bytes
-from utils.parallel import Background, default_workers, parallel_map
+from utils.parallel import Background, default_workers, parallel_map, share_of_workers
 
 # `utils.errors` is imported where it is raised: it brings torch, which the processes of `run` can do without.
 
@@ -251,7 +251,7 @@ def run_beside_test(
     _import_densecrf()
     settings, save_dir = settings_from(args), Path(save_dir)
     frames = {Path(s.dataset, s.name, f"{frame.stem}.png"): frame for s in sequences for frame in s.frames}
-    with Background(_refine_file, max(1, workers // world_size), "crf") as background:
+    with Background(_refine_file, share_of_workers(workers, world_size), "crf") as background:
 
         def written(place: Path) -> None:
             background.submit(frames[place], save_dir / "probability" / place, save_dir / "crf" / place, settings)

@@ -20,11 +20,11 @@ class UserError(ValueError):
 PLACES = {
     errno.ENOSPC: "make room there. The features of a long video go to a temporary file (TMPDIR says where; "
     "--clip_len N needs none)",
-    errno.EACCES: "it cannot be read or written by this user; choose another place, for results --save_dir",
-    errno.EPERM: "it cannot be read or written by this user; choose another place, for results --save_dir",
+    errno.EACCES: "it cannot be read or written by this user; give another place, for results --save_dir",
+    errno.EPERM: "it cannot be read or written by this user; give another place, for results --save_dir",
     errno.EROFS: "flow is kept beside its data set and results in --save_dir; both have to be places to write to",
-    errno.ENOTDIR: "a file lies where a folder is expected; choose another place, for results --save_dir",
-    errno.EEXIST: "a file lies where a folder is expected; choose another place, for results --save_dir",
+    errno.ENOTDIR: "a file lies where a folder is expected; give another place, for results --save_dir",
+    errno.EEXIST: "a file lies where a folder is expected; give another place, for results --save_dir",
 }
 """Refusals of the system that are the user's to mend, and what to do."""
 

@@ -28,7 +28,7 @@ from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from models.errors import CheckpointError
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
-from utils.parallel import default_workers, parallel_map
+from utils.parallel import parallel_map, share_of_workers
 from utils.video import FolderFrames, LazyFrames
 
 if TYPE_CHECKING:
@@ -708,9 +708,7 @@ def run(
         videos[sequence.flow_dir] = sequence
     total = sum(len(stems) for stems in pending.values())
     print(f"flow: {total} frames to do, by {settings.method}", flush=True)
-    workers = args.workers
-    if world_size > 1:
-        workers = max(1, (default_workers() if workers is None else workers) // world_size)
+    workers = args.workers if world_size == 1 else share_of_workers(args.workers, world_size)
 
     def tasks() -> Iterator[FlowTask]:
         for flow_dir, sequence in videos.items():

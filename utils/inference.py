@@ -402,13 +402,17 @@ def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray,
 def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
     """Whether all maps of a video are there, were made with these settings, and of the frames and flow of now."""
     newest = max((path.stat().st_mtime_ns for path in video.sources if path.exists()), default=0)
-    return all(
-        video.probability(save_dir, stem).is_file() and video.probability(save_dir, stem).stat().st_mtime_ns >= newest
-        for stem in video.stems
-    ) and all(
-        video.binary(save_dir, stem).is_file() and made_with(video.probability(save_dir, stem)) == settings
-        for stem in video.stems
-    )
+
+    def current(stem: str) -> bool:
+        path = video.probability(save_dir, stem)
+        return (
+            video.binary(save_dir, stem).is_file()
+            and path.is_file()
+            and path.stat().st_mtime_ns >= newest
+            and made_with(path) == settings
+        )
+
+    return all(current(stem) for stem in video.stems)
 
 
 def made_with(path: Path) -> dict[str, Any] | None:

@@ -68,17 +68,18 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with frames, flows (B, T, 3, H, W) and masks (B, T, 1, H, W) uint8 on a device; raw clips are augmented
     there. ``valid`` (B, T) stays where it is, to be counted without waiting for the device.
     """
-    if "items" not in batch:
-        moved = (batch[name].to(device, non_blocking=True) for name in PICTURES)
+    if "items" in batch:
+        moved = (torch.stack(parts) for parts in zip(*(_pictures(item, device) for item in batch["items"])))
     else:
-        clips = [
-            item["raw"].finish(device)
-            if "raw" in item
-            else tuple(item[name].to(device, non_blocking=True) for name in PICTURES)
-            for item in batch["items"]
-        ]
-        moved = (torch.stack(parts) for parts in zip(*clips))
+        moved = _pictures(batch, device)
     return {**dict(zip(PICTURES, moved)), "valid": batch["valid"]}
+
+
+def _pictures(part: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Frames, flows and masks of a batch or of one item, on a device."""
+    if "raw" in part:
+        return part["raw"].finish(device)
+    return tuple(part[name].to(device, non_blocking=True) for name in PICTURES)
 
 
 def to_floats(batch: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -33,6 +33,11 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
+def share_of_workers(workers: int | None, world_size: int) -> int:
+    """Of ``--workers`` (None: one per processor) those of one of several processes on a machine; one at least."""
+    return max(1, (default_workers() if workers is None else workers) // world_size)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--workers`` and ``--overwrite``, which `utils.flow.run` and `utils.crf.run` share."""
     parser.add_argument(

@@ -25,7 +25,7 @@ class RunLog:
         total: last step.
 
     Raises:
-        UserError: ``tensorboard`` wanted but not installed, or a folder that cannot be made.
+        UserError: ``tensorboard`` wanted but not installed. OSError: a folder that cannot be made.
     """
 
     def __init__(self, folder: Path, *, step: int, total: int, tensorboard: bool, active: bool = True) -> None:
@@ -35,10 +35,7 @@ class RunLog:
         self._bar: Any = None
         if not active:
             return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"save_dir: {folder} cannot be made a folder ({error.strerror}); give another") from None
+        folder.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():
             lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
             write_text(self.path, "".join(line + "\n" for line in lines))
