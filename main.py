@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from datasets.clips import ClipDataset, MixedClips, VideoClips
+from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
 from datasets.images import LazyImages, load_flow_image, load_frame, load_mask, require_size
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.stills import read_stills
@@ -268,7 +268,8 @@ def build_clips(
                 defer=config.augment_on == "device",
             )
         parts.append((part, weight))
-    return (parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)), steps
+    clips = parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)
+    return (FaultyClips(clips, config.frame_faults) if config.frame_faults else clips), steps
 
 
 def build_scene(config: TrainConfig) -> SceneOptions:

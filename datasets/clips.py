@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from datasets.errors import DataError
+from datasets.faults import Fault, apply_faults, draw_faults
 from datasets.images import NO_MOTION, NO_PICTURE, load_flow_image, load_frame, load_mask, require_size
 from datasets.transforms import Augment, Draw, apply, draw, resize, unpack
 from datasets.video_sequence import VideoSequence
@@ -45,13 +46,14 @@ class RawClip:
     """A clip as it was read, with what was drawn for it, not augmented yet.
 
     planes: (T, 7, h, w) uint8; h and w differ from clip to clip. size: (H, W) it is wanted at. drawn: None for the
-    whole frame, resized. blank: "flows" or "frames" that are to show nothing, or "".
+    whole frame, resized. blank: "flows" or "frames" that are to show nothing, or "". faults: of single frames.
     """
 
     planes: torch.Tensor
     size: tuple[int, int]
     drawn: Draw | None
     blank: str = ""
+    faults: tuple[Fault, ...] = ()
 
     def pin_memory(self) -> RawClip:
         """For the loader (PyTorch calls it by this name)."""
@@ -66,6 +68,7 @@ class RawClip:
             flows.fill_(NO_MOTION)
         elif self.blank == "frames":
             frames.fill_(NO_PICTURE)
+        apply_faults(frames, flows, self.faults)
         return frames, flows, masks
 
 
@@ -362,3 +365,34 @@ class MixedClips(ClipDataset):
                 number[part == p] = np.arange(np.count_nonzero(part == p))
             self._plan = (self.epoch, part, number)
         return self._plan[1], self._plan[2]
+
+
+class FaultyClips(ClipDataset):
+    """The clips of another set, with faults in some of their frames.
+
+    part: any set of clips, also one that leaves the augmentation to the training device.
+    probability: that a frame has a fault. Clips of one frame have none: there is no neighbour to go by.
+
+    The items are those of `part` but for the faults, which depend on seed, epoch and index alone.
+    """
+
+    def __init__(self, part: ClipDataset, probability: float) -> None:
+        if not 0 <= probability <= 1:
+            raise ValueError(f"the probability of a fault should be from 0 to 1, got {probability}")
+        super().__init__(len(part), part.seed)
+        self.part = part
+        self.probability = probability
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.part.set_epoch(epoch)
+
+    def clip(self, index: int) -> Item:
+        item = self.part.clip(index)
+        # A key of three numbers beside seed and epoch, which no set below draws from.
+        faults = draw_faults(len(item["valid"]), self.probability, self.rng(index, 2, 2))
+        if "raw" in item:
+            item["raw"] = replace(item["raw"], faults=faults)
+        else:
+            apply_faults(item["frames"], item["flows"], faults)
+        return item

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datasets.clips import MixedClips, VideoClips
+from datasets.clips import FaultyClips, MixedClips, VideoClips
 from datasets.errors import DataError
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.synthetic import SyntheticClips, write_dataset
@@ -168,6 +168,47 @@ def test_dropping_flow_or_frames(sequences: list[VideoSequence]) -> None:
         assert (item["flows"] == 255).all() != (item["frames"] == 128).all()
 
 
+def test_faults_are_of_single_frames(sequences: list[VideoSequence]) -> None:
+    plain = VideoClips(sequences, 4, SIZE, Augment(), samples_per_epoch=40, seed=5)
+    faulty = FaultyClips(plain, 0.4)
+    seen, count = Counter(), 0
+    for index in range(40):
+        before, after = plain[index], faulty[index]
+        assert same(after, faulty[index])
+        assert torch.equal(before["masks"], after["masks"]) and torch.equal(before["valid"], after["valid"])
+        sound = 0
+        for t in range(4):
+            frame, flow = (after[key][t] for key in ("frames", "flows"))
+            picture_differs = (frame != before["frames"][t]).any(0)
+            flow_differs = (flow != before["flows"][t]).any(0)
+            if not picture_differs.any() and not flow_differs.any():
+                sound += 1
+            elif not picture_differs.any():
+                seen["still"] += 1
+                assert (flow == 255).all()
+            elif not flow_differs.any() and not (frame[:, picture_differs] == 128).all():
+                seen["blurred"] += 1
+                detail = [(x[:, :, 1:].int() - x[:, :, :-1].int()).abs().sum() for x in (frame, before["frames"][t])]
+                assert detail[0] < detail[1]
+            else:  # what differs lies in one rectangle, which shows nothing
+                seen["hidden"] += 1
+                rows, columns = torch.nonzero(picture_differs | flow_differs, as_tuple=True)
+                box = (..., slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
+                assert (frame[box] == 128).all() and (flow[box] == 255).all()
+        assert sound >= 1
+        count += 4 - sound
+    assert 0.25 < count / 160 < 0.5 and set(seen) == {"still", "blurred", "hidden"} and min(seen.values()) >= 8
+    # Another epoch has others; a single frame has no neighbour and no faults; none are asked for.
+    first = faulty[0]["frames"]
+    faulty.set_epoch(1)
+    assert not torch.equal(faulty[0]["frames"], first) and plain.epoch == 1
+    single = VideoClips(sequences, 1, SIZE, Augment())
+    assert same(FaultyClips(single, 1.0)[0], single[0])
+    assert same(FaultyClips(plain, 0.0)[3], plain[3])
+    with pytest.raises(ValueError, match="probability"):
+        FaultyClips(plain, 1.5)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("augment", [None, Augment(sharpness_probability=0.5)])
 def test_clips_finished_on_the_training_device_are_those_of_the_loader(
@@ -180,7 +221,7 @@ def test_clips_finished_on_the_training_device_are_those_of_the_loader(
         options = {"flow_drop": 0.2, "frame_drop": 0.2, "samples_per_epoch": 16, "seed": 3, "defer": defer}
         parts = [(VideoClips(videos, 2, SIZE, augment, **options), 3.0), (SyntheticClips(None, 16, 2, SIZE, 0), 1.0)]
         order = ClipOrder(batch=4, accumulate=1, steps=4, rank=0, world_size=1, seed=0)
-        loader = build_loader(MixedClips(parts, 16, 0), order, workers=workers, pin_memory=False)
+        loader = build_loader(FaultyClips(MixedClips(parts, 16, 0), 0.3), order, workers=workers, pin_memory=False)
         loaded = list(loader)
         assert any("items" in batch for batch in loaded) == defer
         batches.append([to_device(batch, torch.device("cpu")) for batch in loaded])

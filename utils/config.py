@@ -101,6 +101,13 @@ class TrainConfig:
     strides: list[int] = _option([1, 2, 3], "steps between the frames of a clip, one drawn for each clip", low=1)
     flow_drop: float = _option(0.0, "probability that the flow of a clip of a video shows no motion", low=0, high=1)
     frame_drop: float = _option(0.0, "probability that the frames of a clip of a video are grey", low=0, high=1)
+    frame_faults: float = _option(
+        0.0,
+        "probability that a single frame of a clip (of a video, or synthetic) has no motion, a blurred picture or a "
+        "hidden part, which its neighbours have to make good",
+        low=0,
+        high=1,
+    )
 
     # Length
     batch_size: int = _option(2, "clips of one process at one time", low=1)
