@@ -6,6 +6,7 @@ import argparse
 import csv
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -407,13 +408,13 @@ def test_several_data_sets_are_keyed_by_name(tmp_path):
 
 
 def test_comparison_of_several_folders(tmp_path):
-    sequence = make_sequence(tmp_path)
+    sequence = make_sequence(tmp_path, "cat")  # not one of DAVIS-2016 val
     for t, stem in enumerate(sequence.stems):
-        save(tmp_path / "best_of_all" / "dog" / f"{stem}.png", blob(t) * np.uint8(255))
+        save(tmp_path / "best_of_all" / "cat" / f"{stem}.png", blob(t) * np.uint8(255))
     write_maps(tmp_path / "a" / "maps", sequence)
     worse = tmp_path / "b" / "maps"
     for t, stem in enumerate(sequence.stems):
-        save(worse / "dog" / f"{stem}.png", blob(t, shift=8) * np.uint8(255))
+        save(worse / "cat" / f"{stem}.png", blob(t, shift=8) * np.uint8(255))
     folders = [worse, tmp_path / "a" / "maps", tmp_path / "best_of_all"]
     before = [tree(folder) for folder in folders]
     args = arguments("--results", *folders, "--table_dir", tmp_path / "out", "--published")
@@ -443,6 +444,32 @@ def test_published_rows_come_unasked_only_where_they_compare(tmp_path):
         text = (tmp_path / "out" / "comparison.md").read_text()
         assert ("MATNet (published)" in text) is expected
         assert ("left out" in text.replace("none left out", "")) is not expected
+
+
+def test_published_rows_of_the_same_sequences(tmp_path):
+    sequences = [make_sequence(tmp_path, name, 3) for name in ("blackswan", "dog")]
+    for sequence in sequences:
+        write_maps(tmp_path / "m", sequence)
+
+    def methods(count: int, *line: str) -> dict[str, float]:
+        score(tmp_path / "m", sequences[:count], "--metrics", "uvos", *line, table_dir=tmp_path / "out")
+        found = re.findall(
+            r"([\w+-]+) \((published[^)]*)\) +\| +\**([\d.]+)", (tmp_path / "out" / "comparison.md").read_text()
+        )
+        return {f"{method}: {of}": float(value) for method, of, value in found}
+
+    both = methods(2)
+    # Means over all frames that davischallenge.org has figures of: blackswan 94.26, dog 92.94.
+    assert both["MATNet: published, these 2 sequences"] == 93.6 and len(both) == 22
+    assert methods(1)["MATNet: published, this sequence"] == 94.3
+    more = methods(2, "--published")
+    assert (
+        more["MATNet: published, these 2 sequences"] == 93.6
+        and more["HFAN-Medium: published, all 20 sequences"] == 86.8
+    )
+    assert "MATNet: published, all 20 sequences" not in more and both.items() <= more.items()
+    assert methods(2, "--no-published") == {}
+    assert methods(2, "--no-skip_last") == {}  # another rule: nothing to compare with
 
 
 def test_ties_gaps_and_signs_in_tables():

@@ -29,7 +29,7 @@ from utils.errors import UserError
 from utils.files import write_json, write_text
 from utils.metrics import BOUNDARY_TOLERANCE, sequence_statistics
 from utils.parallel import default_workers, parallel_map
-from utils.published import PUBLISHED, SEQUENCE_COUNTS
+from utils.published import PUBLISHED, SEQUENCE_COUNTS, Published, on_sequences
 from utils.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
 from utils.vsod import mean_scores
 
@@ -471,7 +471,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--published",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="rows of published figures in the comparison. Default: where the whole set was scored by its usual rule",
+        help="rows of published figures in the comparison. Default: those of the same sequences by the usual rule",
     )
     group.add_argument(
         "--table_dir",
@@ -663,18 +663,40 @@ def _comparison(args: argparse.Namespace, scores: Sequence[DatasetScores]) -> li
                     figures = ", ".join(f"{key} {100 * other[key]:.1f}" for key in ("J_mean", "F_mean", "J&F"))
                     notes.append(f"{score.unit.name} by another convention, {other['options']}: {figures}.")
             usual = dataclasses.replace(default_protocol(dataset, measures), resize=protocol.resize)
-            whole = count == SEQUENCE_COUNTS.get(dataset) and protocol == usual
-            published = [p for p in PUBLISHED if p.dataset == dataset and p.measures == measures]
-            if published and (whole if args.published is None else args.published):
-                of = "" if whole else f", all {SEQUENCE_COUNTS[dataset]} sequences"
-                rows += [
-                    tables.Row(f"{p.method} (published{of})", p.values, published=True, source=p.source)
-                    for p in published
-                ]
-            elif published and args.published is None:
-                notes.append(
-                    f"Published figures are left out: they are of all {SEQUENCE_COUNTS[dataset]} sequences by the "
-                    "usual rule. --published adds them nevertheless."
-                )
+            more, note = _published_rows(
+                dataset, measures, tuple(ours[0].sequences), by_the_usual_rule=protocol == usual, wanted=args.published
+            )
+            rows += more
+            notes += [note] if note else []
             found.append(tables.Table(dataset=dataset, measures=measures, rows=tuple(rows), notes=tuple(notes)))
     return found
+
+
+def _published_rows(
+    dataset: str, measures: str, sequences: Sequence[str], *, by_the_usual_rule: bool, wanted: bool | None
+) -> tuple[list[tables.Row], str]:
+    """Published figures that compare with those of these sequences, and a note on what is left out.
+
+    Where a part of the test set was scored, methods that published figures of each frame are compared on that part;
+    figures of the whole set are added where they are asked for (`wanted`).
+    """
+    whole_set = [p for p in PUBLISHED if p.dataset == dataset and p.measures == measures]
+    if not whole_set or wanted is False:
+        return [], ""
+    total, count = SEQUENCE_COUNTS[dataset], len(sequences)
+    whole = count == total and by_the_usual_rule
+    same = []
+    if by_the_usual_rule and not whole and (dataset, measures) == ("DAVIS-2016", "uvos"):
+        same = on_sequences(sequences)
+    rows = [_published_row(p, f", these {count} sequences" if count > 1 else ", this sequence") for p in same]
+    if whole or wanted:
+        known = {p.method for p in same}
+        of = "" if whole else f", all {total} sequences"
+        rows += [_published_row(p, of) for p in whole_set if p.method not in known]
+        return rows, ""
+    words = "Published figures of the whole set" if same else "Published figures"
+    return rows, f"{words} are left out: they are of all {total} sequences by the usual rule. --published adds them."
+
+
+def _published_row(p: Published, of: str) -> tables.Row:
+    return tables.Row(f"{p.method} (published{of})", p.values, published=True, source=p.source)

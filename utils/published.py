@@ -1,15 +1,26 @@
 """Published figures of well-known methods, for comparison tables: quoted, not measured here.
 
 Only figures whose source we could read are listed, with the source; what the rule behind each was is told in
-`docs/evaluation.md`. They are of whole test sets (`SEQUENCE_COUNTS`), as fractions, rounded as published.
+`docs/evaluation.md`. They are of whole test sets (`SEQUENCE_COUNTS`), as fractions, rounded as published; and, for
+methods whose figures of each frame are public, of any sequences of DAVIS-2016 val (`on_sequences`).
 """
 
 from __future__ import annotations
 
+import csv
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 
 SEQUENCE_COUNTS = {"DAVIS-2016": 20, "FBMS": 30, "DAVSOD": 35, "MCL": 9}
 """Test sequences that published figures are of: DAVIS-2016 val, FBMS-59 test, DAVSOD easy, MCL test."""
+
+DAVIS_SEQUENCES = Path(__file__).with_name("published_davis2016.csv")
+"""J and F of 22 methods on each sequence of DAVIS-2016 val: statistics of the figures of each frame that
+davischallenge.org publishes, three digits each (davisvideochallenge.github.io, json_data/raw_eval/2016). First and last
+frames are dropped. Their means over all 20 are those of its table (tests/test_metrics.py; recall to 0.0035)."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class Published:
 
 
 _SITE = "DAVIS-2016 results of davischallenge.org (davisvideochallenge.github.io, json_data/global_eval_val_2016.js)"
+_FRAMES = "figures of each frame at davischallenge.org (davisvideochallenge.github.io, json_data/raw_eval/2016)"
 _FSNET = "README of GewelsJI/FSNet, DAVIS MATLAB toolbox"
 _HFAN = "README of NUST-Machine-Intelligence-Laboratory/HFAN, single scale"
 _SSAV = "output of the DAVSOD tool for SSAV (DengPingFan/DAVSOD)"
@@ -85,3 +97,26 @@ PUBLISHED: tuple[Published, ...] = (
         "SSAV", "DAVSOD", "vsod", {"S": 0.744, "adp_F": 0.602, "max_F": 0.640, "mean_F": 0.609, "MAE": 0.087}, _SSAV
     ),
 )
+
+
+@functools.cache
+def _davis_sequences() -> dict[str, dict[str, dict[str, float]]]:
+    """Method -> sequence of DAVIS-2016 val -> figures."""
+    methods: dict[str, dict[str, dict[str, float]]] = {}
+    with DAVIS_SEQUENCES.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            figures = {key: float(row[key]) for key in _UVOS_KEYS}
+            methods.setdefault(row["method"], {})[row["sequence"]] = figures
+    return methods
+
+
+def on_sequences(names: Collection[str]) -> list[Published]:
+    """Rows of J and F on these sequences of DAVIS-2016 val alone, best first; none where one is not of val."""
+    rows = []
+    for method, sequences in _davis_sequences().items():
+        if not names or not sequences.keys() >= set(names):
+            continue
+        values = {key: fmean(sequences[name][key] for name in names) for key in _UVOS_KEYS}
+        values["J&F"] = (values["J_mean"] + values["F_mean"]) / 2
+        rows.append(Published(method, "DAVIS-2016", "uvos", values, _FRAMES))
+    return sorted(rows, key=lambda row: -row.values["J_mean"])
