@@ -193,7 +193,7 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
     sources = (config.val_datasets or names) if held_out else []
     known: set[str] = set()
     for name in dict.fromkeys([*names, *sources]):
-        sequences = read_dataset(name, data_dir, split="train", num_frames=config.num_frames)
+        sequences = read_dataset(name, data_dir, split="train", num_frames=config.num_frames, flow_root=config.flow_dir)
         if name in sources:
             known.update(sequence.name for sequence in sequences)
             validation += [sequence for sequence in sequences if sequence.name in held_out]

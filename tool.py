@@ -60,6 +60,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", default="data", metavar="DIR", help="holds the data sets, or is one; default: data")
     data.add_argument(
+        "--flow_dir",
+        metavar="DIR",
+        help="flow lies, or is to be made, in DIR/<data set>/… and not beside the data, which may be read-only or have "
+        "flow of another kind; default: beside the data",
+    )
+    data.add_argument(
         "--datasets", nargs="+", metavar="NAME", help=f"default: those of {', '.join(DEFAULT_DATASETS)} that are there"
     )
     data.add_argument("--split", metavar="NAME", help="default: val (check: train and val, as far as they are there)")
@@ -105,6 +111,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--tools {unable[0]} does not work on a video of your own (--video, --frames): flow, test and crf do"
             )
+        if args.flow_dir:
+            raise UserError("--flow_dir is of data sets; flow of a video of your own goes below --save_dir")
         # The user of a single video has most likely no weights of RAFT, and a download must not come unasked.
         if isinstance(args.flow_method, _Unsaid) and args.flow_weights is None:
             args.flow_method = "dis"
@@ -123,6 +131,7 @@ def run_check(args: argparse.Namespace, processes: Processes) -> int:
         _dataset_names(args),
         splits=[args.split] if args.split else None,
         num_frames=args.num_frames,
+        flow_root=args.flow_dir,
         require_flow="flow" not in args.tools,  # it is about to be made
         workers=args.workers,
     )
@@ -274,7 +283,9 @@ def _read(args: argparse.Namespace, num_frames: int | None = None) -> dict[str, 
     if args.num_frames < 1:
         raise UserError(f"--num_frames {args.num_frames}: expected 1 or more")
     found = {
-        name: read_dataset(name, args.data_dir, args.split or "val", num_frames or args.num_frames)
+        name: read_dataset(
+            name, args.data_dir, args.split or "val", num_frames or args.num_frames, flow_root=args.flow_dir
+        )
         for name in _dataset_names(args)
     }
     if args.sequences:

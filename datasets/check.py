@@ -119,6 +119,7 @@ def check_dataset(
     decode: bool = True,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    flow_root: Path | str | None = None,
 ) -> tuple[list[VideoSequence], list[Problem]]:
     """Read a data set, its problems gathered, and check what could be read. Returns the sequences and all problems."""
     dataset = canonical_name(name)
@@ -128,7 +129,7 @@ def check_dataset(
         problems.append(Problem(dataset, "layout", sequence, str(error)))
 
     try:
-        sequences = read_dataset(name, data_dir, split, num_frames, on_problem=gather)
+        sequences = read_dataset(name, data_dir, split, num_frames, on_problem=gather, flow_root=flow_root)
     except DataError as error:  # the set itself was not found
         gather("", error)
         return [], problems
@@ -153,11 +154,12 @@ def run(
     workers: int | None = None,
     examples: int = 5,
     file: TextIO | None = None,
+    flow_root: Path | str | None = None,
 ) -> int:
     """Check data sets and print a report, the problems grouped by set, split and kind.
 
     Args:
-        data_dir, datasets, num_frames: as in `datasets.read_dataset`.
+        data_dir, datasets, num_frames, flow_root: as in `datasets.read_dataset`.
         splits: which splits to check; one that a set does not have is a problem. By default those of train and val
             that it has: one of the two may be absent.
         examples: how many problems of a group are printed; 0 prints all.
@@ -170,7 +172,9 @@ def run(
     fatal = 0
     for name in datasets:
         checked = {
-            split: check_dataset(name, data_dir, split, num_frames, require_flow, require_masks, decode, workers)
+            split: check_dataset(
+                name, data_dir, split, num_frames, require_flow, require_masks, decode, workers, flow_root=flow_root
+            )
             for split in (splits or ("train", "val"))
         }
         if splits is None and any(sequences for sequences, _ in checked.values()):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from datasets import layouts, vsod_layouts
 from datasets.errors import DataError
 from datasets.layouts import read_folder
-from datasets.video_sequence import Report, VideoSequence, list_folders, raise_problem
+from datasets.video_sequence import (
+    FLOW_SUFFIXES,
+    Report,
+    VideoSequence,
+    by_stem,
+    list_files,
+    list_folders,
+    raise_problem,
+)
 
 __all__ = ["DATASETS", "VideoSequence", "find_root", "read_dataset", "read_folder"]
 
@@ -148,7 +156,12 @@ def find_root(name: str, data_dir: Path | str) -> Path:
 
 
 def read_dataset(
-    name: str, data_dir: Path | str, split: str = "val", num_frames: int = 5, on_problem: Report | None = None
+    name: str,
+    data_dir: Path | str,
+    split: str = "val",
+    num_frames: int = 5,
+    on_problem: Report | None = None,
+    flow_root: Path | str | None = None,
 ) -> list[VideoSequence]:
     """All videos of a data set, in the order of its list, or by name where it has none.
 
@@ -158,6 +171,9 @@ def read_dataset(
         data_dir: folder that holds the set under a usual name of it, or the set itself.
         split: "train" or "val"; "test" is "val" in all sets but YouTube-VOS. Further ones are told by the readers.
         num_frames: YouTube-VOS keeps every so-maniest frame of a training video; no other set is thinned out.
+        flow_root: where flow lies that is not beside the data, which may be read-only or have flow of another kind:
+            `<flow_root>/<data set>/…` with the sub-tree that it would have in the data set
+            (`<flow_root>/DAVIS-2016/Flows/480p/bear/00000.png`). Flow beside the data is not looked at then.
         on_problem: called with (sequence name, DataError) for each problem instead of raising, so that a check can see
             them all; the name is "" for what concerns the whole split. The sequences returned are then what is left
             without the broken parts.
@@ -184,4 +200,12 @@ def read_dataset(
         if on_problem is None:
             raise
         on_problem("", error)
-    return sequences
+    if flow_root is None:
+        return sequences
+    return [_with_flow_elsewhere(sequence, root, Path(flow_root), report) for sequence in sequences]
+
+
+def _with_flow_elsewhere(sequence: VideoSequence, root: Path, flow_root: Path, report: Report) -> VideoSequence:
+    folder = flow_root / sequence.dataset / sequence.flow_dir.relative_to(root)
+    flows = by_stem(list_files(folder, FLOW_SUFFIXES), sequence.name, report)
+    return replace(sequence, flow_dir=folder, flows={stem: flows[stem] for stem in sequence.stems if stem in flows})

@@ -79,6 +79,25 @@ def test_davis_2016_by_names(tmp_path):
     assert named(read_dataset("DAVIS-2016", root, "trainval")) == ["zebra", "bear", "ant"]
 
 
+def test_flow_elsewhere_has_the_same_sub_tree(tmp_path):
+    data, flow = tmp_path / "data", tmp_path / "flow"
+    root = davis(data / "DAVIS", ["bear"])
+    write(root / "ImageSets" / "2016" / "val.txt", ["bear"])
+    (bear,) = read_dataset("DAVIS", data, flow_root=flow)
+    assert bear.flow_dir == flow / "DAVIS-2016" / "Flows" / "480p" / "bear"
+    assert bear.flows == {}, "flow beside the data is not mixed in"
+    with pytest.raises(DataError, match=f"expected {bear.flow_dir / '00000'}"):
+        bear.flow_path("00000")
+    pictures(bear.flow_dir, ["00000", "00002"], ".png")
+    (again,) = read_dataset("DAVIS-2016", data, flow_root=str(flow))
+    assert again.flows == {stem: bear.flow_dir / f"{stem}.png" for stem in ("00000", "00002")}
+    assert again.frames == bear.frames and again.masks == bear.masks
+
+    youtube(data / "YouTube-VOS")
+    (video, _) = read_dataset("YouTube-VOS", data, "train", flow_root=flow)
+    assert video.flow_dir == flow / "YouTube-VOS-2018" / "train" / "Flows" / video.name and not video.flows
+
+
 def test_davis_2016_by_pairs_of_files(tmp_path):
     root = davis(tmp_path / "DAVIS-2016", ["bear", "boat"], frames=2)
     line = "/JPEGImages/480p/{0}/{1}.jpg /Annotations/480p/{0}/{1}.png "

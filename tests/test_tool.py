@@ -215,6 +215,29 @@ def test_published_weights_are_the_default(
     assert len(list((tmp_path / "r" / "binary").rglob("*.png"))) == FRAMES
 
 
+def test_flow_in_a_folder_of_its_own(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    words = ["--checkpoint", weights, "--data_dir", data, "--datasets", "DAVIS-2016", "--sequences", "video-002"]
+    flow = ["--flow_method", "dis", "--flow_dir", tmp_path / "dis"]
+    assert call("--tools", "check", "flow", "test", *words, *flow, "--split", "val", "--save_dir", tmp_path / "r") == 0
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before  # nothing is written among the data
+    made = sorted((tmp_path / "dis" / "DAVIS-2016" / "Flows" / "480p" / "video-002").glob("*.png"))
+    assert len(made) == FRAMES
+
+    # Flow of another kind: the maps of the first are not taken for those of the second, though they are newer.
+    other = shutil.copytree(tmp_path / "dis", tmp_path / "other")
+    for path in other.rglob("*.png"):
+        Image.new("RGB", Image.open(path).size, "red").save(path)
+        os.utime(path, (0, 0))
+    capsys.readouterr()
+    for folder, frames in ((tmp_path / "dis", 0), (other, FRAMES)):
+        assert call("--tools", "test", *words, "--flow_dir", folder, "--save_dir", tmp_path / "r") == 0
+        assert f"{frames} frames to do" in capsys.readouterr().out
+    assert "--flow_dir" in fails(capsys, "--tools", "test", "--video", made[0], "--flow_dir", other)
+
+
 def test_check_before_flow_does_not_ask_for_flow(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data_dir", data, "--datasets", "DAVIS-2016", "--split", "train"]
     assert call("--tools", "check", *words) == 1  # the flow of train is not there

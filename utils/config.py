@@ -63,6 +63,7 @@ class TrainConfig:
 
     # Data
     data_dir: str = _option("data", "root folder of the data sets, or the data set itself")
+    flow_dir: str | None = _option(None, "folder of the flow, by data set, where it is not beside the data")
     datasets: dict[str, float] = _option(
         {"YouTube-VOS-2018": 1.0, "DAVIS-2016": 1.0, "FBMS": 1.0},
         "data sets and the share of samples that each gives, as NAME:WEIGHT; DUTS-TR is synthetic clips made from its "

@@ -256,6 +256,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         "scales": list(args.scales),
         "amp": args.amp,
         "without": args.without,
+        **({"flow_dir": str(Path(args.flow_dir).resolve())} if args.flow_dir else {}),
     }
 
 

@@ -229,7 +229,8 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores]) -> str:
                 + (", flip" if settings["flip"] else "")
                 + (f", scales {settings['scales']}" if settings["scales"] != [1.0] else "")
                 + (f", {settings['amp']}" if settings["amp"] != "none" else "")
-                + (f", without {settings['without']}" if settings.get("without") else ""),
+                + (f", without {settings['without']}" if settings.get("without") else "")
+                + (f", flow of {settings['flow_dir']}" if settings.get("flow_dir") else ""),
             ),
             (
                 "run",
