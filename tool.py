@@ -140,7 +140,7 @@ def run_check(args: argparse.Namespace, processes: Processes) -> int:
 
 def run_flow(args: argparse.Namespace, processes: Processes) -> int:
     from utils import flow
-    from utils.inference import run_own_flow, share
+    from utils.inference import run_own_flow
 
     if args.video or args.frames:
         if processes.is_main:
@@ -148,8 +148,7 @@ def run_flow(args: argparse.Namespace, processes: Processes) -> int:
         return 0
     # One frame in num_frames is a matter of training; stored flow is of neighbours, and of every frame.
     sequences = [s for part in _read(args, num_frames=1).values() for s in part]
-    mine = share([len(sequence) for sequence in sequences], processes.rank, processes.world_size)
-    flow.run(args, [sequences[index] for index in mine], processes.device, processes.world_size)
+    flow.run(args, sequences, processes)
     processes.wait()
     return 0
 

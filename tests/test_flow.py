@@ -18,6 +18,7 @@ from datasets.video_sequence import VideoSequence
 from models.errors import CheckpointError
 from utils import flow as flow_module
 from utils import parallel
+from utils.distributed import Processes
 from utils.errors import UserError
 from utils.flow import (
     FlowEstimator,
@@ -36,6 +37,8 @@ from utils.flow import (
     write_flows,
     write_raw_flow,
 )
+
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
 # ------------------------------------------------------------------------------------------------------------ helpers
 
@@ -203,7 +206,7 @@ def test_missing_weights_say_what_to_do_and_nothing_is_computed_instead(tmp_path
     sequence = make_sequence(tmp_path)
     for method in ("raft", "raft_small"):
         with pytest.raises(UserError, match=r"could not be downloaded.*--flow_weights FILE.*--flow_method dis"):
-            flow_module.run(arguments("--flow_method", method, "--workers", "0"), [sequence])
+            flow_module.run(arguments("--flow_method", method, "--workers", "0"), [sequence], ALONE)
     assert not sequence.flow_dir.exists()
 
 
@@ -370,7 +373,7 @@ def test_raw_flow_files(tmp_path: Path):
 @pytest.mark.parametrize("image_format", ["png", "jpg"])
 def test_images_are_the_flow_coloured_under_the_frames_stems(tmp_path: Path, image_format: str):
     sequence = make_sequence(tmp_path)
-    assert flow_module.run(dis("--flow_format", image_format, "--flow_raw"), [sequence]) == 3
+    assert flow_module.run(dis("--flow_format", image_format, "--flow_raw"), [sequence], ALONE) == 3
     assert sorted(p.name for p in sequence.flow_dir.iterdir()) == sorted(
         [f"{t:05d}.{suffix}" for t in range(3) for suffix in (image_format, "npz")] + ["flow.json"]
     )
@@ -385,16 +388,16 @@ def test_images_are_the_flow_coloured_under_the_frames_stems(tmp_path: Path, ima
 
 def test_going_on_keeps_what_is_good_and_makes_what_is_missing_or_damaged(tmp_path: Path):
     sequence = make_sequence(tmp_path, count=4)
-    flow_module.run(dis("--flow_raw", "flo"), [sequence])
+    flow_module.run(dis("--flow_raw", "flo"), [sequence], ALONE)
     before = contents(sequence.flow_dir)
-    assert flow_module.run(dis("--flow_raw", "flo"), [sequence]) == 0
+    assert flow_module.run(dis("--flow_raw", "flo"), [sequence], ALONE) == 0
 
     (sequence.flow_dir / "00000.png").unlink()
     cut = sequence.flow_dir / "00001.png"
     cut.write_bytes(before["00001.png"][:200])
     (sequence.flow_dir / "00002.flo").unlink()
     untouched = (sequence.flow_dir / "00003.png").stat().st_mtime_ns
-    assert flow_module.run(dis("--flow_raw", "flo"), [sequence]) == 3
+    assert flow_module.run(dis("--flow_raw", "flo"), [sequence], ALONE) == 3
     assert contents(sequence.flow_dir) == before
     assert (sequence.flow_dir / "00003.png").stat().st_mtime_ns == untouched
 
@@ -404,19 +407,19 @@ def test_supplied_images_count_whatever_their_format_and_overwrite_leaves_one_im
     sequence.flow_dir.mkdir(parents=True)
     for stem in sequence.stems:
         Image.new("RGB", (8, 8)).save(sequence.flow_dir / f"{stem}.jpg")
-    assert flow_module.run(dis(), [sequence]) == 0
-    assert flow_module.run(dis("--overwrite"), [sequence]) == 3
+    assert flow_module.run(dis(), [sequence], ALONE) == 0
+    assert flow_module.run(dis("--overwrite"), [sequence], ALONE) == 3
     assert sorted(p.name for p in sequence.flow_dir.iterdir()) == ["00000.png", "00001.png", "00002.png", "flow.json"]
 
 
 def test_other_settings_are_not_mixed_in(tmp_path: Path):
     sequence = make_sequence(tmp_path)
-    flow_module.run(dis(), [sequence])
+    flow_module.run(dis(), [sequence], ALONE)
     before = contents(sequence.flow_dir)
     with pytest.raises(UserError, match=r"size None, now \[20, 30\].*--overwrite"):
-        flow_module.run(dis("--flow_size", "20", "30"), [sequence])
+        flow_module.run(dis("--flow_size", "20", "30"), [sequence], ALONE)
     assert contents(sequence.flow_dir) == before
-    flow_module.run(dis("--flow_size", "20", "30", "--overwrite"), [sequence])
+    flow_module.run(dis("--flow_size", "20", "30", "--overwrite"), [sequence], ALONE)
     assert Image.open(sequence.flow_dir / "00000.png").size == (30, 20)
 
 
@@ -444,19 +447,19 @@ def test_interrupted_overwriting_leaves_no_old_flow_among_the_new(tmp_path: Path
 
 def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path):
     sequences = [make_sequence(tmp_path / "one", name=name) for name in ("a", "b")]
-    assert flow_module.run(dis(), sequences) == 6
+    assert flow_module.run(dis(), sequences, ALONE) == 6
     others = [make_sequence(tmp_path / "two", name=name) for name in ("a", "b")]
-    assert flow_module.run(arguments("--flow_method", "dis", "--workers", "2"), others) == 6
+    assert flow_module.run(arguments("--flow_method", "dis", "--workers", "2"), others, ALONE) == 6
     for sequence, other in zip(sequences, others):
         assert contents(sequence.flow_dir) == contents(other.flow_dir)
 
 
 def test_flow_of_a_thinned_out_video_is_that_of_neighbours_in_the_folder(tmp_path: Path):
     whole = make_sequence(tmp_path / "whole", count=5)
-    flow_module.run(dis(), [whole])
+    flow_module.run(dis(), [whole], ALONE)
     thin = make_sequence(tmp_path / "thin", count=5)
     thin = VideoSequence(thin.name, thin.dataset, thin.frames[::2], {}, {}, "nonzero", thin.flow_dir)
-    assert flow_module.run(dis(), [thin]) == 3
+    assert flow_module.run(dis(), [thin], ALONE) == 3
     made = contents(thin.flow_dir)
     assert sorted(made) == ["00000.png", "00002.png", "00004.png", "flow.json"]
     assert all(made[name] == data for name, data in contents(whole.flow_dir).items() if name in made)
@@ -464,7 +467,7 @@ def test_flow_of_a_thinned_out_video_is_that_of_neighbours_in_the_folder(tmp_pat
 
 def test_two_sets_that_share_a_video_make_its_flow_once(tmp_path: Path):
     sequence = make_sequence(tmp_path)
-    assert flow_module.run(dis(), [sequence, sequence]) == 3
+    assert flow_module.run(dis(), [sequence, sequence], ALONE) == 3
 
 
 def test_flow_of_a_users_own_video(tmp_path: Path):
@@ -489,7 +492,7 @@ def test_an_unreadable_frame_is_named(tmp_path: Path):
     sequence = make_sequence(tmp_path)
     sequence.frames[1].write_bytes(b"not an image")
     with pytest.raises(DataError, match="00001.png"):
-        flow_module.run(dis(), [sequence])
+        flow_module.run(dis(), [sequence], ALONE)
 
 
 def test_files_settings_are_checked():

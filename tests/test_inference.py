@@ -6,7 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +27,7 @@ from models import Predictor, build_dbsnet, load_dbsnet
 from models.growth import REMOVABLE, silence
 from models.weights import save_weights
 from utils import inference
+from utils.distributed import share, share_out
 from utils.video import VideoFrames, write_video
 
 FRAMES, SIZE = 4, (48, 80)
@@ -222,10 +227,39 @@ def test_clips_of_an_own_video_are_decoded_once(
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_processes_share_the_videos(world_size: int) -> None:
     lengths = [40, 3, 90, 55, 55, 20, 1]
-    parts = [inference.share(lengths, rank, world_size) for rank in range(world_size)]
+    parts = [share(lengths, rank, world_size) for rank in range(world_size)]
     assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
     loads = [sum(lengths[index] for index in part) for part in parts]
     assert max(loads) <= max(max(lengths), 1.34 * sum(lengths) / world_size)  # 4/3 is the rule's proven bound
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_what_is_left(world_size: int) -> None:
+    # All that a first run did would have been the first process's, had it been shared again by length alone.
+    lengths, done = [90, 55, 40, 40, 30, 20, 12, 3], {0, 4, 5}
+    meeting, values = threading.Barrier(world_size), [None] * world_size
+    looked: list[int] = []
+
+    def pending(index: int) -> list[str]:
+        looked.append(index)
+        return [] if index in done else [f"{t:05d}" for t in range(lengths[index])]
+
+    def process(rank: int) -> dict[int, Sequence[str]]:
+        def gather(value: object) -> list:
+            values[rank] = value
+            meeting.wait()
+            return list(values)
+
+        return share_out(SimpleNamespace(rank=rank, world_size=world_size, gather=gather), lengths, pending)
+
+    with ThreadPoolExecutor(world_size) as pool:
+        parts = list(pool.map(process, range(world_size)))
+    assert sorted(looked) == list(range(len(lengths)))  # each was looked at once
+    assert sorted(index for part in parts for index in part) == [i for i in range(len(lengths)) if i not in done]
+    assert all(len(frames) == lengths[index] for part in parts for index, frames in part.items())
+    loads = [sum(len(frames) for frames in part.values()) for part in parts]
+    left = sum(length for index, length in enumerate(lengths) if index not in done)
+    assert max(loads) <= 1.34 * left / world_size
 
 
 def test_a_mirrored_flow_image_is_that_of_the_mirrored_flow() -> None:

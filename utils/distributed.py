@@ -6,7 +6,7 @@ Without a launcher there is one process and no process group, and every function
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -59,6 +59,37 @@ class Processes:
         """Until all processes are here."""
         if self.world_size > 1:
             dist.barrier(group=self.control)
+
+
+def share(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """Which videos, by index, are this process's: the longest first, each to whoever has the least to do so far."""
+    loads = [0] * world_size
+    mine = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        who = loads.index(min(loads))
+        loads[who] += lengths[index]
+        if who == rank:
+            mine.append(index)
+    return sorted(mine)
+
+
+def share_out(
+    processes: Processes, lengths: Sequence[int], pending: Callable[[int], Sequence[str]]
+) -> dict[int, Sequence[str]]:
+    """What of some videos is still to be done, and by which process: this one's, by index.
+
+    Every process looks at its part of the videos, then what was found pending is shared out: so a run that goes on
+    keeps all processes busy, however much of it was done before.
+
+    Args:
+        lengths: of the videos, the same in all processes.
+        pending: the frames of a video that are to be done; none leaves it out.
+    """
+    rank, world_size = processes.rank, processes.world_size
+    looked = {index: pending(index) for index in share(lengths, rank, world_size)}
+    found = {index: frames for part in processes.gather(looked) for index, frames in part.items() if frames}
+    order = sorted(found)
+    return {order[k]: found[order[k]] for k in share([len(found[index]) for index in order], rank, world_size)}
 
 
 def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:

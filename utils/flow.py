@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from datasets.sequences import VideoSequence
+    from utils.distributed import Processes
 
 METHODS = ("raft", "raft_small", "dis")
 FORMATS = ("png", "jpg")
@@ -681,46 +682,61 @@ def settings_from(args: argparse.Namespace) -> FlowSettings:
 def run(
     args: argparse.Namespace,
     sequences: Sequence[VideoSequence],
-    device: str | torch.device = "cpu",
-    world_size: int = 1,
+    processes: Processes,
 ) -> int:
-    """``--tools flow``: makes the flow images that are missing, in each sequence's ``flow_dir``; returns how many.
+    """``--tools flow``: makes the flow images that are missing, in each sequence's ``flow_dir``; returns how many of
+    them this process made.
 
     The partner of a frame is its neighbour in the folder, also where the data set is thinned out (``--num_frames``), so
     that stored flow does not depend on that option (our reading).
 
     Args:
-        world_size: processes of the tool, which share out the workers.
+        sequences: the same in all processes, which share out what is missing, and the workers.
 
     Raises:
         UserError, CheckpointError, DataError: see `pending_frames` and `write_flows`.
     """
     from tqdm import tqdm
 
+    from utils.distributed import share_out
+
     settings = settings_from(args)
     files = FlowFiles(args.flow_format, args.flow_raw)
     # By folder, since two data sets can share videos, as DAVIS-2016 and DAVIS-2017 do.
-    pending: dict[Path, set[str]] = {}
-    videos: dict[Path, VideoSequence] = {}
-    for sequence in tqdm(sequences, desc="flow: what is there", unit="video", leave=False):
-        todo = pending_frames(sequence.stems, sequence.flow_dir, settings, files, args.overwrite)
-        pending.setdefault(sequence.flow_dir, set()).update(sequence.stems[t] for t in todo)
-        videos[sequence.flow_dir] = sequence
+    videos: dict[Path, list[VideoSequence]] = {}
+    for sequence in sequences:
+        videos.setdefault(sequence.flow_dir, []).append(sequence)
+    folders = list(videos)
+
+    def missing(index: int) -> list[str]:
+        stems: dict[str, None] = {}
+        for sequence in videos[folders[index]]:
+            todo = pending_frames(sequence.stems, sequence.flow_dir, settings, files, args.overwrite)
+            stems.update(dict.fromkeys(sequence.stems[t] for t in todo))
+        return list(stems)
+
+    lengths = [max(len(sequence) for sequence in videos[folder]) for folder in folders]
+    pending = {folders[index]: set(stems) for index, stems in share_out(processes, lengths, missing).items()}
     total = sum(len(stems) for stems in pending.values())
-    print(f"flow: {total} frames to do, by {settings.method}", flush=True)
-    workers = args.workers if world_size == 1 else share_of_workers(args.workers, world_size)
+    everywhere = int(processes.reduce([total])[0])
+    if processes.is_main:
+        others = f", {total} of them here" if processes.world_size > 1 else ""
+        print(f"flow: {everywhere} frames to do{others}, by {settings.method}", flush=True)
+    workers = args.workers if processes.world_size == 1 else share_of_workers(args.workers, processes.world_size)
 
     def tasks() -> Iterator[FlowTask]:
-        for flow_dir, sequence in videos.items():
-            if pending[flow_dir]:
-                neighbours = {path.stem: path for path in list_files(sequence.frames[0].parent, FRAME_SUFFIXES)}
-                neighbours.update({path.stem: path for path in sequence.frames})
-                frames = FolderFrames(list(neighbours.values()))
-                todo = [t for t, stem in enumerate(frames.stems) if stem in pending[flow_dir]]
-                yield FlowTask(frames, frames.stems, flow_dir, todo)
+        for flow_dir, stems in pending.items():
+            sequence = videos[flow_dir][-1]
+            neighbours = {path.stem: path for path in list_files(sequence.frames[0].parent, FRAME_SUFFIXES)}
+            neighbours.update({path.stem: path for path in sequence.frames})
+            frames = FolderFrames(list(neighbours.values()))
+            todo = [t for t, stem in enumerate(frames.stems) if stem in stems]
+            yield FlowTask(frames, frames.stems, flow_dir, todo)
 
-    with tqdm(total=total, desc=f"flow ({settings.method})", unit="frame") as progress:
-        written = write_flows(tasks(), settings, files, device=device, batch_size=args.flow_batch, workers=workers)
+    with tqdm(total=total, desc=f"flow ({settings.method})", unit="frame", disable=not processes.is_main) as progress:
+        written = write_flows(
+            tasks(), settings, files, device=processes.device, batch_size=args.flow_batch, workers=workers
+        )
         for flow_dir, _ in written:
             progress.set_postfix_str(flow_dir.name, refresh=False)
             progress.update()

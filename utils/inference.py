@@ -182,18 +182,6 @@ def video_of(sequence: VideoSequence) -> Video:
     )
 
 
-def share(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """Which videos, by index, are this process's: the longest first, each to whoever has the least to do so far."""
-    loads = [0] * world_size
-    mine = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        who = loads.index(min(loads))
-        loads[who] += lengths[index]
-        if who == rank:
-            mine.append(index)
-    return sorted(mine)
-
-
 # What training shows where it takes one of the two inputs away (`datasets.clips.VideoClips`: flow_drop, frame_drop).
 BLANKS = {"flow": NO_MOTION, "frames": NO_PICTURE}
 # Those of `models.growth.silence`, named here too: the command line is read in processes that do without torch.
@@ -306,12 +294,18 @@ def run(
     from tqdm import tqdm
 
     from models import Predictor
+    from utils.distributed import share_out
 
     settings = settings_from(args, weights)
     save_dir = Path(args.save_dir)
-    mine = [videos[index] for index in share([len(v.stems) for v in videos], processes.rank, processes.world_size)]
-    own = {video.place: settings_of(video, settings, args) for video in mine}
-    todo = [video for video in mine if args.overwrite or not is_current(video, save_dir, own[video.place])]
+
+    def pending(index: int) -> Sequence[str]:
+        video = videos[index]
+        kept = not args.overwrite and is_current(video, save_dir, settings_of(video, settings, args))
+        return () if kept else video.stems
+
+    todo = [videos[index] for index in share_out(processes, [len(video.stems) for video in videos], pending)]
+    own = {video.place: settings_of(video, settings, args) for video in todo}
     total = sum(len(video.stems) for video in todo)
     shares = processes.gather((total, len(todo)))
     frames, count = (sum(part) for part in zip(*shares))
