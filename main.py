@@ -40,6 +40,7 @@ from datasets.stills import read_stills
 from datasets.synthetic import SceneOptions, SyntheticClips
 from datasets.transforms import Augment
 from models import Predictor, build_dbsnet, load_dbsnet
+from models.convlstm import recurrence_in_planes
 from models.errors import CheckpointError
 from models.growth import PARTS, add_stream, grow, is_growth, keep_stream
 from models.losses import distillation_loss, segmentation_loss
@@ -727,6 +728,8 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
     net = build_network(config, checkpoint).to(processes.device)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
+        if processes.device.type == "cpu" and config.amp != "none":
+            recurrence_in_planes(net)
     average = WeightAverage(net, config.ema) if config.ema else None
     teacher = load_teacher(config, net, processes.device)
     net = set_batch_norm(net, config.bn, processes)

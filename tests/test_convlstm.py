@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.convlstm import BiConvLSTM, DenseBiConvLSTM
+from models.convlstm import BiConvLSTM, DenseBiConvLSTM, recurrence_in_planes
 
 
 def plain_layer(layer: BiConvLSTM, x: Tensor, streams: int, hidden: int, dilation: int) -> Tensor:
@@ -97,6 +97,22 @@ def test_a_carried_state_gives_the_whole_clips_forward_states() -> None:
     # The forward half of the last state too: (B, S*2*h, H, W), streams, then directions.
     for a, b in zip(end, last):
         torch.testing.assert_close(a.unflatten(1, (2, 2, 2))[:, :, 0], b.unflatten(1, (2, 2, 2))[:, :, 0])
+
+
+def test_gradients_in_bfloat16_after_a_channels_last_conversion() -> None:
+    torch.manual_seed(0)
+    net = DenseBiConvLSTM(16, 8, streams=2).to(memory_format=torch.channels_last)
+    recurrence_in_planes(net)
+    x = torch.rand(1, 2, 32, 32, 56)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        net.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = net(x)
+        y.float().square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in net.named_parameters()})
+    for name, plain in gradients[0].items():
+        assert float((gradients[1][name] - plain).norm() / plain.norm()) < 0.05, name
 
 
 def test_project_one_direction() -> None:
