@@ -72,10 +72,15 @@ def add_stream(net: DBSNet, other: DBSNet) -> DBSNet:
     It gives what `net` gives, and learns from there: `other` contributes its encoder and lateral convolutions, and all
     that reads both streams has weights of zero for that one at first. Skip, read-out and decoder of `other` are left.
 
+    Args:
+        other: of the stream that `net` lacks, or of both, of which that one is taken.
+
     Raises:
         ValueError: the networks do not have one stream each and not the same one, are otherwise not alike, or have
             propagation, refinement or rounds of graph attention already.
     """
+    if len(net.streams) == 1 and len(other.streams) == len(STREAMS):
+        other = keep_stream(other, next(stream for stream in STREAMS if stream not in net.streams))
     for item in (net, other):
         present = [key for key in PARTS if item.config[key]]
         if len(item.streams) != 1 or present:

@@ -118,7 +118,7 @@ def test_streams_that_do_not_fit_are_refused(plain: DBSNet) -> None:
     with pytest.raises(ValueError, match="width 16 and 32"):
         add_stream(motion, build_dbsnet("xxs", width=32, hidden=4, **none, streams=["appearance"]))
     with pytest.raises(ValueError, match=r"got streams \['appearance', 'motion'\]"):
-        add_stream(motion, plain)
+        add_stream(plain, motion)
     with pytest.raises(ValueError, match="depth 1"):
         add_stream(motion, build_dbsnet("xxs", **TINY, **{**none, "depth": 1}, streams=["appearance"]))
 
@@ -136,7 +136,11 @@ def test_a_stream_kept_gives_what_the_network_gave_with_the_other_silent(plain: 
         torch.testing.assert_close(kept(frames, flows), expected)
         assert not torch.allclose(whole(frames, flows), expected)
     # And it is one that the other can be added to again.
-    assert add_stream(kept, keep_stream(whole, other)).config == plain.config
+    again = add_stream(kept, keep_stream(whole, other))
+    assert again.config == plain.config
+    # The other may as well come within a network of both.
+    for key, value in add_stream(kept, whole).state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
 
 
 def keep_all_but_maps(net: DBSNet, stream: str) -> DBSNet:

@@ -54,7 +54,7 @@ class TrainConfig:
         choices=("appearance", "motion"),
     )
     add_stream: str | None = _option(
-        None, "checkpoint of the other stream alone, which joins --finetune's network of one stream"
+        None, "checkpoint of the other stream, alone or beside the one, which joins --finetune's network of one stream"
     )
     teacher: str | None = _option(
         None, "checkpoint of a network of the same width, whose decoder maps this one learns to have (distillation)"
