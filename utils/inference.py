@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from utils.distributed import Processes
     from utils.video import LazyFrames
 
-PUBLISHED_WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "dbsnet_lite0.safetensors"
+PUBLISHED_WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "dbsnet_lite2.safetensors"
 """The weights that come with the project, used where no ``--checkpoint`` is given."""
 
 DEFAULT_SIZE = (384, 640)
