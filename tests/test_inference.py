@@ -250,7 +250,7 @@ def test_processes_share_what_is_left(world_size: int) -> None:
             meeting.wait()
             return list(values)
 
-        return share_out(SimpleNamespace(rank=rank, world_size=world_size, gather=gather), lengths, pending)
+        return share_out(SimpleNamespace(rank=rank, world_size=world_size, gather=gather), lengths, pending, "test")
 
     with ThreadPoolExecutor(world_size) as pool:
         parts = list(pool.map(process, range(world_size)))

@@ -74,7 +74,7 @@ def share(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
 
 
 def share_out(
-    processes: Processes, lengths: Sequence[int], pending: Callable[[int], Sequence[str]]
+    processes: Processes, lengths: Sequence[int], pending: Callable[[int], Sequence[str]], name: str
 ) -> dict[int, Sequence[str]]:
     """What of some videos is still to be done, and by which process: this one's, by index.
 
@@ -84,9 +84,15 @@ def share_out(
     Args:
         lengths: of the videos, the same in all processes.
         pending: the frames of a video that are to be done; none leaves it out.
+        name: of the work, for the progress bar of the look.
     """
+    from tqdm import tqdm
+
     rank, world_size = processes.rank, processes.world_size
-    looked = {index: pending(index) for index in share(lengths, rank, world_size)}
+    look = tqdm(
+        share(lengths, rank, world_size), desc=f"{name}: what is there", unit="video", leave=False, disable=rank != 0
+    )
+    looked = {index: pending(index) for index in look}
     found = {index: frames for part in processes.gather(looked) for index, frames in part.items() if frames}
     order = sorted(found)
     return {order[k]: found[order[k]] for k in share([len(found[index]) for index in order], rank, world_size)}

@@ -716,7 +716,7 @@ def run(
         return list(stems)
 
     lengths = [max(len(sequence) for sequence in videos[folder]) for folder in folders]
-    pending = {folders[index]: set(stems) for index, stems in share_out(processes, lengths, missing).items()}
+    pending = {folders[index]: set(stems) for index, stems in share_out(processes, lengths, missing, "flow").items()}
     total = sum(len(stems) for stems in pending.values())
     everywhere = int(processes.reduce([total])[0])
     if processes.is_main:

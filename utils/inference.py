@@ -304,7 +304,8 @@ def run(
         kept = not args.overwrite and is_current(video, save_dir, settings_of(video, settings, args))
         return () if kept else video.stems
 
-    todo = [videos[index] for index in share_out(processes, [len(video.stems) for video in videos], pending)]
+    lengths = [len(video.stems) for video in videos]
+    todo = [videos[index] for index in share_out(processes, lengths, pending, "test")]
     own = {video.place: settings_of(video, settings, args) for video in todo}
     total = sum(len(video.stems) for video in todo)
     shares = processes.gather((total, len(todo)))
