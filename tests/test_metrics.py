@@ -279,8 +279,5 @@ def test_published_sequences_follow_from_the_per_frame_values(davis16):
     for name, values in frames.items():
         row = next(row for row in on_sequences([name]) if row.method == "MATNet")
         for measure in "JF":
-            for statistic in ("mean", "decay"):
-                quarters = np.array_split(np.asarray(values[measure]), 4) if statistic == "decay" else []
-                expected = np.mean(values[measure]) if statistic == "mean" else quarters[0].mean() - quarters[3].mean()
-                tolerance = 6e-5 if statistic == "mean" else 0.03  # the official quarters overlap by a frame
-                assert row.values[f"{measure}_{statistic}"] == pytest.approx(expected, abs=tolerance)
+            for statistic, expected in sequence_statistics(values[measure]).items():
+                assert row.values[f"{measure}_{statistic}"] == pytest.approx(expected, abs=6e-5), (name, statistic)

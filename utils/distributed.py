@@ -6,7 +6,7 @@ Without a launcher there is one process and no process group, and every function
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -74,8 +74,8 @@ def share(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
 
 
 def share_out(
-    processes: Processes, lengths: Sequence[int], pending: Callable[[int], Sequence[str]], name: str
-) -> dict[int, Sequence[str]]:
+    processes: Processes, lengths: Sequence[int], pending: Callable[[int], Collection[str]], name: str
+) -> dict[int, Collection[str]]:
     """What of some videos is still to be done, and by which process: this one's, by index.
 
     Every process looks at its part of the videos, then what was found pending is shared out: so a run that goes on

@@ -708,15 +708,15 @@ def run(
         videos.setdefault(sequence.flow_dir, []).append(sequence)
     folders = list(videos)
 
-    def missing(index: int) -> list[str]:
-        stems: dict[str, None] = {}
-        for sequence in videos[folders[index]]:
-            todo = pending_frames(sequence.stems, sequence.flow_dir, settings, files, args.overwrite)
-            stems.update(dict.fromkeys(sequence.stems[t] for t in todo))
-        return list(stems)
+    def missing(index: int) -> set[str]:
+        return {
+            sequence.stems[t]
+            for sequence in videos[folders[index]]
+            for t in pending_frames(sequence.stems, sequence.flow_dir, settings, files, args.overwrite)
+        }
 
     lengths = [max(len(sequence) for sequence in videos[folder]) for folder in folders]
-    pending = {folders[index]: set(stems) for index, stems in share_out(processes, lengths, missing, "flow").items()}
+    pending = {folders[index]: stems for index, stems in share_out(processes, lengths, missing, "flow").items()}
     total = sum(len(stems) for stems in pending.values())
     everywhere = int(processes.reduce([total])[0])
     if processes.is_main:
