@@ -35,9 +35,10 @@ from torch.utils.data import DataLoader
 
 from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
 from datasets.images import LazyImages, load_flow_image, load_frame, load_mask, require_size
+from datasets.scenes import SceneOptions
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.stills import read_stills
-from datasets.synthetic import SceneOptions, SyntheticClips
+from datasets.synthetic import SyntheticClips
 from datasets.transforms import Augment
 from models import Predictor, build_dbsnet, load_dbsnet
 from models.convlstm import recurrence_in_planes
@@ -247,13 +248,13 @@ def build_clips(
     if steps == 0:
         raise UserError(f"samples_per_epoch: {samples} clips are less than the {step_clips} of one step; give more")
     length = steps * step_clips
-    augment, scene = build_augment(config), build_scene(config)
+    augment, scene, defer = build_augment(config), build_scene(config), config.augment_on == "device"
     parts: list[tuple[ClipDataset, float]] = []
     for name, weight in config.datasets.items():
         part: ClipDataset
         if name in ("DUTS-TR", "synthetic"):
             images = stills if name == "DUTS-TR" else None
-            part = SyntheticClips(images, length, config.clip_len, config.size, config.seed, scene)
+            part = SyntheticClips(images, length, config.clip_len, config.size, config.seed, scene, defer)
         else:
             part = VideoClips(
                 training[name],
@@ -266,7 +267,7 @@ def build_clips(
                 strides=config.strides,
                 flow_drop=config.flow_drop,
                 frame_drop=config.frame_drop,
-                defer=config.augment_on == "device",
+                defer=defer,
             )
         parts.append((part, weight))
     clips = parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)

@@ -8,8 +8,8 @@ Every set here hands out the same kind of item, which the default collate functi
     valid     (T,) bool, whether the frame is annotated
     dataset, sequence    str
 
-`VideoClips` can leave its augmentation to the training device; an item then has one `RawClip` under ``raw`` in place of
-frames, flows and masks, and `utils.loading` makes the batch.
+A set can leave the pictures to the training device; an item then has one `Deferred` under ``raw`` in place of frames,
+flows and masks (a `RawClip` to augment or a `datasets.rendering.Scene` to render), and `utils.loading` makes the batch.
 
 An item depends on (seed, epoch, index) only, never on what was read before or on the worker that makes it: a run that
 is resumed sees the clips that it would have seen.
@@ -21,6 +21,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,12 +34,24 @@ from datasets.images import NO_MOTION, NO_PICTURE, load_flow_image, load_frame, 
 from datasets.transforms import Augment, Draw, apply, draw, resize, unpack
 from datasets.video_sequence import VideoSequence
 
-Item = dict[str, "torch.Tensor | str | RawClip"]
+Item = dict[str, "torch.Tensor | str | Deferred"]
 PICTURES = ("frames", "flows", "masks")
 CACHES = ("none", "ram")
 
 # Videos are read at up to this multiple of the size that is trained on: room for crops, at a bounded cost.
 READ_SCALE = 1.2
+
+
+class Deferred(Protocol):
+    """A clip whose pictures the training device makes. What is random about it has been drawn. A frozen dataclass."""
+
+    faults: tuple[Fault, ...]
+
+    def pin_memory(self) -> Deferred:
+        """For the loader (PyTorch calls it by this name)."""
+
+    def finish(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Frames and flows (T, 3, H, W) and masks (T, 1, H, W), uint8, made on a device and left there."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +69,9 @@ class RawClip:
     faults: tuple[Fault, ...] = ()
 
     def pin_memory(self) -> RawClip:
-        """For the loader (PyTorch calls it by this name)."""
         return replace(self, planes=self.planes.pin_memory())
 
     def finish(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Frames and flows (T, 3, H, W) and masks (T, 1, H, W), uint8, made on a device and left there."""
         planes = self.planes.to(device, non_blocking=True)
         clip = resize(planes, self.size) if self.drawn is None else apply(planes, self.size, self.drawn)
         frames, flows, masks = unpack(clip)
@@ -370,7 +381,7 @@ class MixedClips(ClipDataset):
 class FaultyClips(ClipDataset):
     """The clips of another set, with faults in some of their frames.
 
-    part: any set of clips, also one that leaves the augmentation to the training device.
+    part: any set of clips, also one that leaves the pictures to the training device.
     probability: that a frame has a fault. Clips of one frame have none: there is no neighbour to go by.
 
     The items are those of `part` but for the faults, which depend on seed, epoch and index alone.

@@ -40,17 +40,17 @@ def colour_wheel() -> np.ndarray:
     return wheel
 
 
-@functools.lru_cache(maxsize=1)
-def _wheel_tables() -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+@functools.lru_cache(maxsize=4)
+def _wheel_tables(device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     """For each channel the colour at column k and at column k + 1, both (55,) in [0, 1]."""
-    wheel = torch.from_numpy(colour_wheel().copy()) / 255.0
+    wheel = torch.from_numpy(colour_wheel().copy()).to(device) / 255.0
     return tuple((wheel[:, c].contiguous(), wheel[:, c].roll(-1).contiguous()) for c in range(3))
 
 
 def flows_to_images(flows: torch.Tensor) -> torch.Tensor:
     """Colour pictures of a clip's flow, each frame normalised by its own largest speed.
 
-    flows: (T, 2, H, W) float, pixels (x to the right, y down). Returns (T, 3, H, W) uint8 RGB.
+    flows: (T, 2, H, W) float, pixels (x to the right, y down). Returns (T, 3, H, W) uint8 RGB on the same device.
     Raises ValueError on another shape or on values that are not finite.
     """
     if flows.ndim != 4 or flows.shape[1] != 2:
@@ -58,7 +58,7 @@ def flows_to_images(flows: torch.Tensor) -> torch.Tensor:
     flows = flows.to(torch.float32).contiguous()  # torch's atan2 rounds strided input otherwise
     if not bool(torch.isfinite(flows.sum())) and not bool(torch.isfinite(flows).all()):
         raise ValueError("flow has values that are not finite: it cannot be coloured")
-    images = torch.empty((len(flows), 3, *flows.shape[2:]), dtype=torch.uint8)
+    images = torch.empty((len(flows), 3, *flows.shape[2:]), dtype=torch.uint8, device=flows.device)
     for flow, image in zip(flows, images):  # a frame at a time stays in the cache: twice as fast as a clip at once
         _colour(flow, image)
     return images
@@ -73,7 +73,7 @@ def _colour(flow: torch.Tensor, image: torch.Tensor) -> None:
     weight = position.sub_(lower)
     rest = 1 - weight
     column = lower.to(torch.int32).view(-1)  # index_select is several times faster than indexing here
-    for channel, tables in enumerate(_wheel_tables()):
+    for channel, tables in enumerate(_wheel_tables(flow.device)):
         here, following = (table.index_select(0, column).view_as(weight) for table in tables)
         colour = here.mul_(rest).add_(following.mul_(weight))
         # 255 * (1 - speed * (1 - colour)), not below 0; the conversion to uint8 rounds down

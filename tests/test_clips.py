@@ -219,11 +219,12 @@ def test_clips_finished_on_the_training_device_are_those_of_the_loader(
     batches = []
     for defer in (False, True):
         options = {"flow_drop": 0.2, "frame_drop": 0.2, "samples_per_epoch": 16, "seed": 3, "defer": defer}
-        parts = [(VideoClips(videos, 2, SIZE, augment, **options), 3.0), (SyntheticClips(None, 16, 2, SIZE, 0), 1.0)]
+        synthetic = SyntheticClips(None, 16, 2, SIZE, seed=0, defer=defer)
+        parts = [(VideoClips(videos, 2, SIZE, augment, **options), 3.0), (synthetic, 1.0)]
         order = ClipOrder(batch=4, accumulate=1, steps=4, rank=0, world_size=1, seed=0)
         loader = build_loader(FaultyClips(MixedClips(parts, 16, 0), 0.3), order, workers=workers, pin_memory=False)
         loaded = list(loader)
-        assert any("items" in batch for batch in loaded) == defer
+        assert all(("items" in batch) == defer for batch in loaded)
         batches.append([to_device(batch, torch.device("cpu")) for batch in loaded])
     assert len(batches[0]) == 4
     for by_loader, by_device in zip(*batches):
@@ -235,11 +236,16 @@ def test_clips_finished_on_the_training_device_are_those_of_the_loader(
 
 
 @pytest.mark.gpu
-def test_clips_finished_on_a_gpu_are_those_of_the_loader(sequences: list[VideoSequence]) -> None:
-    clips = VideoClips(sequences, 3, SIZE, Augment(sharpness_probability=0.5), samples_per_epoch=8, defer=True)
-    for index in range(8):
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_clips_finished_on_a_gpu_are_those_of_the_loader(synthetic: bool, sequences: list[VideoSequence]) -> None:
+    if synthetic:
+        clips = SyntheticClips(None, 24, 3, SIZE, seed=3, defer=True)
+    else:
+        clips = VideoClips(sequences, 3, SIZE, Augment(sharpness_probability=0.5), samples_per_epoch=8, defer=True)
+    for index in range(len(clips)):
         raw = clips[index]["raw"]
         for plain, made in zip(raw.finish(), raw.pin_memory().finish("cuda")):
+            assert made.device.type == "cuda" and made.dtype == torch.uint8
             difference = (plain.int() - made.cpu().int()).abs()
             # Rounding may tip a value to the next one, and a mask's pixel on its outline to the other side.
             assert difference.float().mean() < 0.05 and difference.float().quantile(0.99) <= 1

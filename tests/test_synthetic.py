@@ -15,9 +15,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets.errors import DataError
+from datasets.scene_motion import Motion
+from datasets.scenes import SceneOptions
 from datasets.sequences import read_dataset
 from datasets.stills import StillImage, read_stills
-from datasets.synthetic import SceneOptions, SyntheticClips, _Motion, make_clip, write_dataset
+from datasets.synthetic import SyntheticClips, make_clip, write_dataset
 
 SIZE = (72, 112)
 CLEAN = SceneOptions().clean()
@@ -86,7 +88,7 @@ def test_motion_and_its_inverse() -> None:
     matrices = np.eye(3) + rng.normal(0, 0.1, (3, 3, 3))
     matrices[:, 2] = [0.0006, -0.0004, 1.0]
     wave = (rng.normal(0, 4, 3), rng.normal(0, 1, 3), 0.05)
-    motion = _Motion(matrices, wave, wave)
+    motion = Motion(matrices, wave, wave)
     x, y = torch.arange(-50.0, 50)[None, None, :], torch.arange(-40.0, 40)[None, :, None]
     texture_x, texture_y = motion.to_texture([0, 1, 2], x, y)
     # back to the frame by plain arithmetic, point by point
@@ -196,6 +198,14 @@ def test_workers_make_the_clips_that_the_main_process_would() -> None:
         for place in range(2):
             assert torch.equal(batch["frames"][place], clips[2 * number + place]["frames"])
             assert torch.equal(batch["flows"][place], clips[2 * number + place]["flows"])
+
+
+def test_a_scene_makes_the_same_clip_whenever_it_is_asked() -> None:
+    for index in range(6):
+        scene = SyntheticClips(None, 6, 2, (48, 64), seed=1, defer=True)[index]["raw"]
+        item = SyntheticClips(None, 6, 2, (48, 64), seed=1)[index]
+        for _ in range(2):
+            assert all(torch.equal(made, item[key]) for key, made in zip(("frames", "flows", "masks"), scene.finish()))
 
 
 def test_seed_epoch_and_index_all_matter() -> None:

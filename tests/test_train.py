@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 import main
-from datasets.synthetic import SceneOptions, write_dataset
+from datasets.scenes import SceneOptions
+from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, load_dbsnet, save_weights
 from utils.config import TrainConfig, load_config, parse_args
 from utils.errors import UserError

@@ -71,7 +71,7 @@ class TrainConfig:
     )
     scene: dict[str, float] = _option(
         {},
-        "what happens in synthetic clips, as key:value; probabilities of datasets.synthetic.SceneOptions",
+        "what happens in synthetic clips, as key:value; probabilities of datasets.scenes.SceneOptions",
         low=0,
         high=1,
     )
@@ -88,8 +88,8 @@ class TrainConfig:
     augment: bool = _option(True, "augment clips of videos; without it whole frames are resized")
     augment_on: str = _option(
         "loader",
-        "where clips of videos are augmented: by the loader's processes or by the training device; synthetic clips are "
-        "made by the loader",
+        "where clips of videos are augmented and synthetic clips are rendered: by the loader's processes or by the "
+        "training device",
         choices=("loader", "device"),
     )
     scale: tuple[float, float] = _option((0.6, 1.0), "side of the random crop, relative to the frame", low=0.01, high=1)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets.scenes import SceneOptions
 from datasets.sequences import read_dataset
-from datasets.synthetic import SceneOptions, write_dataset
+from datasets.synthetic import write_dataset
 from utils import inference
 from utils.config import CONFIGS
 from utils.errors import UserError

@@ -58,15 +58,15 @@ def build_loader(clips: Dataset, order: ClipOrder, *, workers: int, pin_memory: 
 
 
 def _collate(items: list[Item]) -> dict[str, Any]:
-    """A batch; clips that the training device is to augment are no tensors of one size yet and stay a list."""
+    """A batch; clips whose pictures the training device makes are no tensors of one size yet and stay a list."""
     if not any("raw" in item for item in items):
         return default_collate(items)
     return {"items": items, "valid": torch.stack([item["valid"] for item in items])}
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with frames, flows (B, T, 3, H, W) and masks (B, T, 1, H, W) uint8 on a device; raw clips are augmented
-    there. ``valid`` (B, T) stays where it is, to be counted without waiting for the device.
+    """A batch with frames, flows (B, T, 3, H, W) and masks (B, T, 1, H, W) uint8 on a device; those of deferred
+    clips are made there. ``valid`` (B, T) stays where it is, to be counted without waiting for the device.
     """
     if "items" in batch:
         moved = (torch.stack(parts) for parts in zip(*(_pictures(item, device) for item in batch["items"])))
