@@ -172,6 +172,7 @@ def test_all_parts_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert set(results["pipeline"]["frames_per_second"]) == stages
     assert sum(entry["share"] for entry in results["profile"]["operators"]) <= 1.001
     assert set(results["training"]["frames_per_second"]) == {"loader", "step", "together"}
+    assert set(results["training"]["augment_on_device"]["frames_per_second"]) == {"loader", "together"}
     output = capsys.readouterr().out
     assert "frames_per_second" in output and "benchmark.json" in output
 

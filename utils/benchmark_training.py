@@ -46,16 +46,17 @@ def bench_training(
 ) -> dict[str, Any]:  # fmt: skip
     """Frames per second of the loader alone (procedural clips), of the step alone, and of both together.
 
+    `augment_on_device` has them for clips that the loader leaves to the device to render (main.py --augment_on device).
     With `processes` 2 or more also of that many gloo processes on the CPU, one thread each, against one alone.
     """
     order = ClipOrder(batch=batch, accumulate=1, steps=steps + 2, rank=0, world_size=1, seed=0)
-    clips = SyntheticClips(None, batch * (steps + 2), length, size, 0)
     pinned = device.type == "cuda"
     step = Step(variant, device, amp)
     first: dict[str, Any] = {}
 
-    def epoch(learn: bool) -> float:
+    def epoch(learn: bool, defer: bool) -> float:
         """Seconds of `steps` batches after two that start the workers."""
+        clips = SyntheticClips(None, batch * (steps + 2), length, size, seed=0, defer=defer)
         loader = build_loader(clips, order, workers=workers, pin_memory=pinned)
         began = 0.0
         for number, loaded in enumerate(loader):
@@ -70,7 +71,7 @@ def bench_training(
 
     frames = steps * batch * length
     with PeakMemory(device) as memory:
-        loading = epoch(False)
+        loading = epoch(learn=False, defer=False)
         step(first["batch"])
         synchronise(device)
         began = time.perf_counter()
@@ -78,11 +79,13 @@ def bench_training(
             step(first["batch"])
         synchronise(device)
         learning = time.perf_counter() - began
-        together = epoch(True)
+        together = epoch(learn=True, defer=False)
+        deferred = {"loader": epoch(learn=False, defer=True), "together": epoch(learn=True, defer=True)}
     rates = {"loader": frames / loading, "step": frames / learning, "together": frames / together}
     result = {
         "variant": variant, "size": list(size), "clip_len": length, "batch_size": batch, "workers": workers,
         "frames_per_second": rates, "together_over_slowest": rates["together"] / min(rates["loader"], rates["step"]),
+        "augment_on_device": {"frames_per_second": {name: frames / seconds for name, seconds in deferred.items()}},
         "memory": memory.describe(),
     }  # fmt: skip
     if processes > 1:
