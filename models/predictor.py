@@ -177,6 +177,8 @@ class Predictor:
         store_dtype: precision of kept features.
         device_memory, host_memory: bytes of features that all passes together (`flip`, `scales`) keep there before the
             next, slower place is used: accelerator, host memory, temporary file.
+        on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
+            pass, before its first result comes. With `clip_len`, results come on the way, and it is not called.
 
     `frames` and `flows` are sequences (``len`` and indexing, lists or lazy) of (H, W, 3) uint8 RGB arrays; flow
     images may have another size than frames. Yields (index, probability), float32 (H, W) in [0, 1] at the frame's own
@@ -188,7 +190,7 @@ class Predictor:
                  mirror_flow: Callable[[np.ndarray], np.ndarray] | None = None, scales: Sequence[float] = (1.0,),
                  channels_last: bool = True, fold: bool = True, piece: int = 16,
                  store_dtype: torch.dtype = torch.float16, device_memory: int = 4 << 30,
-                 host_memory: int = 1 << 30) -> None:  # fmt: skip
+                 host_memory: int = 1 << 30, on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
         if amp not in AMP:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
         if clip_len is not None and clip_len < 1:
@@ -204,6 +206,7 @@ class Predictor:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.fold, self.piece, self.store_dtype = fold, piece, store_dtype
         self.device_memory, self.host_memory = device_memory, host_memory
+        self.on_encoded = on_encoded
 
     def __call__(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         if len(frames) != len(flows):
@@ -306,6 +309,8 @@ class Predictor:
                         if start == 0:
                             features.append(storage.new(tuple(value.shape[1:])))
                         features[index].write(start, value)
+                if self.on_encoded is not None:
+                    self.on_encoded(len(x))
             for index, block in enumerate(net.propagation):
                 with torch.inference_mode(), self._autocast():
                     propagate_store(block, features[index], storage, self.piece, self.device)

@@ -168,6 +168,18 @@ def test_results_come_at_the_frames_own_size_whatever_the_networks(net: DBSNet) 
     assert result.shape == (2, 45, 61) and np.isfinite(result).all()
 
 
+@pytest.mark.parametrize(("options", "passes"), [({}, 1), ({"flip": True, "scales": (1.0, 0.5)}, 4)])
+def test_it_tells_how_many_frames_are_encoded_before_the_first_result(
+    net: DBSNet, video: tuple, options: dict, passes: int
+) -> None:
+    counts: list[int] = []
+    results = Predictor(net, batch_size=4, on_encoded=counts.append, **options)(*video)
+    next(results)
+    length = len(video[0])
+    assert counts == [min(4, length - start) for start in range(0, length, 4)] * passes
+    results.close()
+
+
 def test_arrays_and_lazy_sequences_will_do_and_no_frame_is_held(net: DBSNet, video: tuple, truth: np.ndarray) -> None:
     np.testing.assert_allclose(collect(exact(net)(np.stack(video[0]), np.stack(video[1]))), truth, atol=1e-5)
 

@@ -234,7 +234,10 @@ def test_flow_in_a_folder_of_its_own(
     capsys.readouterr()
     for folder, frames in ((tmp_path / "dis", 0), (other, FRAMES)):
         assert call("--tools", "test", *words, "--flow_dir", folder, "--save_dir", tmp_path / "r") == 0
-        assert f"{frames} frames to do" in capsys.readouterr().out
+        shown = capsys.readouterr()
+        assert f"{frames} frames to do" in shown.out
+        # Beside the bar: a long video is encoded for minutes before its first map.
+        assert (f"video-002, {FRAMES} encoded" in shown.err) == bool(frames)
     assert "--flow_dir" in fails(capsys, "--tools", "test", "--video", made[0], "--flow_dir", other)
 
 

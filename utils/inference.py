@@ -29,6 +29,8 @@ from utils.files import write_bytes, write_json
 from utils.scoring import THRESHOLD
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from models.dbsnet import DBSNet
     from utils.distributed import Processes
     from utils.video import LazyFrames
@@ -336,12 +338,14 @@ def run(
 
     began = time.monotonic()
     with (
-        tqdm(total=total, desc="test", unit="frame", disable=not processes.is_main) as progress,
+        # miniters 0: drawn anew as time passes, also while frames are encoded and none is finished.
+        tqdm(total=total, desc="test", unit="frame", disable=not processes.is_main, miniters=0) as progress,
         ThreadPoolExecutor(WRITERS) as writers,
     ):
         for video in todo:
-            progress.set_postfix_str(video.place.name, refresh=False)
             predictor.size = tuple(own[video.place]["size"])
+            progress.set_postfix_str(video.place.name, refresh=False)
+            predictor.on_encoded = show_encoded(progress, video.place.name)
             inputs = {"frames": video.frames, "flow": video.flows}
             if args.without in BLANKS:
                 inputs[args.without] = Blank(inputs[args.without], BLANKS[args.without])
@@ -359,6 +363,21 @@ def run(
     if processes.is_main and (frames or not is_recorded(save_dir, weights, settings)):
         write_json(save_dir / RECORD, describe(weights, settings, processes, frames, seconds))
     return total
+
+
+def show_encoded(progress: tqdm, name: str) -> Callable[[int], None]:
+    """What tells beside the bar how many frames of a video have been encoded: of a long one, minutes pass before the
+    first map. It is called with the number of each batch; flipped and scaled passes count, too.
+    """
+    encoded = 0
+
+    def show(count: int) -> None:
+        nonlocal encoded
+        encoded += count
+        progress.set_postfix_str(f"{name}, {encoded} encoded", refresh=False)
+        progress.update(0)
+
+    return show
 
 
 def mirror_flow(image: np.ndarray) -> np.ndarray:
