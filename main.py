@@ -45,7 +45,8 @@ from models.convlstm import recurrence_in_planes
 from models.errors import CheckpointError
 from models.growth import PARTS, add_stream, grow, is_growth, keep_stream
 from models.losses import distillation_loss, segmentation_loss
-from models.weights import load_state, save_weights
+from models.state_dicts import load_state
+from models.weights import save_weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import TrainConfig, nearest, parse_args
 from utils.distributed import (

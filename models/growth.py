@@ -19,7 +19,7 @@ from models.co_dga import CoDGA
 from models.convlstm import DenseBiConvLSTM
 from models.dbsnet import STREAMS, DBSNet, build_dbsnet
 from models.refinement import RefinementLayer
-from models.weights import describe_mismatch
+from models.state_dicts import describe_mismatch
 
 PARTS = {"dilations": "propagation", "depth": "refinement", "rounds": "fusion"}
 """Options of `DBSNet` that are empty (0 or no dilations) where a part is absent, and the module each is about."""

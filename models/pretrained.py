@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.errors import CheckpointError
 from models.mobilevit import DEPTHS, FLAVOURS, MobileViT
-from models.weights import describe_mismatch, read_state
+from models.state_dicts import describe_mismatch, read_state
 
 FORMATS = {"wilile": "wilile", "cvnets": "reference", "timm": "reference"}  # format -> flavour
 _CLASSIFIER = {"wilile": "fc.", "cvnets": "classifier.", "timm": "head."}

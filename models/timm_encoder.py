@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.weights import load_state, read_state
+from models.state_dicts import load_state, read_state
 
 
 class TimmEncoder(nn.Module):

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from models import CheckpointError, DBSNet, build_dbsnet, load_dbsnet, save_weights
-from models.weights import read_state
+from models.state_dicts import read_state
 
 
 @pytest.fixture(scope="module")

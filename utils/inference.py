@@ -109,7 +109,7 @@ def read_notes(path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
     Raises:
         UserError: a ``size`` that is not two numbers.
     """
-    from models.weights import read_checkpoint
+    from models.state_dicts import read_checkpoint
 
     content = read_checkpoint(path)
     if "metadata" in content:
