@@ -43,7 +43,7 @@ from datasets.transforms import Augment
 from models import Predictor, build_dbsnet, load_dbsnet
 from models.convlstm import recurrence_in_planes
 from models.errors import CheckpointError
-from models.growth import PARTS, add_stream, grow, is_growth, keep_stream
+from models.growth import ABSENT, add_stream, grow, is_growth, keep_stream
 from models.losses import distillation_loss, segmentation_loss
 from models.state_dicts import load_state
 from models.weights import save_weights
@@ -134,7 +134,7 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
             except ValueError as error:
                 raise CheckpointError(f"{config.add_stream} cannot be added to {path}: {error}") from None
         # A first stage may have gone without some parts; they begin here.
-        parts = {key: asked[key] for key in PARTS if key in asked and is_growth(net.config[key], asked[key])}
+        parts = {key: asked[key] for key in ABSENT if key in asked and is_growth(net.config[key], asked[key])}
         with user_network():
             net = grow(net, **parts) if parts else net
     else:

@@ -9,7 +9,7 @@ import torch
 
 from models import DBSNet, build_dbsnet
 from models.dbsnet import STREAMS
-from models.growth import REMOVABLE, add_stream, grow, keep_stream, silence
+from models.growth import PARTS, add_stream, grow, keep_stream, take_out
 
 TINY = {"width": 16, "hidden": 4}
 FULL = {"dilations": [1, 2], "depth": 1, "rounds": 2}
@@ -48,29 +48,53 @@ def test_a_grown_network_gives_what_it_gave_and_can_learn(plain: DBSNet, part: s
     assert not stuck
 
 
-@pytest.mark.parametrize("part", REMOVABLE)
-def test_a_network_with_a_part_silenced_is_one_built_without_it(part: str) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_taken_out_is_a_part_that_adds_nothing(part: str) -> None:
     torch.manual_seed(1)
     net = build_dbsnet("xxs", **TINY, **FULL).eval()
     for fusion in net.fusion:
         torch.nn.init.normal_(fusion.scale)  # or Co-DGA's messages would be silent already
-    option = REMOVABLE[part]
-    without = build_dbsnet("xxs", **TINY, **{**FULL, option: [] if option == "dilations" else 0}).eval()
-    own = net.state_dict()
-    without.load_state_dict({key: own[key] for key in without.state_dict()})
+    silent = copy.deepcopy(net)
+    for name, parameter in silent.named_parameters():
+        ends = {
+            "propagation": ("propagation.", (".proj.weight", ".proj.bias")),
+            "refinement": (
+                "refinement.",
+                tuple(f".{x}.{y}" for x in ("position", "out", "mlp.2") for y in ("weight", "bias")),
+            ),
+            "co_dga": ("fusion.", (".scale",)),
+        }
+        start, end = ends[part]
+        if name.startswith(start) and name.endswith(end):
+            torch.nn.init.zeros_(parameter)
     frames, flows = torch.rand(2, 1, 3, 3, 64, 96).unbind()
     with torch.no_grad():
-        before, silenced = net(frames, flows), silence(net, part)(frames, flows)
-        torch.testing.assert_close(silenced, without(frames, flows))
-        assert (silenced - before).abs().max() > 1e-3
-        assert torch.equal(net(frames, flows), before)  # a copy was silenced
-    with pytest.raises(ValueError, match=option):
-        silence(without, part)
+        before, rest = net(frames, flows), take_out(net, part)
+        torch.testing.assert_close(rest(frames, flows), silent(frames, flows))
+        assert (rest(frames, flows) - before).abs().max() > 1e-3
+        assert torch.equal(net(frames, flows), before)  # it is left as it was
+        # It can be given again, to begin anew.
+        again = grow(rest, **{PARTS[part]: net.config[PARTS[part]]})
+        assert again.config == net.config
+        torch.testing.assert_close(again(frames, flows), rest(frames, flows))
+    with pytest.raises(ValueError, match=PARTS[part]):
+        take_out(rest, part)
 
 
-def test_a_part_that_does_not_exist_is_not_silenced(plain: DBSNet) -> None:
+def test_a_part_that_does_not_exist_is_not_taken_out(plain: DBSNet) -> None:
     with pytest.raises(ValueError, match="decoder.*propagation"):
-        silence(plain, "decoder")
+        take_out(plain, "decoder")
+
+
+def test_grown_graph_attention_learns_more_than_its_scale(plain: DBSNet) -> None:
+    """With a scale of 0, as a network is built, no other weight of the messages has a gradient."""
+    frames, flows = torch.rand(2, 1, 1, 3, 64, 96).unbind()
+    learning = {}
+    for name, net in (("built", build_dbsnet("xxs", **TINY, **FULL)), ("grown", grow(plain, **FULL))):
+        net(frames, flows).square().sum().backward()
+        fusion = net.fusion[0]
+        learning[name] = [fusion.mix.weight.grad.abs().max() > 0, fusion.scale.grad.abs().max() > 0]
+    assert learning == {"built": [False, True], "grown": [True, False]}
 
 
 def test_what_cannot_be_grown_is_refused(plain: DBSNet) -> None:

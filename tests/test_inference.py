@@ -24,7 +24,7 @@ from datasets.images import load_flow_image, load_frame
 from datasets.sequences import read_dataset
 from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, load_dbsnet
-from models.growth import REMOVABLE, silence
+from models.growth import PARTS, take_out
 from models.weights import save_weights
 from utils import inference
 from utils.distributed import share, share_out
@@ -123,14 +123,14 @@ def test_a_stream_can_be_blinded(data: Path, weights: Path, tmp_path: Path, with
 
 
 def test_a_part_can_be_taken_out(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(inference.PARTS) == set(REMOVABLE)
+    assert set(inference.PARTS) == set(PARTS)
     net = load_dbsnet(weights)
-    present = [part for part, option in REMOVABLE.items() if net.config[option]]
+    present = [part for part, option in PARTS.items() if net.config[option]]
     assert "propagation" in present
     for part in present:
         call(weights, tmp_path / part, "--data_dir", data, "--without", part)
-        save_weights(tmp_path / "silenced.safetensors", silence(net, part), metadata={"size": "32 64"})
-        wanted = expected(tmp_path / "silenced.safetensors", data)
+        save_weights(tmp_path / "rest.safetensors", take_out(net, part), metadata={"size": "32 64"})
+        wanted = expected(tmp_path / "rest.safetensors", data)
         for name, grey in maps(tmp_path / part).items():
             assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name
     assert any((grey != maps(tmp_path / present[0])[name]).any() for name, grey in expected(weights, data).items())

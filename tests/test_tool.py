@@ -300,6 +300,22 @@ def test_export_of_a_mean(weights: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "rounds" in fails(capsys, *words, tmp_path / "other.safetensors")
 
 
+def test_export_without_a_part(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = load_dbsnet(weights)
+    save_weights(tmp_path / "whole.safetensors", net, metadata={"size": "32 64", "J": "0.9", "licence": "x"})
+    out = tmp_path / "o.safetensors"
+    words = ["--tools", "export", "--checkpoint", tmp_path / "whole.safetensors", "--output", out]
+    assert call(*words, "--average", tmp_path / "whole.safetensors", "--without", "co_dga") == 0
+    rest = load_dbsnet(out)
+    assert rest.config == {**net.config, "rounds": 0} and net.config["rounds"]
+    expected = net.state_dict()
+    for key, value in rest.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
+    notes = {"size": "32 64", "licence": "x", "average_of": "2", "without": "co_dga"}
+    assert inference.read_notes(out) == (notes, (32, 64))
+    assert "propagation, refinement, co_dga" in fails(capsys, *words, "--without", "flow")
+
+
 def test_export_of_a_training_checkpoint(tmp_path: Path, repository: Path) -> None:
     import main
 

@@ -3,6 +3,8 @@
 The result, of one checkpoint or of the mean of several, is one .safetensors in half precision whose metadata say which
 network it is, the input size that it is for, and how it was trained; `models.load_dbsnet` and ``tool.py --checkpoint``
 need nothing else.
+
+``--without PART`` leaves a part of the network out, as in ``test``; `main.py --finetune` then begins it anew.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> Path:
         CheckpointError: a checkpoint that is unreadable or of another network.
     """
     from models.weights import average_into, save_weights
-    from utils.inference import load_weights
+    from utils.inference import PARTS, load_weights, without_part
 
     if not args.checkpoint:
         raise UserError("--tools export: give --checkpoint FILE, the training checkpoint (best.pt or last.pt)")
@@ -71,8 +73,17 @@ def run(args: argparse.Namespace) -> Path:
         for key in ("step", "J"):  # of one run, not of the mean
             kept.pop(key, None)
         kept["average_of"] = str(1 + len(args.average))
+    if args.without:
+        if args.without not in PARTS:
+            raise UserError(f"--without {args.without}: export can leave out {', '.join(PARTS)}")
+        kept["without"] = args.without
+        kept.pop("J", None)  # of the whole
+    net, *others = (
+        without_part(item, args.without) if args.without else item.net
+        for item in (weights, *(load_weights(path) for path in args.average))
+    )
     try:
-        average_into(weights.net, [load_weights(path).net for path in args.average])
+        average_into(net, others)
     except ValueError as error:
         raise UserError(f"--average: {error}; expected checkpoints of the network of {weights.path}") from None
     size = tuple(args.size) if args.size else weights.size
@@ -80,7 +91,7 @@ def run(args: argparse.Namespace) -> Path:
         raise UserError(f"{weights.path}: does not say the input size that it is for; give --size H W")
     metadata = {**kept, **notes, "size": f"{size[0]} {size[1]}"}
     output = Path(args.output)
-    save_weights(output, weights.net, half=True, metadata=metadata)
+    save_weights(output, net, half=True, metadata=metadata)
     facts = ", ".join(f"{key} {value}" for key, value in metadata.items())
     print(f"export: {output}, {output.stat().st_size / 2**20:.1f} MiB; {facts}", flush=True)
     return output

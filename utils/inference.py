@@ -186,7 +186,7 @@ def video_of(sequence: VideoSequence) -> Video:
 
 # What training shows where it takes one of the two inputs away (`datasets.clips.VideoClips`: flow_drop, frame_drop).
 BLANKS = {"flow": NO_MOTION, "frames": NO_PICTURE}
-# Those of `models.growth.silence`, named here too: the command line is read in processes that do without torch.
+# Those of `models.growth.take_out`, named here too: the command line is read in processes that do without torch.
 PARTS = ("propagation", "refinement", "co_dga")
 
 
@@ -266,10 +266,10 @@ def without_part(weights: Weights, part: str) -> DBSNet:
     Raises:
         UserError: it has none.
     """
-    from models.growth import silence
+    from models.growth import take_out
 
     try:
-        return silence(weights.net, part)
+        return take_out(weights.net, part)
     except ValueError as error:
         raise UserError(f"--without {part}: {weights.path}: {error}") from None
 
