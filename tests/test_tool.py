@@ -166,6 +166,24 @@ def test_the_page_is_not_of_other_maps_than_its_figures(
     assert "--tools eval again" in fails(capsys, *words)
 
 
+def test_the_page_shows_published_figures_that_were_compared(results: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(results / "results", tmp_path / "r")
+    words = ["--save_dir", folder, "--data_dir", results / "data", "--datasets", "DAVIS-2016", "--metrics", "uvos"]
+
+    def page(*tools: str) -> str:
+        assert call("--tools", *tools, *words) == 0
+        return (folder / "report.html").read_text()
+
+    assert "Beside published figures" not in page("eval", "report")
+    shown = page("eval", "report", "--published")
+    assert re.search(r"<th>\d+ MATNet, all 20 sequences</th><td>82\.4</td>", shown)
+    assert "davischallenge.org" in shown and shown.count("<tr class=all>") >= 2  # in the table of sequences and here
+    # Figures of an older evaluation beside new ones would mislead.
+    table = folder / "comparison.csv"
+    table.write_text(table.read_text().replace(",no,0.", ",no,0.9"))
+    assert "Beside published figures" not in page("report")
+
+
 def test_the_page_of_the_crf_alone(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pydensecrf.densecrf")
     folder = tmp_path / "r"

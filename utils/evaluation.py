@@ -688,10 +688,10 @@ def _published_rows(
     same = []
     if by_the_usual_rule and not whole and (dataset, measures) == ("DAVIS-2016", "uvos"):
         same = on_sequences(sequences)
-    rows = [_published_row(p, f", these {count} sequences" if count > 1 else ", this sequence") for p in same]
+    rows = [_published_row(p, f"these {count} sequences" if count > 1 else "this sequence") for p in same]
     if whole or wanted:
         known = {p.method for p in same}
-        of = "" if whole else f", all {total} sequences"
+        of = "" if whole else f"all {total} sequences"
         rows += [_published_row(p, of) for p in whole_set if p.method not in known]
         return rows, ""
     words = "Published figures of the whole set" if same else "Published figures"
@@ -699,4 +699,4 @@ def _published_rows(
 
 
 def _published_row(p: Published, of: str) -> tables.Row:
-    return tables.Row(f"{p.method} (published{of})", p.values, published=True, source=p.source)
+    return tables.Row(p.method, p.values, published=True, source=p.source, of=of)

@@ -90,6 +90,7 @@ def write_report(
     for score in scores:
         body.append(f"<h2>{_text(score.dataset)}</h2>")
         body.append(_table(score))
+        body.append(_comparison(save_dir, score))
         body.append(_examples(save_dir, score, sequences_by_dataset[score.dataset]))
         body.append(_curves(score))
     if log is not None:
@@ -250,7 +251,7 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores]) -> str:
 
 def _table(score: Scores) -> str:
     """A line per sequence, the worst last; with the CRF's figures beside the plain ones."""
-    measures = "uvos" if score.key == "J_mean" else "vsod"
+    measures = _measures(score)
     wanted = ("J_mean", "F_mean", "J_recall", "J_decay", "F_recall", "F_decay") if measures == "uvos" else None
     columns = [c for c in COLUMNS[measures] if c.key in score.overall[""] and (wanted is None or c.key in wanted)]
     extra = [c for c in columns if c.key in ("J_mean", "F_mean", "S", "MAE")] if "crf" in score.overall else []
@@ -271,6 +272,39 @@ def _table(score: Scores) -> str:
         f'<p class="note">{unit}Best sequence first.</p><div class="wide"><table><thead><tr><th>sequence</th>{head}'
         f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _comparison(save_dir: Path, score: Scores) -> str:
+    """The ranks among published methods that ``eval`` wrote into comparison.csv; nothing where it compared with none,
+    or where the file is of other figures than these.
+    """
+    if not (save_dir / "comparison.csv").is_file():
+        return ""
+    measures = _measures(score)
+    with open(save_dir / "comparison.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["dataset"], row["measures"]) == (score.dataset, measures)]
+    own = [float(row[score.key]) for row in rows if row["published"] == "no" and row[score.key]]
+    if score.overall[""][score.key] not in own or len(own) == len(rows):
+        return ""
+    columns = [c for c in COLUMNS[measures] if any(row[c.key] for row in rows)]
+    head = "".join(f"<th>{_text(c.title)}</th>" for c in columns)
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td>{c.format(float(row[c.key]) if row[c.key] else None)}</td>" for c in columns)
+        kind = " class=all" if row["published"] == "no" else ""
+        name = f"{row['rank'] or '–'} {row['method']}" + (f", {row['of']}" if row["of"] else "")
+        lines.append(f"<tr{kind}><th>{_text(name)}</th>{cells}</tr>")
+    sources = dict.fromkeys(row["source"] for row in rows if row["source"])
+    return (
+        "<h3>Beside published figures</h3>"
+        f'<p class="note">Quoted, not measured here: {_text("; ".join(sources))}.</p>'
+        f'<div class="wide"><table><thead><tr><th>method</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        "</div>"
+    )
+
+
+def _measures(score: Scores) -> str:
+    return "uvos" if score.key == "J_mean" else "vsod"
 
 
 def _examples(save_dir: Path, score: Scores, sequences: Sequence[VideoSequence]) -> str:

@@ -67,6 +67,13 @@ class Row:
     published: bool = False
     """Not measured here but quoted, from `source`."""
     source: str = ""
+    of: str = ""
+    """Of which sequences published figures are, where that has to be said: "these 8 sequences"."""
+
+    @property
+    def title(self) -> str:
+        """The method, and whether its figures are quoted."""
+        return f"{self.method} (published{', ' + self.of if self.of else ''})" if self.published else self.method
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class Table:
         methods: dict[str, list[str]] = {}
         for row in self.rows:
             if row.published:
-                methods.setdefault(row.source, []).append(row.method.partition(" (published")[0])
+                methods.setdefault(row.source, []).append(row.method)
         return [f"{', '.join(names)}: {source}" for source, names in methods.items()]
 
 
@@ -118,7 +125,7 @@ def _markdown(table: Table) -> str:
     arrows = ["↑" if column.higher_is_better else "↓" for column in columns]
     cells = [["#", "method", *(f"{column.title} {arrow}" for column, arrow in zip(columns, arrows))]]
     for rank, row in table.ranked():
-        cells.append([str(rank or "–"), row.method.replace("|", r"\|")])
+        cells.append([str(rank or "–"), row.title.replace("|", r"\|")])
         for column in columns:
             text = column.format(row.values.get(column.key))
             bold = column.key in row.values and text == table.best(column) and len(table.rows) > 1
@@ -153,8 +160,7 @@ def _latex(table: Table) -> str:
         r"\midrule",
     ]
     for rank, row in table.ranked():
-        name = row.method.partition(" (published")[0] if row.published else row.method
-        cells = [str(rank or "--"), _escape(name) + (r"$^\dagger$" if row.published else "")]
+        cells = [str(rank or "--"), _escape(row.method) + (r"$^\dagger$" if row.published else "")]
         for column in columns:
             text = column.format(row.values.get(column.key))
             bold = column.key in row.values and text == table.best(column) and len(table.rows) > 1
@@ -179,16 +185,16 @@ def _escape(text: str) -> str:
 
 
 def comma_separated(tables: Sequence[Table]) -> str:
-    """All tables in one, as fractions in full precision; `published` is yes or no."""
+    """All tables in one, as fractions in full precision; `published` is yes or no, `of` as in `Row`."""
     keys = [column.key for measures in COLUMNS for column in COLUMNS[measures]]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["dataset", "measures", "rank", "method", "published", *keys, "source"])
+    writer.writerow(["dataset", "measures", "rank", "method", "published", *keys, "source", "of"])
     for table in tables:
         for rank, row in table.ranked():
-            method = row.method.partition(" (published")[0] if row.published else row.method
             known = {column.key for column in table.columns}
             values = [row.values.get(key, "") if key in known else "" for key in keys]
             published = "yes" if row.published else "no"
-            writer.writerow([table.dataset, table.measures, rank or "", method, published, *values, row.source])
+            facts = [table.dataset, table.measures, rank or "", row.method, published]
+            writer.writerow([*facts, *values, row.source, row.of])
     return buffer.getvalue()
