@@ -43,9 +43,7 @@ READ_SCALE = 1.2
 
 
 class Deferred(Protocol):
-    """A clip whose pictures the training device makes. What is random about it has been drawn. A frozen dataclass."""
-
-    faults: tuple[Fault, ...]
+    """A clip whose pictures the training device makes. What is random about it has been drawn."""
 
     def pin_memory(self) -> Deferred:
         """For the loader (PyTorch calls it by this name)."""
@@ -59,14 +57,13 @@ class RawClip:
     """A clip as it was read, with what was drawn for it, not augmented yet.
 
     planes: (T, 7, h, w) uint8; h and w differ from clip to clip. size: (H, W) it is wanted at. drawn: None for the
-    whole frame, resized. blank: "flows" or "frames" that are to show nothing, or "". faults: of single frames.
+    whole frame, resized. blank: "flows" or "frames" that are to show nothing, or "".
     """
 
     planes: torch.Tensor
     size: tuple[int, int]
     drawn: Draw | None
     blank: str = ""
-    faults: tuple[Fault, ...] = ()
 
     def pin_memory(self) -> RawClip:
         return replace(self, planes=self.planes.pin_memory())
@@ -79,6 +76,21 @@ class RawClip:
             flows.fill_(NO_MOTION)
         elif self.blank == "frames":
             frames.fill_(NO_PICTURE)
+        return frames, flows, masks
+
+
+@dataclass(frozen=True)
+class FaultyClip:
+    """Any deferred clip, with faults in single frames."""
+
+    clip: Deferred
+    faults: tuple[Fault, ...]
+
+    def pin_memory(self) -> FaultyClip:
+        return replace(self, clip=self.clip.pin_memory())
+
+    def finish(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        frames, flows, masks = self.clip.finish(device)
         apply_faults(frames, flows, self.faults)
         return frames, flows, masks
 
@@ -403,7 +415,7 @@ class FaultyClips(ClipDataset):
         # A key of three numbers beside seed and epoch, which no set below draws from.
         faults = draw_faults(len(item["valid"]), self.probability, self.rng(index, 2, 2))
         if "raw" in item:
-            item["raw"] = replace(item["raw"], faults=faults)
+            item["raw"] = FaultyClip(item["raw"], faults)
         else:
             apply_faults(item["frames"], item["flows"], faults)
         return item

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets.faults import Fault, apply_faults
 from datasets.flow_colour import flows_to_images
 from datasets.scenes import Layer, SceneOptions
 
@@ -26,7 +25,7 @@ class Scene:
     """A clip whose pictures are still to be made (a `datasets.clips.Deferred`): layers and what was not drawn yet.
 
     length: frames (T). size: (H, W). rng: the generator as composing left it; it is not used up, so that the same scene
-    makes the same clip again. faults: of single frames.
+    makes the same clip again.
     """
 
     layers: tuple[Layer, ...]
@@ -34,7 +33,6 @@ class Scene:
     size: tuple[int, int]
     options: SceneOptions
     rng: np.random.Generator
-    faults: tuple[Fault, ...] = ()
 
     def pin_memory(self) -> Scene:
         return replace(self, layers=tuple(replace(layer, texture=layer.texture.pin_memory()) for layer in self.layers))
@@ -51,9 +49,7 @@ class Scene:
 
     def finish(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         made = self.pictures(device)
-        frames, flows = made["frames"], made["flow_images"]
-        apply_faults(frames, flows, self.faults)
-        return frames, flows, made["masks"].to(torch.uint8)[:, None]
+        return made["frames"], made["flow_images"], made["masks"].to(torch.uint8)[:, None]
 
 
 def _sample(texture: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -54,18 +54,17 @@ def test_a_part_taken_out_is_a_part_that_adds_nothing(part: str) -> None:
     net = build_dbsnet("xxs", **TINY, **FULL).eval()
     for fusion in net.fusion:
         torch.nn.init.normal_(fusion.scale)  # or Co-DGA's messages would be silent already
+    start, ends = {
+        "propagation": ("propagation.", (".proj.weight", ".proj.bias")),
+        "refinement": (
+            "refinement.",
+            tuple(f".{x}.{y}" for x in ("position", "out", "mlp.2") for y in ("weight", "bias")),
+        ),
+        "co_dga": ("fusion.", (".scale",)),
+    }[part]
     silent = copy.deepcopy(net)
     for name, parameter in silent.named_parameters():
-        ends = {
-            "propagation": ("propagation.", (".proj.weight", ".proj.bias")),
-            "refinement": (
-                "refinement.",
-                tuple(f".{x}.{y}" for x in ("position", "out", "mlp.2") for y in ("weight", "bias")),
-            ),
-            "co_dga": ("fusion.", (".scale",)),
-        }
-        start, end = ends[part]
-        if name.startswith(start) and name.endswith(end):
+        if name.startswith(start) and name.endswith(ends):
             torch.nn.init.zeros_(parameter)
     frames, flows = torch.rand(2, 1, 3, 3, 64, 96).unbind()
     with torch.no_grad():

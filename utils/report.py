@@ -124,6 +124,11 @@ class Scores:
     key: str
     frame_key: str
 
+    @property
+    def measures(self) -> str:
+        """Which of `utils.tables.COLUMNS` the page shows."""
+        return "uvos" if self.key == "J_mean" else "vsod"
+
 
 def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Scores:
     """One data set's part of evaluation.json and of the CSV files beside it.
@@ -193,7 +198,7 @@ def _percent(value: float | None) -> str:
 
 def _tiles(score: Scores) -> str:
     """The figures that a reader came for."""
-    keys = [("J_mean", "J"), ("F_mean", "F")] if score.key == "J_mean" else [("S", "S"), ("max_F", "max F")]
+    keys = [("J_mean", "J"), ("F_mean", "F")] if score.measures == "uvos" else [("S", "S"), ("max_F", "max F")]
     tiles = []
     for key, name in keys:
         for label in score.overall:
@@ -249,15 +254,19 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores]) -> str:
     return f"<dl>{cells}</dl>"
 
 
+def _html_table(first: str, titles: Sequence[str], lines: Sequence[str]) -> str:
+    head = "".join(f"<th>{_text(title)}</th>" for title in (first, *titles))
+    body = "".join(lines)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
 def _table(score: Scores) -> str:
     """A line per sequence, the worst last; with the CRF's figures beside the plain ones."""
-    measures = _measures(score)
-    wanted = ("J_mean", "F_mean", "J_recall", "J_decay", "F_recall", "F_decay") if measures == "uvos" else None
-    columns = [c for c in COLUMNS[measures] if c.key in score.overall[""] and (wanted is None or c.key in wanted)]
+    percent = score.measures == "uvos"
+    wanted = ("J_mean", "F_mean", "J_recall", "J_decay", "F_recall", "F_decay") if percent else None
+    columns = [c for c in COLUMNS[score.measures] if c.key in score.overall[""] and (wanted is None or c.key in wanted)]
     extra = [c for c in columns if c.key in ("J_mean", "F_mean", "S", "MAE")] if "crf" in score.overall else []
     order = sorted(score.sequences[""], key=lambda name: -score.sequences[""][name][score.key])
-    head = "".join(f"<th>{_text(c.title)}</th>" for c in columns)
-    head += "".join(f"<th>{_text(c.title)} + CRF</th>" for c in extra)
     lines = []
     for name in [None, *order]:
         plain = score.overall[""] if name is None else score.sequences[""][name]
@@ -267,11 +276,9 @@ def _table(score: Scores) -> str:
         cells += "".join(f"<td>{c.format(refined.get(c.key))}</td>" for c in extra)
         label = f"all {len(order)}" if name is None else _text(name)
         lines.append(f"<tr{' class=all' if name is None else ''}><th>{label}</th>{cells}</tr>")
-    unit = "Percent. " if measures == "uvos" else ""
-    return (
-        f'<p class="note">{unit}Best sequence first.</p><div class="wide"><table><thead><tr><th>sequence</th>{head}'
-        f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    titles = [*(c.title for c in columns), *(f"{c.title} + CRF" for c in extra)]
+    note = f'<p class="note">{"Percent. " if percent else ""}Best sequence first.</p>'
+    return note + _html_table("sequence", titles, lines)
 
 
 def _comparison(save_dir: Path, score: Scores) -> str:
@@ -280,14 +287,14 @@ def _comparison(save_dir: Path, score: Scores) -> str:
     """
     if not (save_dir / "comparison.csv").is_file():
         return ""
-    measures = _measures(score)
     with open(save_dir / "comparison.csv", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["dataset"], row["measures"]) == (score.dataset, measures)]
+        rows = [
+            row for row in csv.DictReader(file) if (row["dataset"], row["measures"]) == (score.dataset, score.measures)
+        ]
     own = [float(row[score.key]) for row in rows if row["published"] == "no" and row[score.key]]
     if score.overall[""][score.key] not in own or len(own) == len(rows):
         return ""
-    columns = [c for c in COLUMNS[measures] if any(row[c.key] for row in rows)]
-    head = "".join(f"<th>{_text(c.title)}</th>" for c in columns)
+    columns = [c for c in COLUMNS[score.measures] if any(row[c.key] for row in rows)]
     lines = []
     for row in rows:
         cells = "".join(f"<td>{c.format(float(row[c.key]) if row[c.key] else None)}</td>" for c in columns)
@@ -295,16 +302,8 @@ def _comparison(save_dir: Path, score: Scores) -> str:
         name = f"{row['rank'] or '–'} {row['method']}" + (f", {row['of']}" if row["of"] else "")
         lines.append(f"<tr{kind}><th>{_text(name)}</th>{cells}</tr>")
     sources = dict.fromkeys(row["source"] for row in rows if row["source"])
-    return (
-        "<h3>Beside published figures</h3>"
-        f'<p class="note">Quoted, not measured here: {_text("; ".join(sources))}.</p>'
-        f'<div class="wide"><table><thead><tr><th>method</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-        "</div>"
-    )
-
-
-def _measures(score: Scores) -> str:
-    return "uvos" if score.key == "J_mean" else "vsod"
+    note = f'<p class="note">Quoted, not measured here: {_text("; ".join(sources))}.</p>'
+    return "<h3>Beside published figures</h3>" + note + _html_table("method", [c.title for c in columns], lines)
 
 
 def _examples(save_dir: Path, score: Scores, sequences: Sequence[VideoSequence]) -> str:
