@@ -60,7 +60,7 @@ from utils.distributed import (
 from utils.ema import WeightAverage
 from utils.errors import UserError, exit_on_user_error
 from utils.files import write_text
-from utils.loading import ClipOrder, build_loader, read_batches, to_device, to_floats
+from utils.loading import ClipOrder, build_loader, read_batches, rescale, to_device, to_floats
 from utils.metrics import jaccard
 from utils.runlog import RunLog
 from utils.stopping import StopRequest
@@ -334,6 +334,18 @@ def lr_factor(config: TrainConfig, step: int, total_steps: int, steps_per_epoch:
     return 1.0
 
 
+def step_size(config: TrainConfig, step: int) -> tuple[int, int]:
+    """Height and width of the clips of the step after ``step`` finished ones, in all processes: ``size`` or, with
+    ``multi_scale``, one of its multiples, in whole positions of the coarsest maps (32 pixels). Multi-scale training as
+    F3Net and its successors have it, so that what is learned holds for maps of several sizes.
+    """
+    if not config.multi_scale:
+        return config.size
+    number = np.random.default_rng([config.seed, step, 32]).integers(len(config.multi_scale))
+    height, width = (max(32, round(side * config.multi_scale[number] / 32) * 32) for side in config.size)
+    return height, width
+
+
 def distribute(config: TrainConfig, processes: Processes, net: nn.Module) -> nn.Module:
     """``net`` compiled and wrapped for the processes, sharing its parameters."""
     model: Any = torch.compile(net) if config.compile else net
@@ -370,7 +382,8 @@ def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
         total_labelled, stopping = processes.reduce([labelled, float(run.stop.wanted)])
         if stopping:
             return False
-        parts = [to_device(part, processes.device) for part in parts]
+        size = step_size(config, run.step)
+        parts = [rescale(to_device(part, processes.device), size) for part in parts]
         losses, norm, logits = train_step(run, parts, total_labelled)
         meter.add(losses, norm)
         run.log.advance()

@@ -18,7 +18,7 @@ from datasets.errors import DataError
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.synthetic import SyntheticClips, write_dataset
 from datasets.transforms import Augment
-from utils.loading import ClipOrder, build_loader, to_device, to_floats
+from utils.loading import ClipOrder, build_loader, rescale, to_device, to_floats
 
 SIZE = (48, 64)
 TENSORS = ("frames", "flows", "masks", "valid")
@@ -233,6 +233,27 @@ def test_clips_finished_on_the_training_device_are_those_of_the_loader(
     floats = to_floats(batches[0][0])
     assert torch.equal(floats["frames"], batches[0][0]["frames"] / 255) and floats["masks"].max() == 1
     assert floats["valid"].dtype == torch.bool
+
+
+def test_a_batch_at_another_size_is_what_pillow_makes_of_it() -> None:
+    clips = SyntheticClips(None, 2, 3, (64, 128), seed=1)
+    batch = {key: torch.stack([clips[0][key], clips[1][key]]) for key in TENSORS}
+    assert rescale(batch, (64, 128)) is batch
+    small = rescale(batch, (32, 96))
+    assert torch.equal(small["valid"], batch["valid"]) and batch["frames"].shape == (2, 3, 3, 64, 128)
+    for key in ("frames", "flows", "masks"):
+        assert small[key].dtype == torch.uint8 and small[key].shape == (*batch[key].shape[:3], 32, 96)
+        for b in range(2):
+            for t in range(3):
+                for plane, made in zip(batch[key][b, t].numpy(), small[key][b, t].numpy()):
+                    if key == "masks":
+                        resized = np.asarray(Image.fromarray(plane * 255).resize((96, 32), Image.Resampling.BILINEAR))
+                        sure = np.abs(resized.astype(int) - 127) > 2
+                        assert np.array_equal(made[sure], resized[sure] > 127) and made.max() <= 1
+                    else:
+                        resized = np.asarray(Image.fromarray(plane).resize((96, 32), Image.Resampling.BILINEAR))
+                        assert np.abs(made.astype(int) - resized).max() <= 1
+    assert small["masks"].any()
 
 
 @pytest.mark.gpu

@@ -127,6 +127,28 @@ def test_augmentation_on_the_training_device_changes_nothing(videos: Path, tmp_p
     equal(read(tmp_path / "device")["model"], read(tmp_path / "loader")["model"])
 
 
+def test_multi_scale_training_draws_a_size_for_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    step = main.train_step
+
+    def watched(run: main.Run, parts: list[dict], total: float):
+        sizes = {tuple(part[name].shape[-2:]) for part in parts for name in ("frames", "flows", "masks")}
+        assert len(sizes) == 1 and parts[0]["frames"].shape[:2] == (2, 2)
+        seen.extend(sizes)
+        return step(run, parts, total)
+
+    monkeypatch.setattr(main, "train_step", watched)
+    arguments = [*TINY, *"--size 64 128 --multi_scale 0.5 0.7 1 --max_steps 8".split()]
+    assert main.main([*arguments, "--save_dir", str(tmp_path / "whole")]) == 0
+    whole = list(seen)
+    assert set(whole) == {(32, 64), (32, 96), (64, 128)}  # 0.7: 45 x 90, in whole multiples of 32
+    seen.clear()
+    assert main.main([*arguments, "--save_dir", str(tmp_path / "parts"), "--stop_after", "5"]) == 0
+    assert main.main([*arguments, "--save_dir", str(tmp_path / "parts")]) == 0
+    assert seen == whole
+    equal(read(tmp_path / "parts")["model"], read(tmp_path / "whole")["model"])
+
+
 def test_a_finished_run_is_left_as_it_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "last.pt").read_bytes()
     assert main.main([*TINY, "--save_dir", str(finished)]) == 0

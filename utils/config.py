@@ -78,6 +78,9 @@ class TrainConfig:
     num_frames: int = _option(5, "keep every n-th frame of a YouTube-VOS video", low=1)
     clip_len: int = _option(5, "frames of a clip", low=1)
     size: tuple[int, int] = _option((384, 640), "height and width of a clip in pixels", low=32)
+    multi_scale: list[float] = _option(
+        [], "each step's clips are resized to one of these multiples of size; empty: size alone", low=0.1, high=1
+    )
     samples_per_epoch: int = _option(
         0, "clips of an epoch, all processes together; 0: labelled frames / clip_len", low=0
     )

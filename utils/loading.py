@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from datasets.clips import PICTURES, Item
 from datasets.errors import DataError
+from datasets.transforms import pack, resize, unpack
 
 
 class ClipOrder(Sampler):
@@ -80,6 +81,17 @@ def _pictures(part: dict[str, Any], device: torch.device) -> tuple[torch.Tensor,
     if "raw" in part:
         return part["raw"].finish(device)
     return tuple(part[name].to(device, non_blocking=True) for name in PICTURES)
+
+
+def rescale(batch: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """A batch of `to_device` at another size (H, W), on the device that it is on; antialiased, masks stay {0, 1}."""
+    frames, flows, masks = (batch[name] for name in PICTURES)
+    if tuple(frames.shape[-2:]) == tuple(size):
+        return batch
+    count, length = frames.shape[:2]
+    planes = resize(pack(*(part.flatten(0, 1) for part in (frames, flows, masks))), size)  # (B * T, 7, H, W)
+    moved = (part.unflatten(0, (count, length)) for part in unpack(planes))
+    return {**batch, **dict(zip(PICTURES, moved))}
 
 
 def to_floats(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
