@@ -16,13 +16,11 @@ from last.pt.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,22 +31,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
 from datasets.images import LazyImages, load_flow_image, load_frame, load_mask, require_size
-from datasets.scenes import SceneOptions
-from datasets.sequences import VideoSequence, read_dataset
-from datasets.stills import read_stills
-from datasets.synthetic import SyntheticClips
-from datasets.transforms import Augment
-from models import Predictor, build_dbsnet, load_dbsnet
+from datasets.sequences import VideoSequence
+from models import Predictor
 from models.convlstm import recurrence_in_planes
-from models.errors import CheckpointError
-from models.growth import ABSENT, add_stream, grow, is_growth, keep_stream
 from models.losses import distillation_loss, segmentation_loss
 from models.state_dicts import load_state
 from models.weights import save_weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.config import TrainConfig, nearest, parse_args
+from utils.config import TrainConfig, parse_args
 from utils.distributed import (
     Processes,
     broadcast_buffers,
@@ -64,6 +55,8 @@ from utils.loading import ClipOrder, build_loader, read_batches, rescale, to_dev
 from utils.metrics import jaccard
 from utils.runlog import RunLog
 from utils.stopping import StopRequest
+from utils.training_data import build_clips, build_sequences
+from utils.training_network import build_network, load_teacher
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM, as shells have it
 RUN_FILES = ("last.pt", "best.pt", "weights.safetensors", "log.jsonl", "config.yaml")
@@ -105,200 +98,6 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------------- building
-
-
-def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.Module:
-    """The network with the weights it starts from: a checkpoint's, ``--finetune``'s, ``--pretrained``'s or random ones.
-
-    Raises:
-        CheckpointError: weights of another network, or an unreadable file.
-        UserError: an option of ``network`` that `DBSNet` does not have, or a value that it does not take.
-    """
-    torch.manual_seed(config.seed)
-    asked = {"variant": config.variant, "flavour": config.flavour, **config.network}
-    if checkpoint is not None:
-        path = resume_path(config)
-        net = build_dbsnet(**checkpoint["config_model"])
-        load_state(net, checkpoint["model"], path)
-    elif config.finetune is not None:
-        path = Path(config.finetune)
-        net = load_dbsnet(path)
-        if config.keep_stream is not None:
-            try:
-                net = keep_stream(net, config.keep_stream)
-            except ValueError as error:
-                raise CheckpointError(f"{path}: keep_stream: {error}") from None
-        if config.add_stream is not None:
-            try:
-                net = add_stream(net, load_dbsnet(config.add_stream))
-            except ValueError as error:
-                raise CheckpointError(f"{config.add_stream} cannot be added to {path}: {error}") from None
-        # A first stage may have gone without some parts; they begin here.
-        parts = {key: asked[key] for key in ABSENT if key in asked and is_growth(net.config[key], asked[key])}
-        with user_network():
-            net = grow(net, **parts) if parts else net
-    else:
-        with user_network():
-            net = build_dbsnet(**asked)
-        if config.pretrained is not None:
-            net.load_backbones(config.pretrained)
-        return net
-    other = {key: net.config[key] for key in asked if key in net.config and net.config[key] != asked[key]}
-    if other:
-        words = ", ".join(f"{key} {value}, not {asked[key]}" for key, value in other.items())
-        flags = " ".join(f"--{key} {value}" for key, value in other.items() if key in ("variant", "flavour"))
-        raise CheckpointError(
-            f"{path}: weights of another network ({words}); "
-            + (f"give {flags}, or " if flags else "")
-            + ("another --save_dir, or --resume none" if checkpoint is not None else "another checkpoint")
-        )
-    return net
-
-
-def load_teacher(config: TrainConfig, net: nn.Module, device: torch.device) -> nn.Module | None:
-    """The network that ``--teacher`` names, beside ``net`` and as it is; None without one.
-
-    Raises:
-        CheckpointError: unreadable, or a network whose decoder has maps of another width.
-    """
-    if config.teacher is None:
-        return None
-    teacher = load_dbsnet(config.teacher, device).requires_grad_(False)
-    for key, value in (("width", net.width), ("multiple", net.multiple)):
-        if getattr(teacher, key) != value:
-            raise CheckpointError(
-                f"{config.teacher} cannot teach this network: {key} {getattr(teacher, key)}, expected {value}"
-            )
-    return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
-
-
-@contextmanager
-def user_network() -> Iterator[None]:
-    """Says of options that build no network that they are the user's ``network``."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise UserError(f"network: {error}; the valid keys and values are those of models.DBSNet") from None
-
-
-def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]], list[VideoSequence]]:
-    """Sequences of the video data sets to train on, by data set, and those held out for validation.
-
-    Raises:
-        DataError: a data set that is not there.
-        UserError: a validation sequence that no data set has, or nothing left to train on.
-    """
-    data_dir = Path(config.data_dir)
-    held_out = set(config.val_sequences)
-    training: dict[str, list[VideoSequence]] = {}
-    validation: list[VideoSequence] = []
-    names = [name for name in config.datasets if name not in ("DUTS-TR", "synthetic")]
-    sources = (config.val_datasets or names) if held_out else []
-    known: set[str] = set()
-    for name in dict.fromkeys([*names, *sources]):
-        sequences = read_dataset(name, data_dir, split="train", num_frames=config.num_frames, flow_root=config.flow_dir)
-        if name in sources:
-            known.update(sequence.name for sequence in sequences)
-            validation += [sequence for sequence in sequences if sequence.name in held_out]
-        if name in names:
-            training[name] = [sequence for sequence in sequences if sequence.name not in held_out]
-            if not training[name]:
-                raise UserError(f"datasets: {name} has no training sequence left beside val_sequences")
-    for sequence in validation:
-        check_validation(config, sequence)
-    missing = sorted(held_out - known)
-    if missing:
-        where = ", ".join(sources) or "no video data set (give val_datasets)"
-        near = nearest(missing[0], known)
-        raise UserError(f"val_sequences: {missing[0]!r} is not in the train split of {where}; {near}")
-    return training, validation
-
-
-def check_validation(config: TrainConfig, sequence: VideoSequence) -> None:
-    """Says before training what the first validation would stumble over.
-
-    Raises:
-        DataError: a frame without flow. UserError: no labelled frame that counts.
-    """
-    stems = sequence.stems[: config.val_frames or None]
-    for stem in stems:
-        sequence.flow_path(stem)
-    if not any(stem in sequence.masks for stem in stems[1:-1]):
-        raise UserError(
-            f"val_sequences: {sequence.name} has no labelled frame between its first and its last"
-            + (f" of val_frames {config.val_frames}" if config.val_frames else "")
-        )
-
-
-def build_clips(
-    config: TrainConfig, training: dict[str, list[VideoSequence]], step_clips: int
-) -> tuple[ClipDataset, int]:
-    """The clips of an epoch, a whole number of steps, and that number.
-
-    Args:
-        step_clips: clips of one optimiser step, over all processes.
-    """
-    stills = read_stills(Path(config.data_dir), "DUTS-TR") if "DUTS-TR" in config.datasets else []
-    samples = config.samples_per_epoch or max(step_clips, sum(
-        len(stills) if name == "DUTS-TR"
-        else 1000 if name == "synthetic"
-        else sum(len(sequence.masks) for sequence in training[name]) // config.clip_len
-        for name in config.datasets
-    ))  # fmt: skip
-    steps = config.steps_per_epoch or samples // step_clips
-    if steps == 0:
-        raise UserError(f"samples_per_epoch: {samples} clips are less than the {step_clips} of one step; give more")
-    length = steps * step_clips
-    augment, scene, defer = build_augment(config), build_scene(config), config.augment_on == "device"
-    parts: list[tuple[ClipDataset, float]] = []
-    for name, weight in config.datasets.items():
-        part: ClipDataset
-        if name in ("DUTS-TR", "synthetic"):
-            images = stills if name == "DUTS-TR" else None
-            part = SyntheticClips(images, length, config.clip_len, config.size, config.seed, scene, defer)
-        else:
-            part = VideoClips(
-                training[name],
-                config.clip_len,
-                config.size,
-                augment=augment,
-                cache=config.cache,
-                samples_per_epoch=length,
-                seed=config.seed,
-                strides=config.strides,
-                flow_drop=config.flow_drop,
-                frame_drop=config.frame_drop,
-                defer=defer,
-            )
-        parts.append((part, weight))
-    clips = parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)
-    return (FaultyClips(clips, config.frame_faults) if config.frame_faults else clips), steps
-
-
-def build_scene(config: TrainConfig) -> SceneOptions:
-    """The scenes of synthetic clips; raises UserError for a key that is no probability of `SceneOptions`."""
-    known = [item.name for item in dataclasses.fields(SceneOptions) if item.type == "float"]
-    for key in config.scene:
-        if key not in known:
-            raise UserError(f"scene: unknown key {key!r}; {nearest(key, known)}")
-    return SceneOptions(**config.scene)
-
-
-def build_augment(config: TrainConfig) -> Augment | None:
-    """The augmentation of videos at the strength asked for."""
-    if not config.augment:
-        return None
-    return Augment(
-        scale=config.scale,
-        aspect=config.aspect,
-        flip=config.flip,
-        rotation=config.rotation,
-        rotation_probability=config.rotation_probability,
-        brightness=config.colour,
-        contrast=config.colour,
-        saturation=config.colour,
-        sharpness=config.sharpness,
-    )
 
 
 def build_optimizer(config: TrainConfig, net: nn.Module) -> torch.optim.Optimizer:
@@ -647,11 +446,6 @@ def position(run: Run) -> dict[str, int]:
     return {"clips_per_step": clips, "steps_per_epoch": run.steps_per_epoch, "total_steps": run.total_steps}
 
 
-def resume_path(config: TrainConfig) -> Path:
-    """The checkpoint that --resume means."""
-    return Path(config.save_dir) / "last.pt" if config.resume == "auto" else Path(config.resume)
-
-
 def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any] | None:
     """The checkpoint to go on from, if any. ``--resume none`` moves an older run's files into ``previous-N/``."""
     folder = Path(config.save_dir)
@@ -665,7 +459,7 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
             for path in old:
                 os.replace(path, folder / f"previous-{number}" / path.name)
         return None
-    path = resume_path(config)
+    path = config.resume_path
     present = processes.gather(path.is_file())
     if any(present) and not all(present):
         raise UserError(f"{path} is there for some processes only; save_dir must be a folder that all machines share")
@@ -690,7 +484,7 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
 
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     """Puts the run where the checkpoint was made (its network has its weights already)."""
-    path = resume_path(run.config)
+    path = run.config.resume_path
     saved, now = checkpoint["scheduler"], position(run)
     for name, words in (("clips_per_step", "clips per step (processes × batch_size × accumulate)"),
                         ("steps_per_epoch", "steps per epoch")):  # fmt: skip
@@ -821,7 +615,7 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
     clips = position(run)["clips_per_step"]
     run.log.say(f"{clips} clips per step, {run.steps_per_epoch} steps per epoch, {run.total_steps} steps in all")
     if checkpoint is not None:
-        run.log.say(f"resuming {resume_path(config)} at step {run.step}")
+        run.log.say(f"resuming {config.resume_path} at step {run.step}")
         before = checkpoint["config"]
         for key, value in config.to_dict().items():
             if key not in CALL_OPTIONS and before.get(key) != value:

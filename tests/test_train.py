@@ -22,6 +22,7 @@ from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, load_dbsnet, save_weights
 from utils.config import TrainConfig, load_config, parse_args
 from utils.errors import UserError
+from utils.training_data import build_scene, build_sequences
 
 SMALL = ["streams:[appearance]", "depth:0", "dilations:[1]", "rounds:1"]  # --network, to be quick
 OPTIONS = {"streams": ["appearance"], "depth": 0, "dilations": [1], "rounds": 1}
@@ -226,13 +227,13 @@ def load_image(path: Path) -> np.ndarray:
 def test_held_out_sequences_are_not_trained_on(videos: Path) -> None:
     names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
     config = TrainConfig(data_dir=str(videos), datasets={"DAVIS-2016": 1.0}, val_sequences=[names[1]])
-    training, validation = main.build_sequences(config)
+    training, validation = build_sequences(config)
     assert [sequence.name for sequence in training["DAVIS-2016"]] == [names[0], names[2]]
     assert [sequence.name for sequence in validation] == [names[1]]
     with pytest.raises(UserError, match=rf"'{names[1]}x' is not in the train split of DAVIS-2016; .*{names[1]}"):
-        main.build_sequences(TrainConfig(**{**vars(config), "val_sequences": [names[1] + "x"]}))
+        build_sequences(TrainConfig(**{**vars(config), "val_sequences": [names[1] + "x"]}))
     with pytest.raises(UserError, match="DAVIS-2016 has no training sequence left"):
-        main.build_sequences(TrainConfig(**{**vars(config), "val_sequences": names}))
+        build_sequences(TrainConfig(**{**vars(config), "val_sequences": names}))
 
 
 def test_an_interrupted_validation_comes_first_in_the_next_call(
@@ -331,7 +332,7 @@ def test_a_network_comes_nearer_to_its_teacher(tmp_path: Path, capsys: pytest.Ca
 
 def test_scenes_of_synthetic_clips_are_options(capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = parse_args(["--config", "configs/demo.yaml", "--scene", "natural:0.5", "occluder:0"])
-    scene = main.build_scene(config)
+    scene = build_scene(config)
     assert scene.natural == 0.5 and scene.occluder == 0 and scene.distractor == SceneOptions().distractor
     assert "camera_static" in fails([*TINY, "--scene", "camera_statik:1"], capsys)
     assert "expected 0 to 1, got 2" in fails([*TINY, "--scene", "natural:2"], capsys)

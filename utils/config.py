@@ -162,6 +162,11 @@ class TrainConfig:
     val_size: tuple[int, int] | None = _option(None, "height and width that the network sees; none: size", low=32)
     val_frames: int = _option(0, "frames of each validation sequence to use, from its start; 0: all", low=0)
 
+    @property
+    def resume_path(self) -> Path:
+        """The checkpoint that ``resume`` means."""
+        return Path(self.save_dir) / "last.pt" if self.resume == "auto" else Path(self.resume)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of numbers, strings, lists and dicts, as YAML, JSON and a weights-only checkpoint can hold."""
         return {

@@ -1,0 +1,135 @@
+"""The videos and clips of a training run, as the options of `main.py` say."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
+from datasets.scenes import SceneOptions
+from datasets.sequences import VideoSequence, read_dataset
+from datasets.stills import read_stills
+from datasets.synthetic import SyntheticClips
+from datasets.transforms import Augment
+from utils.config import TrainConfig, nearest
+from utils.errors import UserError
+
+
+def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]], list[VideoSequence]]:
+    """Sequences of the video data sets to train on, by data set, and those held out for validation.
+
+    Raises:
+        DataError: a data set that is not there.
+        UserError: a validation sequence that no data set has, or nothing left to train on.
+    """
+    data_dir = Path(config.data_dir)
+    held_out = set(config.val_sequences)
+    training: dict[str, list[VideoSequence]] = {}
+    validation: list[VideoSequence] = []
+    names = [name for name in config.datasets if name not in ("DUTS-TR", "synthetic")]
+    sources = (config.val_datasets or names) if held_out else []
+    known: set[str] = set()
+    for name in dict.fromkeys([*names, *sources]):
+        sequences = read_dataset(name, data_dir, split="train", num_frames=config.num_frames, flow_root=config.flow_dir)
+        if name in sources:
+            known.update(sequence.name for sequence in sequences)
+            validation += [sequence for sequence in sequences if sequence.name in held_out]
+        if name in names:
+            training[name] = [sequence for sequence in sequences if sequence.name not in held_out]
+            if not training[name]:
+                raise UserError(f"datasets: {name} has no training sequence left beside val_sequences")
+    for sequence in validation:
+        check_validation(config, sequence)
+    missing = sorted(held_out - known)
+    if missing:
+        where = ", ".join(sources) or "no video data set (give val_datasets)"
+        near = nearest(missing[0], known)
+        raise UserError(f"val_sequences: {missing[0]!r} is not in the train split of {where}; {near}")
+    return training, validation
+
+
+def check_validation(config: TrainConfig, sequence: VideoSequence) -> None:
+    """Says before training what the first validation would stumble over.
+
+    Raises:
+        DataError: a frame without flow. UserError: no labelled frame that counts.
+    """
+    stems = sequence.stems[: config.val_frames or None]
+    for stem in stems:
+        sequence.flow_path(stem)
+    if not any(stem in sequence.masks for stem in stems[1:-1]):
+        raise UserError(
+            f"val_sequences: {sequence.name} has no labelled frame between its first and its last"
+            + (f" of val_frames {config.val_frames}" if config.val_frames else "")
+        )
+
+
+def build_clips(
+    config: TrainConfig, training: dict[str, list[VideoSequence]], step_clips: int
+) -> tuple[ClipDataset, int]:
+    """The clips of an epoch, a whole number of steps, and that number.
+
+    Args:
+        step_clips: clips of one optimiser step, over all processes.
+    """
+    stills = read_stills(Path(config.data_dir), "DUTS-TR") if "DUTS-TR" in config.datasets else []
+    samples = config.samples_per_epoch or max(step_clips, sum(
+        len(stills) if name == "DUTS-TR"
+        else 1000 if name == "synthetic"
+        else sum(len(sequence.masks) for sequence in training[name]) // config.clip_len
+        for name in config.datasets
+    ))  # fmt: skip
+    steps = config.steps_per_epoch or samples // step_clips
+    if steps == 0:
+        raise UserError(f"samples_per_epoch: {samples} clips are less than the {step_clips} of one step; give more")
+    length = steps * step_clips
+    augment, scene, defer = build_augment(config), build_scene(config), config.augment_on == "device"
+    parts: list[tuple[ClipDataset, float]] = []
+    for name, weight in config.datasets.items():
+        part: ClipDataset
+        if name in ("DUTS-TR", "synthetic"):
+            images = stills if name == "DUTS-TR" else None
+            part = SyntheticClips(images, length, config.clip_len, config.size, config.seed, scene, defer)
+        else:
+            part = VideoClips(
+                training[name],
+                config.clip_len,
+                config.size,
+                augment=augment,
+                cache=config.cache,
+                samples_per_epoch=length,
+                seed=config.seed,
+                strides=config.strides,
+                flow_drop=config.flow_drop,
+                frame_drop=config.frame_drop,
+                defer=defer,
+            )
+        parts.append((part, weight))
+    clips = parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)
+    return (FaultyClips(clips, config.frame_faults) if config.frame_faults else clips), steps
+
+
+def build_scene(config: TrainConfig) -> SceneOptions:
+    """The scenes of synthetic clips; raises UserError for a key that is no probability of `SceneOptions`."""
+    known = [item.name for item in dataclasses.fields(SceneOptions) if item.type == "float"]
+    for key in config.scene:
+        if key not in known:
+            raise UserError(f"scene: unknown key {key!r}; {nearest(key, known)}")
+    return SceneOptions(**config.scene)
+
+
+def build_augment(config: TrainConfig) -> Augment | None:
+    """The augmentation of videos at the strength asked for."""
+    if not config.augment:
+        return None
+    return Augment(
+        scale=config.scale,
+        aspect=config.aspect,
+        flip=config.flip,
+        rotation=config.rotation,
+        rotation_probability=config.rotation_probability,
+        brightness=config.colour,
+        contrast=config.colour,
+        saturation=config.colour,
+        sharpness=config.sharpness,
+    )

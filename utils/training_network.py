@@ -1,0 +1,92 @@
+"""The network that a training run begins with, built and loaded as the options of `main.py` say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import build_dbsnet, load_dbsnet
+from models.errors import CheckpointError
+from models.growth import ABSENT, add_stream, grow, is_growth, keep_stream
+from models.state_dicts import load_state
+from utils.config import TrainConfig
+from utils.errors import UserError
+
+
+def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.Module:
+    """The network with the weights it starts from: a checkpoint's, ``--finetune``'s, ``--pretrained``'s or random ones.
+
+    Raises:
+        CheckpointError: weights of another network, or an unreadable file.
+        UserError: an option of ``network`` that `DBSNet` does not have, or a value that it does not take.
+    """
+    torch.manual_seed(config.seed)
+    asked = {"variant": config.variant, "flavour": config.flavour, **config.network}
+    if checkpoint is not None:
+        path = config.resume_path
+        net = build_dbsnet(**checkpoint["config_model"])
+        load_state(net, checkpoint["model"], path)
+    elif config.finetune is not None:
+        path = Path(config.finetune)
+        net = load_dbsnet(path)
+        if config.keep_stream is not None:
+            try:
+                net = keep_stream(net, config.keep_stream)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: keep_stream: {error}") from None
+        if config.add_stream is not None:
+            try:
+                net = add_stream(net, load_dbsnet(config.add_stream))
+            except ValueError as error:
+                raise CheckpointError(f"{config.add_stream} cannot be added to {path}: {error}") from None
+        # A first stage may have gone without some parts; they begin here.
+        parts = {key: asked[key] for key in ABSENT if key in asked and is_growth(net.config[key], asked[key])}
+        with user_network():
+            net = grow(net, **parts) if parts else net
+    else:
+        with user_network():
+            net = build_dbsnet(**asked)
+        if config.pretrained is not None:
+            net.load_backbones(config.pretrained)
+        return net
+    other = {key: net.config[key] for key in asked if key in net.config and net.config[key] != asked[key]}
+    if other:
+        words = ", ".join(f"{key} {value}, not {asked[key]}" for key, value in other.items())
+        flags = " ".join(f"--{key} {value}" for key, value in other.items() if key in ("variant", "flavour"))
+        raise CheckpointError(
+            f"{path}: weights of another network ({words}); "
+            + (f"give {flags}, or " if flags else "")
+            + ("another --save_dir, or --resume none" if checkpoint is not None else "another checkpoint")
+        )
+    return net
+
+
+def load_teacher(config: TrainConfig, net: nn.Module, device: torch.device) -> nn.Module | None:
+    """The network that ``--teacher`` names, beside ``net`` and as it is; None without one.
+
+    Raises:
+        CheckpointError: unreadable, or a network whose decoder has maps of another width.
+    """
+    if config.teacher is None:
+        return None
+    teacher = load_dbsnet(config.teacher, device).requires_grad_(False)
+    for key, value in (("width", net.width), ("multiple", net.multiple)):
+        if getattr(teacher, key) != value:
+            raise CheckpointError(
+                f"{config.teacher} cannot teach this network: {key} {getattr(teacher, key)}, expected {value}"
+            )
+    return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
+
+
+@contextmanager
+def user_network() -> Iterator[None]:
+    """Says of options that build no network that they are the user's ``network``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UserError(f"network: {error}; the valid keys and values are those of models.DBSNet") from None
