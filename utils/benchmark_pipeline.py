@@ -17,7 +17,7 @@ from datasets.images import LazyImages, load_frame
 from models import Predictor
 from utils.benchmark_timing import PeakMemory
 from utils.files import write_png
-from utils.flow import dis_flow
+from utils.flow_estimation import dis_flow
 from utils.parallel import NICENESS, start_pool
 
 

@@ -1,0 +1,147 @@
+"""How flow is stored: a colour image for each frame, raw flow beside it where it is wanted, and what made them."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.errors import DataError
+from datasets.flow_colour import flow_to_image
+from datasets.images import load_flow_image
+from datasets.video_sequence import FLOW_SUFFIXES
+from utils.errors import UserError
+from utils.files import write_bytes, write_json
+
+FORMATS = ("png", "jpg")
+RAW_FORMATS = ("npz", "flo")
+JPEG_QUALITY = 95
+# Beside the images, what they were made with: going on with other settings would mix two kinds of flow in one video.
+RECORD = "flow.json"
+RETRY = "--overwrite makes the flow again"
+
+
+@dataclass(frozen=True)
+class FlowFiles:
+    """How flow is stored: the colour image as ``image_format``, and the raw flow beside it if ``raw_format`` is set."""
+
+    image_format: str = "png"
+    raw_format: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_format not in FORMATS:
+            raise UserError(f"--flow_format {self.image_format}: expected one of {', '.join(FORMATS)}")
+        if self.raw_format is not None and self.raw_format not in RAW_FORMATS:
+            raise UserError(f"--flow_raw {self.raw_format}: expected one of {', '.join(RAW_FORMATS)}")
+
+    def write(self, flow_dir: Path, stem: str, flow: np.ndarray) -> None:
+        """Stores one flow (H, W, 2) under ``stem``; an image of that stem in the other format is replaced."""
+        if self.raw_format is not None:
+            write_raw_flow(flow_dir / f"{stem}.{self.raw_format}", flow)
+        from PIL import Image
+
+        image = flow_to_image(flow)
+        path = flow_dir / f"{stem}.{self.image_format}"
+        # Two images of one stem would be ambiguous to a reader, hence first away with the other one.
+        for suffix in FLOW_SUFFIXES:
+            if suffix != path.suffix:
+                (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
+        buffer = io.BytesIO()
+        if self.image_format == "png":
+            # A third of the time of the usual level, for files that are a third larger.
+            Image.fromarray(image).save(buffer, format="PNG", compress_level=2)
+        else:
+            # Full chroma resolution: hue is the direction of motion, and its edges are the edges of objects.
+            Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
+        write_bytes(path, buffer.getvalue())
+
+    def complete(self, flow_dir: Path, stem: str) -> bool:
+        """Whether everything of this stem is there, in whichever image format, and can be read to its end."""
+        try:
+            image = next((p for p in (flow_dir / f"{stem}{s}" for s in FLOW_SUFFIXES) if p.is_file()), None)
+            if image is None:
+                return False
+            load_flow_image(image)
+            if self.raw_format is not None:
+                read_raw_flow(flow_dir / f"{stem}.{self.raw_format}")
+        except DataError:
+            return False
+        return True
+
+
+def write_raw_flow(path: Path, flow: np.ndarray) -> None:
+    """Writes flow (H, W, 2) as ``.npz`` (key ``flow``, float16: 1/16 pixel at speeds up to 128) or Middlebury ``.flo``.
+
+    A ``.flo`` file is the float32 tag 202021.25, the int32 width and height, then float32 u and v by pixel, row by row.
+    """
+    buffer = io.BytesIO()
+    if path.suffix == ".npz":
+        np.savez_compressed(buffer, flow=flow.astype(np.float16))
+    elif path.suffix == ".flo":
+        buffer.write(b"PIEH" + np.array([flow.shape[1], flow.shape[0]], "<i4").tobytes() + flow.astype("<f4").tobytes())
+    else:
+        raise ValueError(f"{path}: raw flow is stored as .npz or .flo")
+    write_bytes(path, buffer.getvalue())
+
+
+def read_raw_flow(path: str | Path) -> np.ndarray:
+    """Reads what `write_raw_flow` wrote: (H, W, 2) float32, in pixels.
+
+    Raises:
+        DataError: a file that is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as archive:
+                flow = archive["flow"].astype(np.float32)
+        else:
+            data = path.read_bytes()
+            width, height = np.frombuffer(data, "<i4", count=2, offset=4).tolist()
+            if data[:4] != b"PIEH" or len(data) != 12 + 8 * width * height:
+                raise ValueError("not a Middlebury .flo file, or cut short")
+            flow = np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2).copy()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read as raw flow ({error})") from error
+    if flow.ndim != 3 or flow.shape[2] != 2:
+        raise DataError(f"{path}: expected flow of shape (H, W, 2), got {flow.shape}")
+    return flow
+
+
+def begin_flow(flow_dir: Path, stems: Sequence[str], record: dict[str, Any]) -> None:
+    """Says in `RECORD` how the flow of these frames is being made. Flow that was made otherwise (``--overwrite``) goes
+    first: after an interruption it would pass for the new.
+    """
+    path = flow_dir / RECORD
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None  # flow of unknown making
+    if before != record:
+        for stem in stems:
+            for suffix in (*FLOW_SUFFIXES, *(f".{raw}" for raw in RAW_FORMATS)):
+                (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
+    write_json(path, record)
+
+
+def check_record(flow_dir: Path, wanted: dict[str, Any]) -> None:
+    path = flow_dir / RECORD
+    if not path.is_file():
+        return
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); remove it, or {RETRY}") from error
+    differing = [key for key in wanted if made.get(key) != wanted[key]]
+    if differing:
+        raise UserError(
+            f"{flow_dir}: holds flow made with other settings or of another video ("
+            + ", ".join(f"{key} {made.get(key)}, now {wanted[key]}" for key in differing)
+            + f"); give the same options to go on with it, choose another folder, or {RETRY}"
+        )
