@@ -18,7 +18,7 @@ pytest.importorskip("cv2")
 
 from datasets.errors import DataError
 from datasets.sequences import VideoSequence
-from utils import evaluation, tables
+from utils import dataset_scores, evaluation, tables
 from utils.errors import UserError
 from utils.metrics import boundary_f, jaccard, sequence_statistics
 from utils.vsod import mean_scores, saliency_scores
@@ -504,7 +504,7 @@ def test_any_number_of_processes_gives_the_same(tmp_path, monkeypatch):
     assert len(set(documents)) == 1
 
     # An error in a process is the same error.
-    monkeypatch.setitem(evaluation._WORTH_PROCESSES, "uvos", 1)
+    monkeypatch.setitem(dataset_scores._WORTH_PROCESSES, "uvos", 1)
     (own / "binary" / "DAVIS-2016" / "dog" / "00011.png").write_bytes(b"no image")
     for workers in (1, 2):
         args = arguments("--save_dir", own, "--workers", workers, "--metrics", "uvos")

@@ -1,10 +1,8 @@
-"""Scoring folders of masks: DAVIS's J and F (`utils.metrics`) and the measures of salient objects (`utils.vsod`).
+"""``--tools eval``: scores folders of masks, compares them and writes the figures.
 
 One call replaces the two MATLAB toolboxes that DBSNet's users send their masks to, for its own results and for those of
-any other method. Predictions are paired with the ground truth by sequence and frame name, never by position, and which
-frames count is part of what is written (`Protocol`). Result folders are only read.
-
-`docs/evaluation.md` tells which rule each published table used.
+any other method. Which frames count is part of what is written (`utils.protocol`). `utils.result_maps` finds the maps,
+`utils.dataset_scores` makes the figures.
 """
 
 from __future__ import annotations
@@ -14,412 +12,20 @@ import csv
 import dataclasses
 import importlib.util
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from datasets.errors import DataError
 from datasets.sequences import VideoSequence
 from utils import tables
+from utils.dataset_scores import DatasetScores, evaluate
 from utils.errors import UserError
 from utils.files import write_json, write_text
-from utils.metrics import BOUNDARY_TOLERANCE, sequence_statistics
-from utils.parallel import default_workers, parallel_map
+from utils.protocol import MEASURES, default_measures, default_protocol
 from utils.published import PUBLISHED, SEQUENCE_COUNTS, Published, on_sequences
-from utils.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
-from utils.vsod import mean_scores
-
-MEASURES = ("uvos", "vsod")
-KINDS = ("binary", "crf", "probability")
+from utils.result_maps import KINDS, Unit, find_maps, is_own
 
 _PACKAGES = {"uvos": ("cv2", "opencv-python-headless"), "vsod": ("py_sod_metrics", "pysodmetrics")}
-_SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".pgm")
-_FRAMES_PER_TASK = 8
-# Frames from which on several processes gain more time than they take to start.
-_WORTH_PROCESSES = {"uvos": 400, "vsod": 20}
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Which annotated frames count for one kind of measure, and how maps are read."""
-
-    measures: str
-    """"uvos" (J, F) or "vsod" (MAE, S, F, E, weighted F)."""
-    skip_first: bool
-    """Leave out the first annotated frame of each sequence."""
-    skip_last: bool
-    skip_empty: bool = False
-    """Leave out frames without any foreground in the ground truth."""
-    resize: bool = False
-    """Bring maps of another size to that of the ground truth, instead of refusing them."""
-
-    def select(self, stems: Sequence[str]) -> list[str]:
-        """Those of a sequence's annotated frames, in order, that can count; `skip_empty` is for whoever reads them."""
-        return list(stems)[int(self.skip_first) : len(stems) - int(self.skip_last)]
-
-    def describe(self) -> dict[str, Any]:
-        """All of it in words and values, for `evaluation.json`."""
-        facts: dict[str, Any] = dataclasses.asdict(self)
-        facts["frames"] = self.sentence()
-        facts["options"] = self.options()
-        if self.measures == "uvos":
-            facts["binarisation"] = f"value > {THRESHOLD} of 255 (masks of 0 and 1, 1-bit and palette masks: > 0)"
-            facts["boundary_tolerance"] = BOUNDARY_TOLERANCE
-            facts["both_empty"] = "J = 1; F = 1 when neither has a contour"
-            facts["aggregation"] = "mean, recall and decay per sequence, then the mean over sequences"
-        else:
-            facts["normalisation"] = "each map stretched to [0, 1] on its own; constant maps divided by 255"
-            facts["empty_ground_truth"] = "F and weighted F are 0"
-            facts["aggregation"] = "mean over frames, then over sequences; curves likewise, then max and mean of them"
-        return facts
-
-    def sentence(self) -> str:
-        """The frames that count, as a phrase: "annotated frames without the first and last of each sequence"."""
-        ends = " and ".join(n for n, skip in (("first", self.skip_first), ("last", self.skip_last)) if skip)
-        phrase = "annotated frames" + (f" without the {ends} of each sequence" if ends else ", none left out")
-        return phrase + (", only those with foreground in the ground truth" if self.skip_empty else "")
-
-    def options(self) -> str:
-        """The options of `--tools eval` that ask for these frames."""
-        values = {name: getattr(self, name) for name in ("skip_first", "skip_last", "skip_empty")}
-        return " ".join(f"--{name}" if value else f"--no-{name}" for name, value in values.items())
-
-
-def default_protocol(dataset: str, measures: str) -> Protocol:
-    """The usual rule of a data set.
-
-    J and F drop the first and last frame on DAVIS, as its official code does, and nothing elsewhere: no official code
-    exists for FBMS, and our reading is the plainest one. The measures of DAVSOD's code drop both ends on every set.
-    """
-    ends = measures == "vsod" or dataset.startswith("DAVIS")
-    return Protocol(measures=measures, skip_first=ends, skip_last=ends)
-
-
-def default_measures(dataset: str) -> tuple[str, ...]:
-    """What papers report on a data set: DAVSOD and MCL are benchmarks of salient objects only."""
-    return ("vsod",) if dataset in ("DAVSOD", "MCL") else MEASURES
-
-
-# Finding maps
-
-
-@dataclass
-class Unit:
-    """One folder of maps on one data set: a row of the comparison."""
-
-    name: str
-    """As in tables: the folder's name, and "+ CRF" for the maps after it."""
-    results: Path
-    label: str
-    """"" or "crf": the part of `evaluation.json` that it goes to."""
-    dataset: str
-    sequences: list[VideoSequence]
-    folders: dict[str, Path]
-    """Root of the maps for each kind of measure, holding `<video>/<frame>.png`."""
-    protocols: dict[str, Protocol]
-    known_grey: bool = False
-    """Maps that are meant to be grey (our `probability/` and `crf/`): thresholding them is nothing to warn of."""
-    jobs: dict[str, list[FrameJob]] = field(default_factory=dict)
-
-
-def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[str, dict[str, Path]]]:
-    """Where the maps of a data set are in a result folder: (`""` or `"crf"`, root for each kind of measure).
-
-    Our own results have `probability/`, `binary/` and maybe `crf/` in them: J and F come from `binary/` (from
-    `probability/` where there is none, which is the same), the other measures from `probability/`, and both once more
-    from `crf/`. `folder` names one of them to score only that. Any other folder holds `<dataset>/<video>/<frame>.png`
-    or `<video>/<frame>.png`.
-
-    Raises `UserError` when the folder is missing or has nothing for the data set.
-    """
-    if not results.is_dir():
-        raise UserError(f"{results}: no such folder; --results expects folders of maps, <dataset>/<video>/<frame>.png")
-    own = {kind: results / kind / dataset for kind in KINDS if (results / kind).is_dir()}
-    if not own:
-        if folder != "auto":
-            raise UserError(f"{results}: --eval_folder {folder} needs one of {', '.join(KINDS)} in it, there is none")
-        root = results / dataset if (results / dataset).is_dir() else results
-        return [("", {"uvos": root, "vsod": root})]
-    # A folder whose maps were all removed (by `test`, for being of older maps) is as good as none.
-    present = {kind: path for kind, path in own.items() if any(path.rglob("*.png"))}
-    if folder != "auto":
-        if folder not in present:
-            raise UserError(f"{results / folder / dataset}: no such folder; --eval_folder {folder} expects maps there")
-        return [("", {"uvos": present[folder], "vsod": present[folder]})]
-    rows = []
-    main = present.get("binary", present.get("probability"))
-    if main is not None:
-        rows.append(("", {"uvos": main, "vsod": present.get("probability", main)}))
-    if "crf" in present:
-        rows.append(("crf", {"uvos": present["crf"], "vsod": present["crf"]}))
-    if not rows:
-        raise UserError(
-            f"{results}: no maps of {dataset} in {', '.join(f'{kind}/{dataset}' for kind in own)}; run --tools test on "
-            f"{dataset} first, or leave it out of --datasets"
-        )
-    return rows
-
-
-def _find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
-    """The work on each sequence; everything that is missing is found here, before any of it starts."""
-    problems: list[str] = []
-    jobs: dict[str, list[FrameJob]] = {}
-    for sequence in unit.sequences:
-        annotated = sequence.annotated
-        wanted: dict[str, dict[str, Path]] = {}  # stem -> measures -> map
-        for measures, protocol in unit.protocols.items():
-            stems = protocol.select(annotated)
-            if not stems:
-                raise DataError(
-                    f"{unit.dataset}/{sequence.name}: no frame to score: {len(annotated)} annotated, and the rule is "
-                    f"'{protocol.sentence()}'. Give --no-skip_first --no-skip_last, or leave the sequence out"
-                )
-            folder = unit.folders[measures] / sequence.name
-            available = _list_maps(folder)
-            missing = [stem for stem in stems if stem not in available]
-            if missing:
-                problems.append(_missing(unit, sequence.name, folder, missing, len(stems), available))
-                continue
-            for stem in stems:
-                wanted.setdefault(stem, {})[measures] = available[stem]
-        jobs[sequence.name] = [
-            FrameJob(
-                stem=stem,
-                gt=sequence.masks[stem],
-                mask_rule=sequence.mask_rule,
-                uvos=wanted[stem].get("uvos"),
-                vsod=wanted[stem].get("vsod"),
-                resize=any(protocol.resize for protocol in unit.protocols.values()),
-            )
-            for stem in annotated
-            if stem in wanted
-        ]
-    if problems:
-        problems = list(dict.fromkeys(problems))
-        more = f"\n… and {len(problems) - 5} more sequences" if len(problems) > 5 else ""
-        raise DataError("maps are missing:\n" + "\n".join(problems[:5]) + more)
-    return jobs
-
-
-def _list_maps(folder: Path) -> dict[str, Path]:
-    maps: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."):
-            if path.stem in maps:
-                raise DataError(f"{folder}: two maps of frame {path.stem}, {maps[path.stem].name} and {path.name}")
-            maps[path.stem] = path
-    return maps
-
-
-def _missing(
-    unit: Unit, sequence: str, folder: Path, missing: list[str], count: int, available: dict[str, Path]
-) -> str:
-    where = f"{unit.name}, {unit.dataset}/{sequence}"
-    if not folder.is_dir():
-        others = (
-            sorted(path.name for path in folder.parent.iterdir() if path.is_dir()) if folder.parent.is_dir() else []
-        )
-        there = f"it has {', '.join(others[:5])}{' …' if len(others) > 5 else ''}" if others else "it has no folders"
-        return f"{where}: no folder {folder} ({there})"
-    names = ", ".join(f"{stem}.png" for stem in missing[:3]) + (" …" if len(missing) > 3 else "")
-    there = f"{len(available)} maps, the first {next(iter(available.values())).name}" if available else "no maps"
-    return f"{where}: no map for {len(missing)} of {count} scored frames, {names}; {folder} has {there}"
-
-
-# Scoring folders
-
-
-@dataclass
-class DatasetScores:
-    """The figures of one folder of maps on one data set."""
-
-    unit: Unit
-    frames: dict[str, dict[str, dict[str, float]]]
-    """Sequence -> frame -> values of that frame alone."""
-    sequences: dict[str, dict[str, float]]
-    overall: dict[str, float]
-    """Keys of `evaluation.json`: `J_mean J_recall J_decay F_mean F_recall F_decay J&F`, `MAE S max_F …`."""
-    alternatives: list[dict[str, Any]]
-    """J and F under the other conventions that the same frames allow."""
-    notes: dict[str, Any]
-    """How many maps were thresholded, resized, and how many frames had an empty ground truth."""
-    warnings: list[str]
-
-
-def evaluate(units: Sequence[Unit], workers: int | None = None, progress: bool = False) -> list[DatasetScores]:
-    """Score every unit, with `workers` processes (default: one per processor); the result does not depend on them.
-
-    Raises `DataError` naming the sequence, frame or file that is missing, unreadable or of another size.
-    """
-    for unit in units:
-        unit.jobs = _find_jobs(unit)
-    count = sum(len(jobs) for unit in units for jobs in unit.jobs.values())
-    workers = default_workers() if workers is None else workers
-    if count < min(_WORTH_PROCESSES[measures] for unit in units for measures in unit.protocols):
-        workers = min(workers, 1)
-
-    def tasks() -> Iterator[tuple[list[FrameJob]]]:
-        for unit in units:
-            for jobs in unit.jobs.values():
-                for start in range(0, len(jobs), _FRAMES_PER_TASK):
-                    yield (jobs[start : start + _FRAMES_PER_TASK],)
-
-    frames: list[FrameScores] = []
-    with tqdm(total=count, desc="eval", unit="frame", disable=None if progress else True) as bar:
-        for part in parallel_map(score_frames, tasks(), workers):
-            frames += part
-            bar.update(len(part))
-
-    scores, position = [], 0
-    for unit in units:
-        parts = {}
-        for name, jobs in unit.jobs.items():
-            parts[name] = frames[position : position + len(jobs)]
-            position += len(jobs)
-        scores.append(_summarise(unit, parts))
-    return scores
-
-
-def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores:
-    everything = [frame for frames in parts.values() for frame in frames]
-    warnings: list[str] = []
-    notes: dict[str, Any] = {"frames_with_empty_ground_truth": sum(frame.gt_empty for frame in everything)}
-    if any(frame.resized for frame in everything):
-        notes["resized_maps"] = sum(frame.resized for frame in everything)
-    if "uvos" in unit.protocols:
-        parts = _settle_masks(unit, parts, notes, warnings)
-
-    annotated = {sequence.name: sequence.annotated for sequence in unit.sequences}
-    sequences: dict[str, dict[str, float]] = {name: {} for name in parts}
-    overall: dict[str, float] = {}
-    alternatives = []
-    if "uvos" in unit.protocols:
-        protocol = unit.protocols["uvos"]
-        per_sequence = {
-            name: _uvos_statistics(unit, name, _counted(protocol, annotated[name], frames))
-            for name, frames in parts.items()
-        }
-        for name, values in per_sequence.items():
-            sequences[name].update(values)
-        overall.update(_mean_rows(list(per_sequence.values())))
-        alternatives = _alternatives(unit, annotated, parts)
-    if "vsod" in unit.protocols:
-        protocol = unit.protocols["vsod"]
-        means = []
-        for name, frames in parts.items():
-            counted = _counted(protocol, annotated[name], frames)
-            if not counted:
-                raise DataError(_nothing_left(unit, name))
-            means.append(mean_scores(frame.vsod for frame in counted))
-            sequences[name].update({"vsod_frames": len(counted), **means[-1].summary()})
-        overall["vsod_frames"] = sum(int(sequences[name]["vsod_frames"]) for name in parts)
-        overall.update(mean_scores(means).summary())
-    return DatasetScores(
-        unit=unit,
-        frames={name: {frame.stem: _frame_values(frame) for frame in frames} for name, frames in parts.items()},
-        sequences=sequences,
-        overall=overall,
-        alternatives=alternatives,
-        notes=notes,
-        warnings=warnings,
-    )
-
-
-def _settle_masks(
-    unit: Unit, parts: dict[str, list[FrameScores]], notes: dict[str, Any], warnings: list[str]
-) -> dict[str, list[FrameScores]]:
-    """Decide what maps of only 0 and 1 are: masks, unless the folder holds grey maps; there they are nearly black."""
-    scored = [(name, frame) for name, frames in parts.items() for frame in frames if frame.uvos is not None]
-    kinds = {kind: sum(frame.kind == kind for _, frame in scored) for kind in ("zero", "0/1", "0/255", "grey")}
-    notes["maps_by_values"] = {kind: count for kind, count in kinds.items() if count}
-    grey = [f"{name}/{frame.stem}" for name, frame in scored if frame.kind == "grey"]
-    if grey and not unit.known_grey:
-        if max(frame.peak for _, frame in scored) <= THRESHOLD:
-            raise DataError(
-                f"{unit.name}, {unit.dataset}: no map has a value above {THRESHOLD}, and they are no 0/1 masks either "
-                f"(highest value {max(frame.peak for _, frame in scored)}; one is {grey[0]}). J and F need masks of 0 "
-                "and 255 or 0 and 1; save object labels as indexed PNG with a palette"
-            )
-        warnings.append(
-            f"{unit.name}, {unit.dataset}: {len(grey)} of {len(scored)} maps look unbinarised (for example {grey[0]}); "
-            f"J and F are of the maps > {THRESHOLD}. DAVIS's MATLAB code would threshold each at half its own maximum "
-            "instead, which is another figure: binarise before comparing"
-        )
-    if grey or unit.known_grey:
-        return parts
-    return {
-        name: [f if f.uvos_from_1 is None else dataclasses.replace(f, uvos=f.uvos_from_1) for f in frames]
-        for name, frames in parts.items()
-    }
-
-
-def _counted(protocol: Protocol, annotated: Sequence[str], frames: list[FrameScores]) -> list[FrameScores]:
-    stems = set(protocol.select(annotated))
-    return [frame for frame in frames if frame.stem in stems and not (protocol.skip_empty and frame.gt_empty)]
-
-
-def _uvos_statistics(unit: Unit, name: str, frames: list[FrameScores]) -> dict[str, float]:
-    if not frames:
-        raise DataError(_nothing_left(unit, name))
-    j = sequence_statistics([frame.uvos[0] for frame in frames])
-    f = sequence_statistics([frame.uvos[1] for frame in frames])
-    row: dict[str, float] = {"uvos_frames": len(frames)}
-    row.update({f"J_{key}": value for key, value in j.items()})
-    row.update({f"F_{key}": value for key, value in f.items()})
-    row["J&F"] = (j["mean"] + f["mean"]) / 2
-    return row
-
-
-def _nothing_left(unit: Unit, name: str) -> str:
-    return f"{unit.dataset}/{name}: no frame has foreground in the ground truth; leave out --skip_empty or the sequence"
-
-
-def _mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The unweighted mean over sequences; frames are added up."""
-    return {
-        key: sum(int(row[key]) for row in rows) if key == "uvos_frames" else float(np.mean([row[key] for row in rows]))
-        for key in rows[0]
-    }
-
-
-def _alternatives(
-    unit: Unit, annotated: dict[str, tuple[str, ...]], parts: dict[str, list[FrameScores]]
-) -> list[dict[str, Any]]:
-    """J and F under the stricter selections of the frames that were scored anyway; FBMS has no agreed one."""
-    ours = unit.protocols["uvos"]
-    ends = [(ours.skip_first, ours.skip_last)]
-    if ends != [(True, True)]:
-        ends.append((True, True))
-    empties = [ours.skip_empty]
-    if not ours.skip_empty and any(frame.gt_empty for frames in parts.values() for frame in frames):
-        empties.append(True)
-    found = []
-    for skip_first, skip_last in ends:
-        for skip_empty in empties:
-            other = dataclasses.replace(ours, skip_first=skip_first, skip_last=skip_last, skip_empty=skip_empty)
-            counted = {name: _counted(other, annotated[name], frames) for name, frames in parts.items()}
-            if other == ours or not all(counted.values()):
-                continue
-            rows = [_uvos_statistics(unit, name, frames) for name, frames in counted.items()]
-            chosen = {"skip_first": skip_first, "skip_last": skip_last, "skip_empty": skip_empty}
-            found.append({**chosen, "frames": other.sentence(), "options": other.options(), **_mean_rows(rows)})
-    return found
-
-
-def _frame_values(frame: FrameScores) -> dict[str, float]:
-    values: dict[str, float] = {}
-    if frame.uvos is not None:
-        values.update(J=frame.uvos[0], F=frame.uvos[1])
-    if frame.vsod is not None:
-        values.update(frame.vsod.summary())
-    return values
-
-
-# The command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -517,8 +123,8 @@ def run(
     for folder, name in zip(results, names):
         of_folder = [score for score in scores if score.unit.results == folder]
         documents[name] = document(name, of_folder)
-        target = folder if _is_own(folder) else Path(table_dir) / name.replace("/", "_")
-        if not _is_own(folder) and target.resolve() == folder.resolve():
+        target = folder if is_own(folder) else Path(table_dir) / name.replace("/", "_")
+        if not is_own(folder) and target.resolve() == folder.resolve():
             target = target.with_name(f"{target.name}_scores")
         write_json(target / "evaluation.json", documents[name])
         for score in of_folder:
@@ -536,10 +142,6 @@ def run(
     for suffix, write in (("md", tables.markdown), ("tex", tables.latex), ("csv", tables.comma_separated)):
         write_text(Path(table_dir) / f"comparison.{suffix}", write(comparison))
     return documents
-
-
-def _is_own(folder: Path) -> bool:
-    return any((folder / kind).is_dir() for kind in KINDS)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -576,7 +178,7 @@ def _units(
             sequences=sequences,
             folders=folders,
             protocols=protocols,
-            known_grey=_is_own(folder) and folders["uvos"].parent.name in ("crf", "probability"),
+            known_grey=is_own(folder) and folders["uvos"].parent.name in ("crf", "probability"),
         )
         for label, folders in find_maps(folder, dataset, args.eval_folder)
     ]

@@ -20,11 +20,13 @@ import numpy as np
 
 from datasets.images import load_mask
 from datasets.sequences import VideoSequence
+from utils.dataset_scores import evaluate
 from utils.errors import exit_on_user_error
-from utils.evaluation import Unit, default_protocol, evaluate
 from utils.files import write_png
 from utils.metrics import BOUNDARY_TOLERANCE, boundary_map, jaccard_and_boundary_f
 from utils.parallel import cpu_seconds
+from utils.protocol import default_protocol
+from utils.result_maps import Unit
 
 Pair = tuple[np.ndarray, np.ndarray]
 

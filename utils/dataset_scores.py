@@ -1,0 +1,209 @@
+"""Figures of whole data sets: DAVIS's J and F (`utils.metrics`) and the measures of salient objects (`utils.vsod`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.errors import DataError
+from utils.metrics import sequence_statistics
+from utils.parallel import default_workers, parallel_map
+from utils.protocol import Protocol
+from utils.result_maps import Unit, find_jobs
+from utils.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
+from utils.vsod import mean_scores
+
+_FRAMES_PER_TASK = 8
+# Frames from which on several processes gain more time than they take to start.
+_WORTH_PROCESSES = {"uvos": 400, "vsod": 20}
+
+
+@dataclass
+class DatasetScores:
+    """The figures of one folder of maps on one data set."""
+
+    unit: Unit
+    frames: dict[str, dict[str, dict[str, float]]]
+    """Sequence -> frame -> values of that frame alone."""
+    sequences: dict[str, dict[str, float]]
+    overall: dict[str, float]
+    """Keys of `evaluation.json`: `J_mean J_recall J_decay F_mean F_recall F_decay J&F`, `MAE S max_F …`."""
+    alternatives: list[dict[str, Any]]
+    """J and F under the other conventions that the same frames allow."""
+    notes: dict[str, Any]
+    """How many maps were thresholded, resized, and how many frames had an empty ground truth."""
+    warnings: list[str]
+
+
+def evaluate(units: Sequence[Unit], workers: int | None = None, progress: bool = False) -> list[DatasetScores]:
+    """Score every unit, with `workers` processes (default: one per processor); the result does not depend on them.
+
+    Raises `DataError` naming the sequence, frame or file that is missing, unreadable or of another size.
+    """
+    for unit in units:
+        unit.jobs = find_jobs(unit)
+    count = sum(len(jobs) for unit in units for jobs in unit.jobs.values())
+    workers = default_workers() if workers is None else workers
+    if count < min(_WORTH_PROCESSES[measures] for unit in units for measures in unit.protocols):
+        workers = min(workers, 1)
+
+    def tasks() -> Iterator[tuple[list[FrameJob]]]:
+        for unit in units:
+            for jobs in unit.jobs.values():
+                for start in range(0, len(jobs), _FRAMES_PER_TASK):
+                    yield (jobs[start : start + _FRAMES_PER_TASK],)
+
+    frames: list[FrameScores] = []
+    with tqdm(total=count, desc="eval", unit="frame", disable=None if progress else True) as bar:
+        for part in parallel_map(score_frames, tasks(), workers):
+            frames += part
+            bar.update(len(part))
+
+    scores, position = [], 0
+    for unit in units:
+        parts = {}
+        for name, jobs in unit.jobs.items():
+            parts[name] = frames[position : position + len(jobs)]
+            position += len(jobs)
+        scores.append(_summarise(unit, parts))
+    return scores
+
+
+def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores:
+    everything = [frame for frames in parts.values() for frame in frames]
+    warnings: list[str] = []
+    notes: dict[str, Any] = {"frames_with_empty_ground_truth": sum(frame.gt_empty for frame in everything)}
+    if any(frame.resized for frame in everything):
+        notes["resized_maps"] = sum(frame.resized for frame in everything)
+    if "uvos" in unit.protocols:
+        parts = _settle_masks(unit, parts, notes, warnings)
+
+    annotated = {sequence.name: sequence.annotated for sequence in unit.sequences}
+    sequences: dict[str, dict[str, float]] = {name: {} for name in parts}
+    overall: dict[str, float] = {}
+    alternatives = []
+    if "uvos" in unit.protocols:
+        protocol = unit.protocols["uvos"]
+        per_sequence = {
+            name: _uvos_statistics(unit, name, _counted(protocol, annotated[name], frames))
+            for name, frames in parts.items()
+        }
+        for name, values in per_sequence.items():
+            sequences[name].update(values)
+        overall.update(_mean_rows(list(per_sequence.values())))
+        alternatives = _alternatives(unit, annotated, parts)
+    if "vsod" in unit.protocols:
+        protocol = unit.protocols["vsod"]
+        means = []
+        for name, frames in parts.items():
+            counted = _counted(protocol, annotated[name], frames)
+            if not counted:
+                raise DataError(_nothing_left(unit, name))
+            means.append(mean_scores(frame.vsod for frame in counted))
+            sequences[name].update({"vsod_frames": len(counted), **means[-1].summary()})
+        overall["vsod_frames"] = sum(int(sequences[name]["vsod_frames"]) for name in parts)
+        overall.update(mean_scores(means).summary())
+    return DatasetScores(
+        unit=unit,
+        frames={name: {frame.stem: _frame_values(frame) for frame in frames} for name, frames in parts.items()},
+        sequences=sequences,
+        overall=overall,
+        alternatives=alternatives,
+        notes=notes,
+        warnings=warnings,
+    )
+
+
+def _settle_masks(
+    unit: Unit, parts: dict[str, list[FrameScores]], notes: dict[str, Any], warnings: list[str]
+) -> dict[str, list[FrameScores]]:
+    """Decide what maps of only 0 and 1 are: masks, unless the folder holds grey maps; there they are nearly black."""
+    scored = [(name, frame) for name, frames in parts.items() for frame in frames if frame.uvos is not None]
+    kinds = {kind: sum(frame.kind == kind for _, frame in scored) for kind in ("zero", "0/1", "0/255", "grey")}
+    notes["maps_by_values"] = {kind: count for kind, count in kinds.items() if count}
+    grey = [f"{name}/{frame.stem}" for name, frame in scored if frame.kind == "grey"]
+    if grey and not unit.known_grey:
+        if max(frame.peak for _, frame in scored) <= THRESHOLD:
+            raise DataError(
+                f"{unit.name}, {unit.dataset}: no map has a value above {THRESHOLD}, and they are no 0/1 masks either "
+                f"(highest value {max(frame.peak for _, frame in scored)}; one is {grey[0]}). J and F need masks of 0 "
+                "and 255 or 0 and 1; save object labels as indexed PNG with a palette"
+            )
+        warnings.append(
+            f"{unit.name}, {unit.dataset}: {len(grey)} of {len(scored)} maps look unbinarised (for example {grey[0]}); "
+            f"J and F are of the maps > {THRESHOLD}. DAVIS's MATLAB code would threshold each at half its own maximum "
+            "instead, which is another figure: binarise before comparing"
+        )
+    if grey or unit.known_grey:
+        return parts
+    return {
+        name: [f if f.uvos_from_1 is None else dataclasses.replace(f, uvos=f.uvos_from_1) for f in frames]
+        for name, frames in parts.items()
+    }
+
+
+def _counted(protocol: Protocol, annotated: Sequence[str], frames: list[FrameScores]) -> list[FrameScores]:
+    stems = set(protocol.select(annotated))
+    return [frame for frame in frames if frame.stem in stems and not (protocol.skip_empty and frame.gt_empty)]
+
+
+def _uvos_statistics(unit: Unit, name: str, frames: list[FrameScores]) -> dict[str, float]:
+    if not frames:
+        raise DataError(_nothing_left(unit, name))
+    j = sequence_statistics([frame.uvos[0] for frame in frames])
+    f = sequence_statistics([frame.uvos[1] for frame in frames])
+    row: dict[str, float] = {"uvos_frames": len(frames)}
+    row.update({f"J_{key}": value for key, value in j.items()})
+    row.update({f"F_{key}": value for key, value in f.items()})
+    row["J&F"] = (j["mean"] + f["mean"]) / 2
+    return row
+
+
+def _nothing_left(unit: Unit, name: str) -> str:
+    return f"{unit.dataset}/{name}: no frame has foreground in the ground truth; leave out --skip_empty or the sequence"
+
+
+def _mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The unweighted mean over sequences; frames are added up."""
+    return {
+        key: sum(int(row[key]) for row in rows) if key == "uvos_frames" else float(np.mean([row[key] for row in rows]))
+        for key in rows[0]
+    }
+
+
+def _alternatives(
+    unit: Unit, annotated: dict[str, tuple[str, ...]], parts: dict[str, list[FrameScores]]
+) -> list[dict[str, Any]]:
+    """J and F under the stricter selections of the frames that were scored anyway; FBMS has no agreed one."""
+    ours = unit.protocols["uvos"]
+    ends = [(ours.skip_first, ours.skip_last)]
+    if ends != [(True, True)]:
+        ends.append((True, True))
+    empties = [ours.skip_empty]
+    if not ours.skip_empty and any(frame.gt_empty for frames in parts.values() for frame in frames):
+        empties.append(True)
+    found = []
+    for skip_first, skip_last in ends:
+        for skip_empty in empties:
+            other = dataclasses.replace(ours, skip_first=skip_first, skip_last=skip_last, skip_empty=skip_empty)
+            counted = {name: _counted(other, annotated[name], frames) for name, frames in parts.items()}
+            if other == ours or not all(counted.values()):
+                continue
+            rows = [_uvos_statistics(unit, name, frames) for name, frames in counted.items()]
+            chosen = {"skip_first": skip_first, "skip_last": skip_last, "skip_empty": skip_empty}
+            found.append({**chosen, "frames": other.sentence(), "options": other.options(), **_mean_rows(rows)})
+    return found
+
+
+def _frame_values(frame: FrameScores) -> dict[str, float]:
+    values: dict[str, float] = {}
+    if frame.uvos is not None:
+        values.update(J=frame.uvos[0], F=frame.uvos[1])
+    if frame.vsod is not None:
+        values.update(frame.vsod.summary())
+    return values
