@@ -112,6 +112,21 @@ def _extent(mask: torch.Tensor) -> tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
+def object_share(still: StillImage, size: tuple[int, int]) -> float:
+    """How much of the largest centred view of a still with the shape of `size` (H, W) its object covers, in [0, 1]."""
+    try:
+        with Image.open(still.mask) as mask:
+            mask = mask.convert("L")
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{still.mask}: cannot be read as an image ({error}); replace or remove it") from error
+    scale = min(mask.width / size[1], mask.height / size[0])
+    half_width, half_height = scale * size[1] / 2, scale * size[0] / 2
+    centre_x, centre_y = mask.width / 2, mask.height / 2
+    box = (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height)
+    view = mask.point(lambda value: 255 * (value >= 128)).resize((64, 64), Image.Resampling.BOX, box)
+    return float(np.asarray(view).mean()) / 255
+
+
 def load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Picture (3, h, w) in [0, 1] and mask (h, w) bool of a still, reduced where it is far larger than needed."""
     height, width = size

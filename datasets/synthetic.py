@@ -19,8 +19,11 @@ from PIL import Image
 from datasets.clips import PICTURES, ClipDataset, Item
 from datasets.errors import DataError
 from datasets.rendering import Scene
+from datasets.scene_textures import object_share
 from datasets.scenes import SceneOptions, Sources, compose
 from datasets.stills import StillImage
+
+DRAWS = 10  # of stills for one clip, until one has an object of `SceneOptions.largest_object` at most
 
 
 def make_scene(
@@ -102,7 +105,7 @@ class SyntheticClips(ClipDataset):
     def clip(self, index: int) -> Item:
         still, name = None, f"drawn-{index:06d}"
         if self.stills is not None:
-            still = self.stills[int(self.rng(index, 1).integers(len(self.stills)))]
+            still = self._draw_still(index)
             name = still.name
         key = (self.seed, self.epoch, index)
         scene = make_scene(key, self.clip_len, self.size, still, self.stills or (), self.options)
@@ -112,6 +115,16 @@ class SyntheticClips(ClipDataset):
             "sequence": name,
         }
         return {**item, "raw": scene} if self.defer else {**item, **dict(zip(PICTURES, scene.finish()))}
+
+    def _draw_still(self, index: int) -> StillImage:
+        """The still of a clip; where none of several has an object that is small enough, the last of them."""
+        rng = self.rng(index, 1)
+        for _ in range(DRAWS):
+            still = self.stills[int(rng.integers(len(self.stills)))]
+            limit = self.options.largest_object
+            if limit == 1 or object_share(still, self.size) <= limit:
+                break
+        return still
 
 
 def write_dataset(

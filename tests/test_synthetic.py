@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from datasets.errors import DataError
 from datasets.scene_motion import Motion
+from datasets.scene_textures import object_share
 from datasets.scenes import SceneOptions
 from datasets.sequences import read_dataset
 from datasets.stills import StillImage, read_stills
@@ -283,6 +284,33 @@ def test_a_natural_scene_is_the_still_under_a_moving_camera(duts: Path) -> None:
         assert np.abs(terms @ fit - flow.reshape(-1, 2)).max() < 0.05
     # Off by default, and then no draw is made for it: clips of a seed stay what they were.
     assert SceneOptions().natural == 0
+
+
+def test_stills_whose_object_is_too_large_are_drawn_anew(tmp_path: Path) -> None:
+    """Portrait pictures, of which a wide frame shows the middle: there the object covers 0, 20, …, 100 percent."""
+    for kind in ("Image", "Mask"):
+        (tmp_path / "DUTS-TR" / f"DUTS-TR-{kind}").mkdir(parents=True)
+    for tenth in range(0, 11, 2):
+        mask = np.zeros((200, 100), dtype=np.uint8)
+        mask[:10] = 255  # outside the view: rows 70 to 130 of the middle, at 60 x 100
+        mask[70:130, : 10 * tenth] = 255
+        picture = Image.fromarray(np.repeat(mask[..., None], 3, axis=2))
+        picture.save(tmp_path / "DUTS-TR" / "DUTS-TR-Image" / f"{tenth}.jpg")
+        Image.fromarray(mask).save(tmp_path / "DUTS-TR" / "DUTS-TR-Mask" / f"{tenth}.png")
+    stills = read_stills(tmp_path)
+    for still in stills:
+        assert object_share(still, (60, 100)) == pytest.approx(int(still.name) / 10, abs=0.01)
+    clips = {limit: SyntheticClips(stills, 60, 1, (60, 100), options=SceneOptions(largest_object=limit))
+             for limit in (1.0, 0.5)}  # fmt: skip
+    names = {limit: [clips[limit][i]["sequence"] for i in range(60)] for limit in clips}
+    assert set(names[1.0]) == {"0", "2", "4", "6", "8", "10"} and set(names[0.5]) == {"0", "2", "4"}
+    # A still that is small enough at once stays, so that the option changes no more than it has to.
+    assert all(b == a for a, b in zip(names[1.0], names[0.5]) if a in ("0", "2", "4"))
+    # Where none is small enough a clip still comes.
+    large = SyntheticClips(
+        [s for s in stills if s.name == "10"], 2, 1, (60, 100), options=SceneOptions(largest_object=0.1)
+    )
+    assert large[0]["sequence"] == "10"
 
 
 def test_unusable_stills_are_named(duts: Path) -> None:
