@@ -36,8 +36,8 @@ class SceneOptions:
     deformation: float = 0.7
     second_object: float = 0.12  # a second moving foreground object
     natural: float = 0.0  # the still as it is: nothing is cut out of its place, only the camera may move
-    # The most that a still's object may cover of the view that the frame's shape leaves; other stills are drawn anew. An
-    # object that fills the frame passes for a background, and costs as much loss as fifty other clips.
+    # The most that a still's object may cover of the view that the frame's shape leaves; beyond it another still is
+    # drawn. An object that fills the frame passes for a background, and costs as much loss as fifty other clips.
     largest_object: float = 1.0
     # What makes it hard.
     other_background: float = 0.4  # the background is another picture
