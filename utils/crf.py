@@ -21,6 +21,7 @@ from datasets.errors import DataError
 from datasets.images import load_frame, require_size
 from utils.files import write_bytes
 from utils.parallel import Background, default_workers, parallel_map, share_of_workers
+from utils.progress import progress_bar
 
 # `utils.errors` is imported where it is raised: it brings torch, which the processes of `run` can do without.
 
@@ -204,8 +205,6 @@ def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], save_dir: 
         UserError: pydensecrf is not installed.
         DataError: a map or frame that is missing, unreadable, or of another size.
     """
-    from tqdm import tqdm
-
     _import_densecrf()  # now rather than in a worker
     settings = settings_from(args)
     save_dir = Path(save_dir)
@@ -224,7 +223,7 @@ def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], save_dir: 
             "--save_dir: python tool.py --checkpoint WEIGHTS --tools test …"
         )
     done = parallel_map(_refine_file, tasks, args.workers)
-    for _ in tqdm(done, total=len(tasks), desc="crf", unit="frame"):
+    for _ in progress_bar(done, total=len(tasks), desc="crf", unit="frame"):
         pass
     return len(tasks)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from datasets.errors import DataError
 from utils.metrics import sequence_statistics
 from utils.parallel import default_workers, parallel_map
+from utils.progress import progress_bar
 from utils.protocol import Protocol
 from utils.result_maps import Unit, find_jobs
 from utils.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
@@ -59,7 +59,7 @@ def evaluate(units: Sequence[Unit], workers: int | None = None, progress: bool =
                     yield (jobs[start : start + _FRAMES_PER_TASK],)
 
     frames: list[FrameScores] = []
-    with tqdm(total=count, desc="eval", unit="frame", disable=None if progress else True) as bar:
+    with progress_bar(total=count, desc="eval", unit="frame", disable=not progress) as bar:
         for part in parallel_map(score_frames, tasks(), workers):
             frames += part
             bar.update(len(part))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import UserError
+from utils.progress import progress_bar
 
 # How long a process waits for the others where they agree. One may have hours of flow or of a long video left when the
 # rest is done, which is no fault; one that dies ends the others through the launcher, long before this.
@@ -86,10 +87,8 @@ def share_out(
         pending: the frames of a video that are to be done; none leaves it out.
         name: of the work, for the progress bar of the look.
     """
-    from tqdm import tqdm
-
     rank, world_size = processes.rank, processes.world_size
-    look = tqdm(
+    look = progress_bar(
         share(lengths, rank, world_size), desc=f"{name}: what is there", unit="video", leave=False, disable=rank != 0
     )
     looked = {index: pending(index) for index in look}

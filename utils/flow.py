@@ -17,6 +17,7 @@ from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from utils.flow_estimation import METHODS, FlowEstimator, FlowSettings, compute_flows, dis_flow, frame_pairs
 from utils.flow_files import FORMATS, RAW_FORMATS, FlowFiles, begin_flow, check_record
 from utils.parallel import parallel_map, share_of_workers
+from utils.progress import progress_bar
 from utils.raft import DEFAULT_WEIGHTS
 from utils.video import FolderFrames, LazyFrames
 
@@ -182,8 +183,6 @@ def run(
     Raises:
         UserError, CheckpointError, DataError: see `pending_frames` and `write_flows`.
     """
-    from tqdm import tqdm
-
     from utils.distributed import share_out
 
     settings = settings_from(args)
@@ -219,7 +218,9 @@ def run(
             todo = [t for t, stem in enumerate(frames.stems) if stem in stems]
             yield FlowTask(frames, frames.stems, flow_dir, todo)
 
-    with tqdm(total=total, desc=f"flow ({settings.method})", unit="frame", disable=not processes.is_main) as progress:
+    with progress_bar(
+        total=total, desc=f"flow ({settings.method})", unit="frame", disable=not processes.is_main
+    ) as progress:
         written = write_flows(
             tasks(), settings, files, device=processes.device, batch_size=args.flow_batch, workers=workers
         )
@@ -241,8 +242,6 @@ def video_flows(
     Raises:
         UserError: ``flow_dir`` belongs to another video, or as `write_flows`. DataError, CheckpointError: likewise.
     """
-    from tqdm import tqdm
-
     settings = settings_from(args)
     files = FlowFiles(args.flow_format, args.flow_raw)
     flow_dir = Path(flow_dir)
@@ -255,7 +254,7 @@ def video_flows(
     pending = pending_frames(frames.stems, flow_dir, settings, files, args.overwrite, source)
     task = FlowTask(frames, frames.stems, flow_dir, pending, source)
     written = write_flows([task], settings, files, device=device, batch_size=args.flow_batch, workers=args.workers)
-    for _ in tqdm(written, total=len(pending), desc=f"flow ({settings.method})", unit="frame"):
+    for _ in progress_bar(written, total=len(pending), desc=f"flow ({settings.method})", unit="frame"):
         pass
     images = {path.stem: path for path in list_files(flow_dir, FLOW_SUFFIXES)}
     return FolderFrames([images[stem] for stem in frames.stems])

@@ -26,6 +26,7 @@ from datasets.images import NO_MOTION, NO_PICTURE, LazyImages, load_flow_image, 
 from datasets.video_sequence import FRAME_SUFFIXES, VideoSequence
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
+from utils.progress import progress_bar
 from utils.scoring import THRESHOLD
 
 if TYPE_CHECKING:
@@ -293,8 +294,6 @@ def run(
     Raises:
         UserError: options out of range. DataError: a frame or flow image that is missing or damaged.
     """
-    from tqdm import tqdm
-
     from models import Predictor
     from utils.distributed import share_out
 
@@ -339,7 +338,7 @@ def run(
     began = time.monotonic()
     with (
         # miniters 0: drawn anew as time passes, also while frames are encoded and none is finished.
-        tqdm(total=total, desc="test", unit="frame", disable=not processes.is_main, miniters=0) as progress,
+        progress_bar(total=total, desc="test", unit="frame", disable=not processes.is_main, miniters=0) as progress,
         ThreadPoolExecutor(WRITERS) as writers,
     ):
         for video in todo:
@@ -545,8 +544,6 @@ def run_own(
     Raises:
         As `run` and `run_own_flow`.
     """
-    from tqdm import tqdm
-
     from utils.crf import load_probability
     from utils.visualise import overlay_video
 
@@ -570,6 +567,6 @@ def run_own(
     run(args, [video], processes, weights, written)
     path = save_dir / "overlay" / f"{own.name}.mp4"
     maps = (load_probability(video.probability(save_dir, stem)) for stem in video.stems)
-    counted = tqdm(maps, total=len(video.stems), desc="overlay", unit="frame")
+    counted = progress_bar(maps, total=len(video.stems), desc="overlay", unit="frame")
     overlay_video(path, video.frames, counted, own.frames.fps)
     print(f"masks: {save_dir / 'binary' / own.name}\noverlay: {path}", flush=True)

@@ -15,6 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any
 
+from utils.progress import progress_bar
+
 # `utils.errors` is imported where it is raised: it brings torch, which takes a new process longer to import than many a
 # task takes.
 
@@ -152,11 +154,9 @@ class Background:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        from tqdm import tqdm
-
         try:
             if error is None:
-                for job in tqdm(self._waiting, desc=f"{self.name} (the rest)", unit="frame"):
+                for job in progress_bar(self._waiting, desc=f"{self.name} (the rest)", unit="frame"):
                     job.result()
         except BrokenProcessPool:
             raise _killed(self.workers) from None
