@@ -45,7 +45,11 @@ class Scene:
         rng = copy.deepcopy(self.rng)
         frames, flow, masks = render(self.layers, self.length, self.size, device)
         frames = expose(rng, frames, flow, self.options)
-        return {"frames": frames, "flow": flow, "masks": masks, "flow_images": flow_pictures(rng, flow, self.options)}
+        seen = flow
+        # No draw where it is off: clips stay the same.
+        if self.options.turbulence > 0 and rng.random() < self.options.turbulence:
+            seen = stir(rng, flow, masks)
+        return {"frames": frames, "flow": flow, "masks": masks, "flow_images": flow_pictures(rng, seen, self.options)}
 
     def finish(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         made = self.pictures(device)
@@ -141,6 +145,37 @@ def expose(rng: np.random.Generator, frames: torch.Tensor, flow: torch.Tensor, o
     for frame, picture in zip(frames, exposed):
         picture.copy_(frame.clamp_(0, 1).mul_(255).add_(0.5))
     return exposed
+
+
+def stir(rng: np.random.Generator, flow: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Flow (T, 2, H, W) of a world that moves by itself around the foreground `masks` (T, H, W): below a bent line, as
+    water does, or above one, as leaves do, up to the whole of it. The motion is not rigid, some of it lasts and some is
+    new in every frame, and it is about as fast as what else there is. In two fifths of the cases it hides the
+    foreground's own motion, as an estimator that is lost on water does.
+    """
+    length, _, height, width = flow.shape
+    ramp = torch.linspace(-1, 1, height, device=flow.device)[:, None] * float(rng.choice((-1.0, 1.0)))
+    place = ramp + 0.4 * _noise(rng, 1, (3, 5), flow)[0] + rng.uniform(-0.4, 1.2)
+    place = (8 * place).clamp_(0, 1)  # (H, W), with a soft edge
+    rows = int(rng.integers(3, 14))
+    cells = (rows, max(2, round(rows * width / height * rng.uniform(0.3, 1))))  # waves are wider than they are high
+    fastest = max(float(flow.pow(2).sum(dim=1).amax().sqrt()), 0.004 * width)
+    speed = rng.uniform(0.1, 0.8) * fastest
+    lasting = _noise(rng, 2, cells, flow)
+    # the hyperbolic tangent leaves patches that move as one, with narrow borders
+    ripples = torch.stack([0.6 * lasting + 0.8 * _noise(rng, 2, cells, flow) for _ in range(length)]).mul_(2).tanh_()
+    if rng.random() < 0.4:
+        world = ~masks[:, None]
+        mean = (flow * world).sum(dim=(2, 3), keepdim=True) / world.sum(dim=(2, 3), keepdim=True).clamp_(min=1)
+        flow = torch.lerp(flow, mean, place * masks[:, None])
+        masks = torch.zeros_like(masks)
+    return flow + speed * ripples * (place * ~masks)[:, None]
+
+
+def _noise(rng: np.random.Generator, channels: int, cells: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    """`smooth_noise` of the size and on the device of `like` (..., H, W); (channels, H, W)."""
+    grid = torch.from_numpy(rng.standard_normal((1, channels, *cells), dtype=np.float32)).to(like.device)
+    return F.interpolate(grid, size=like.shape[-2:], mode="bilinear", align_corners=True)[0]
 
 
 def flow_pictures(rng: np.random.Generator, flow: torch.Tensor, options: SceneOptions) -> torch.Tensor:

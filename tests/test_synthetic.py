@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets.errors import DataError
+from datasets.rendering import stir
 from datasets.scene_motion import Motion
 from datasets.scene_textures import object_share
 from datasets.scenes import SceneOptions
@@ -217,6 +218,39 @@ def test_seed_epoch_and_index_all_matter() -> None:
     assert len(set(seen)) == 4
     with pytest.raises(IndexError):
         clips[3]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_turbulence_is_in_the_flow_picture_alone(seed: int) -> None:
+    options = SceneOptions(flow_errors=0.0)
+    still, stirred = (make_clip(seed, 3, SIZE, options=replace(options, turbulence=p)) for p in (0.0, 1.0))
+    for key in ("frames", "flow", "masks"):
+        assert np.array_equal(still[key], stirred[key]), key
+    changed = (still["flow_images"] != stirred["flow_images"]).any(axis=3).mean()
+    assert changed > 0.05
+
+
+def test_the_world_is_stirred_and_the_foreground_mostly_left_alone() -> None:
+    rng = np.random.default_rng(0)
+    flow = torch.zeros(3, 2, 40, 64)
+    flow[:, 0, 10:30, 20:40] = 5.0
+    masks = flow[:, 0] > 0
+    shares, hidden = [], 0
+    for _ in range(80):
+        stirred = stir(rng, flow, masks)
+        change = (stirred - flow).norm(dim=1)  # (T, H, W)
+        # as fast as what else there is: at most 0.8 of the fastest in each direction
+        assert 0 < change[~masks].max() <= 0.8 * 5 * 2**0.5 + 1e-5
+        shares.append(float((change[~masks] > 0).float().mean()))
+        assert not torch.equal(change[0], change[1])  # waves move on
+        if change[masks].any():
+            hidden += 1
+            # where the world is stirred in full the foreground moves as the world does: at rest, but for the waves
+            inside = change[masks] > 0
+            assert stirred.abs().amax(dim=1)[masks][inside].min() < 4.1
+        else:
+            assert torch.equal(stirred[:, 0][masks], flow[:, 0][masks])
+    assert min(shares) < 0.4 and max(shares) > 0.99 and 15 <= hidden <= 45
 
 
 # --- stills -----------------------------------------------------------------------------------------------------------
