@@ -120,9 +120,9 @@ def object_share(still: StillImage, size: tuple[int, int]) -> float:
     except (OSError, SyntaxError) as error:
         raise DataError(f"{still.mask}: cannot be read as an image ({error}); replace or remove it") from error
     scale = min(mask.width / size[1], mask.height / size[0])
-    half_width, half_height = scale * size[1] / 2, scale * size[0] / 2
-    centre_x, centre_y = mask.width / 2, mask.height / 2
-    box = (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height)
+    # Rounding must not bring the view, which touches two sides, beyond them.
+    margin_x, margin_y = (max(0.0, (side - scale * n) / 2) for side, n in zip(mask.size, size[::-1]))
+    box = (margin_x, margin_y, mask.width - margin_x, mask.height - margin_y)
     view = mask.point(lambda value: 255 * (value >= 128)).resize((64, 64), Image.Resampling.BOX, box)
     return float(np.asarray(view).mean()) / 255
 

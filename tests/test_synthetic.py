@@ -340,6 +340,12 @@ def test_stills_whose_object_is_too_large_are_drawn_anew(tmp_path: Path) -> None
     assert set(names[1.0]) == {"0", "2", "4", "6", "8", "10"} and set(names[0.5]) == {"0", "2", "4"}
     # A still that is small enough at once stays, so that the option changes no more than it has to.
     assert all(b == a for a, b in zip(names[1.0], names[0.5]) if a in ("0", "2", "4"))
+    # Of any shape, however the numbers round.
+    for width, height in ((400, 247), (399, 266), (300, 400), (101, 333), (267, 400)):
+        mask = Image.fromarray(np.full((height, width), 255, dtype=np.uint8))
+        mask.save(tmp_path / "mask.png")
+        still = StillImage("full", tmp_path / "mask.png", tmp_path / "mask.png")
+        assert all(object_share(still, size) == 1 for size in ((384, 672), (192, 320), (320, 576), (height, width)))
     # Where none is small enough a clip still comes.
     large = SyntheticClips(
         [s for s in stills if s.name == "10"], 2, 1, (60, 100), options=SceneOptions(largest_object=0.1)
