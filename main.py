@@ -51,7 +51,7 @@ from utils.distributed import (
 from utils.ema import WeightAverage
 from utils.errors import UserError, exit_on_user_error
 from utils.files import write_text
-from utils.loading import ClipOrder, build_loader, read_batches, rescale, to_device, to_floats
+from utils.loading import ClipOrder, build_loader, read_batches, rescale, stop_workers, to_device, to_floats
 from utils.metrics import jaccard
 from utils.runlog import RunLog
 from utils.stopping import StopRequest
@@ -527,6 +527,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
                     save(run)
             return finish(run, finished)
         finally:
+            stop_workers(loader)
             run.log.close()
 
 

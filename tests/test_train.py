@@ -395,6 +395,31 @@ def test_a_broken_frame_is_named(workers: str, tmp_path: Path, capsys: pytest.Ca
     assert message.startswith(f"error: {frame}: ") and len(message.splitlines()) == 1
 
 
+FAULT = """
+import sys
+import main
+from datasets.synthetic import SyntheticClips
+clip = SyntheticClips.clip
+def broken(self, index):
+    if index == 3:
+        raise ZeroDivisionError("a fault of ours")
+    return clip(self, index)
+SyntheticClips.clip = broken
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_an_error_that_nobody_expects_in_a_worker_ends_the_run(tmp_path: Path, repository: Path) -> None:
+    """With its traceback, and not with processes that wait for each other for ever."""
+    arguments = [*TINY, "--workers", "2", "--save_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    ended = subprocess.run(
+        [sys.executable, "-c", FAULT, *arguments], cwd=repository, env=environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 1 and "ZeroDivisionError: a fault of ours" in ended.stderr
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--save_dir", str(tmp_path), "--schedule", "constant"]
     assert main.main([*arguments, "--stop_after", "1"]) == 0

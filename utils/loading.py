@@ -114,6 +114,17 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
         raise DataError(message) from None
 
 
+def stop_workers(loader: DataLoader) -> None:
+    """Ends the processes of a loader, in whatever state it is.
+
+    Needed where an error ends the run: its traceback keeps the batches' iterator alive, so that PyTorch would not tell
+    the workers, and the signal that Python sends them at the end is one that they ignore.
+    """
+    batches = loader._iterator  # kept by persistent workers; PyTorch has no public way to end them
+    if batches is not None:
+        batches._shutdown_workers()
+
+
 def _start_worker(_: int) -> None:
     """A worker leaves signals to the training process and keeps to one thread."""
     # Ctrl-C reaches all processes, and so do the signals of schedulers (SLURM) and of pkill; the last steps still need
