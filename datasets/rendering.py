@@ -24,11 +24,12 @@ from datasets.scenes import Layer, SceneOptions
 class Scene:
     """A clip whose pictures are still to be made (a `datasets.clips.Deferred`): layers and what was not drawn yet.
 
-    length: frames (T). size: (H, W). rng: the generator as composing left it; it is not used up, so that the same scene
-    makes the same clip again.
+    by_motion: whether motion alone says which of the things is meant. length: frames (T). size: (H, W). rng: the
+    generator as composing left it; it is not used up, so that the same scene makes the same clip again.
     """
 
     layers: tuple[Layer, ...]
+    by_motion: bool
     length: int
     size: tuple[int, int]
     options: SceneOptions
@@ -48,7 +49,7 @@ class Scene:
         seen = flow
         # No draw where it is off: clips stay the same.
         if self.options.turbulence > 0 and rng.random() < self.options.turbulence:
-            seen = stir(rng, flow, masks)
+            seen = stir(rng, flow, masks, may_hide=not self.by_motion)
         return {"frames": frames, "flow": flow, "masks": masks, "flow_images": flow_pictures(rng, seen, self.options)}
 
     def finish(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,10 +148,10 @@ def expose(rng: np.random.Generator, frames: torch.Tensor, flow: torch.Tensor, o
     return exposed
 
 
-def stir(rng: np.random.Generator, flow: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def stir(rng: np.random.Generator, flow: torch.Tensor, masks: torch.Tensor, *, may_hide: bool) -> torch.Tensor:
     """Flow (T, 2, H, W) of a world that moves by itself around the foreground `masks` (T, H, W): below a bent line, as
     water does, or above one, as leaves do, up to the whole of it. The motion is not rigid, some of it lasts and some is
-    new in every frame, and it is about as fast as what else there is. In two fifths of the cases it hides the
+    new in every frame, and it is about as fast as what else there is. In half of the cases where it may, it hides the
     foreground's own motion, as an estimator that is lost on water does.
     """
     length, _, height, width = flow.shape
@@ -164,7 +165,7 @@ def stir(rng: np.random.Generator, flow: torch.Tensor, masks: torch.Tensor) -> t
     lasting = _noise(rng, 2, cells, flow)
     # the hyperbolic tangent leaves patches that move as one, with narrow borders
     ripples = torch.stack([0.6 * lasting + 0.8 * _noise(rng, 2, cells, flow) for _ in range(length)]).mul_(2).tanh_()
-    if rng.random() < 0.4:
+    if rng.random() < 0.5 and may_hide:
         world = ~masks[:, None]
         mean = (flow * world).sum(dim=(2, 3), keepdim=True) / world.sum(dim=(2, 3), keepdim=True).clamp_(min=1)
         flow = torch.lerp(flow, mean, place * masks[:, None])

@@ -213,8 +213,8 @@ def _occluder_layer(
 
 def compose(
     rng: np.random.Generator, length: int, size: tuple[int, int], sources: Sources, options: SceneOptions
-) -> list[Layer]:
-    """The layers of a scene, back to front."""
+) -> tuple[list[Layer], bool]:
+    """The layers of a scene, back to front, and whether motion alone says which of the things in it is meant."""
     height, width = size
     picture, mask = sources.first(rng)
     natural = options.natural > 0 and rng.random() < options.natural  # no draw where it is off: clips stay the same
@@ -264,11 +264,12 @@ def compose(
     if second is not None:
         moving = replace(options, object_static=0.0)
         layers.append(_object_layer(rng, length, size, moving, *second, camera, camera_shift, None))
-    if surroundings is not None or distractor is not None:
-        options = replace(options, object_static=0.0)  # nothing would say which of the things is meant
+    by_motion = surroundings is not None or distractor is not None
+    if by_motion:
+        options = replace(options, object_static=0.0)
     layers.append(
         _object_layer(rng, length, size, options, picture, mask, camera, camera_shift, view if at_home else None)
     )
     if rng.random() < options.occluder:
         layers.append(_occluder_layer(rng, size, background, camera, camera_shift))
-    return layers
+    return layers, by_motion

@@ -42,8 +42,8 @@ def make_scene(
     rng = np.random.default_rng(seed)
     options = options or SceneOptions()
     # One frame more than is shown where there is only one: its flow needs somewhere to go.
-    layers = compose(rng, max(clip_len, 2), size, Sources(still, others, size), options)
-    return Scene(tuple(layers), clip_len, size, options, rng)
+    layers, by_motion = compose(rng, max(clip_len, 2), size, Sources(still, others, size), options)
+    return Scene(tuple(layers), by_motion, clip_len, size, options, rng)
 
 
 def make_clip(

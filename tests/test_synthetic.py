@@ -21,7 +21,7 @@ from datasets.scene_textures import object_share
 from datasets.scenes import SceneOptions
 from datasets.sequences import read_dataset
 from datasets.stills import StillImage, read_stills
-from datasets.synthetic import SyntheticClips, make_clip, write_dataset
+from datasets.synthetic import SyntheticClips, make_clip, make_scene, write_dataset
 
 SIZE = (72, 112)
 CLEAN = SceneOptions().clean()
@@ -230,14 +230,15 @@ def test_turbulence_is_in_the_flow_picture_alone(seed: int) -> None:
     assert changed > 0.05
 
 
-def test_the_world_is_stirred_and_the_foreground_mostly_left_alone() -> None:
+@pytest.mark.parametrize("may_hide", [True, False])
+def test_the_world_is_stirred_and_the_foreground_left_alone_or_hidden(may_hide: bool) -> None:
     rng = np.random.default_rng(0)
     flow = torch.zeros(3, 2, 40, 64)
     flow[:, 0, 10:30, 20:40] = 5.0
     masks = flow[:, 0] > 0
     shares, hidden = [], 0
     for _ in range(80):
-        stirred = stir(rng, flow, masks)
+        stirred = stir(rng, flow, masks, may_hide=may_hide)
         change = (stirred - flow).norm(dim=1)  # (T, H, W)
         # as fast as what else there is: at most 0.8 of the fastest in each direction
         assert 0 < change[~masks].max() <= 0.8 * 5 * 2**0.5 + 1e-5
@@ -250,7 +251,17 @@ def test_the_world_is_stirred_and_the_foreground_mostly_left_alone() -> None:
             assert stirred.abs().amax(dim=1)[masks][inside].min() < 4.1
         else:
             assert torch.equal(stirred[:, 0][masks], flow[:, 0][masks])
-    assert min(shares) < 0.4 and max(shares) > 0.99 and 15 <= hidden <= 45
+    assert min(shares) < 0.4 and max(shares) > 0.99 and (20 <= hidden <= 55 if may_hide else hidden == 0)
+
+
+@pytest.mark.parametrize(("rivals", "share"), [(0.0, 0.0), (1.0, 1.0)])
+def test_a_scene_knows_whether_motion_alone_says_what_is_meant(rivals: float, share: float) -> None:
+    options = SceneOptions(other_background=0.0, distractor=rivals)
+    scenes = [make_scene(seed, 2, SIZE, options=options) for seed in range(5)]
+    assert sum(scene.by_motion for scene in scenes) == share * 5
+    # A still as it is has no rivals, whatever the odds of them.
+    still = [make_scene(seed, 2, SIZE, options=replace(options, natural=1.0)) for seed in range(5)]
+    assert not any(scene.by_motion for scene in still)
 
 
 # --- stills -----------------------------------------------------------------------------------------------------------
