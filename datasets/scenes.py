@@ -43,9 +43,7 @@ class SceneOptions:
     other_background: float = 0.4  # the background is another picture
     distractor: float = 0.25  # another picture's object, fixed to the background: not foreground
     occluder: float = 0.15
-    turbulence: float = (
-        0.0  # a part of the world moves by itself, as water, smoke and leaves do; in the flow picture only
-    )
+    turbulence: float = 0.0  # a part of the world moves by itself, as water and leaves do; in the flow picture only
     motion_blur: float = 0.25
     light: float = 0.5
     noise: float = 0.3
