@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets.flow_colour import flows_to_images
+from datasets.scene_textures import smooth_noise
 from datasets.scenes import Layer, SceneOptions
 
 
@@ -155,28 +156,23 @@ def stir(rng: np.random.Generator, flow: torch.Tensor, masks: torch.Tensor, *, m
     foreground's own motion, as an estimator that is lost on water does.
     """
     length, _, height, width = flow.shape
+    size = (height, width)
     ramp = torch.linspace(-1, 1, height, device=flow.device)[:, None] * float(rng.choice((-1.0, 1.0)))
-    place = ramp + 0.4 * _noise(rng, 1, (3, 5), flow)[0] + rng.uniform(-0.4, 1.2)
+    place = ramp + 0.4 * smooth_noise(rng, 1, (3, 5), size, flow.device)[0] + rng.uniform(-0.4, 1.2)
     place = (8 * place).clamp_(0, 1)  # (H, W), with a soft edge
     rows = int(rng.integers(3, 14))
     cells = (rows, max(2, round(rows * width / height * rng.uniform(0.3, 1))))  # waves are wider than they are high
     fastest = max(float(flow.pow(2).sum(dim=1).amax().sqrt()), 0.004 * width)
     speed = rng.uniform(0.1, 0.8) * fastest
-    lasting = _noise(rng, 2, cells, flow)
+    lasting, *passing = (smooth_noise(rng, 2, cells, size, flow.device) for _ in range(1 + length))
     # the hyperbolic tangent leaves patches that move as one, with narrow borders
-    ripples = torch.stack([0.6 * lasting + 0.8 * _noise(rng, 2, cells, flow) for _ in range(length)]).mul_(2).tanh_()
+    ripples = torch.stack([0.6 * lasting + 0.8 * noise for noise in passing]).mul_(2).tanh_()
     if rng.random() < 0.5 and may_hide:
         world = ~masks[:, None]
         mean = (flow * world).sum(dim=(2, 3), keepdim=True) / world.sum(dim=(2, 3), keepdim=True).clamp_(min=1)
         flow = torch.lerp(flow, mean, place * masks[:, None])
         masks = torch.zeros_like(masks)
     return flow + speed * ripples * (place * ~masks)[:, None]
-
-
-def _noise(rng: np.random.Generator, channels: int, cells: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
-    """`smooth_noise` of the size and on the device of `like` (..., H, W); (channels, H, W)."""
-    grid = torch.from_numpy(rng.standard_normal((1, channels, *cells), dtype=np.float32)).to(like.device)
-    return F.interpolate(grid, size=like.shape[-2:], mode="bilinear", align_corners=True)[0]
 
 
 def flow_pictures(rng: np.random.Generator, flow: torch.Tensor, options: SceneOptions) -> torch.Tensor:

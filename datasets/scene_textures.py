@@ -13,10 +13,16 @@ from datasets.errors import DataError
 from datasets.stills import StillImage
 
 
-def smooth_noise(rng: np.random.Generator, channels: int, cells: tuple[int, int], size: tuple[int, int]):
+def smooth_noise(
+    rng: np.random.Generator,
+    channels: int,
+    cells: tuple[int, int],
+    size: tuple[int, int],
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
     """Noise of about unit variance that varies over `cells` (rows, columns) across `size`; (channels, H, W)."""
     cells = (max(2, min(cells[0], size[0])), max(2, min(cells[1], size[1])))
-    grid = torch.from_numpy(rng.standard_normal((1, channels, *cells), dtype=np.float32))
+    grid = torch.from_numpy(rng.standard_normal((1, channels, *cells), dtype=np.float32)).to(device)
     return F.interpolate(grid, size=size, mode="bilinear", align_corners=True)[0]
 
 
@@ -112,13 +118,18 @@ def _extent(mask: torch.Tensor) -> tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def object_share(still: StillImage, size: tuple[int, int]) -> float:
-    """How much of the largest centred view of a still with the shape of `size` (H, W) its object covers, in [0, 1]."""
+def _open_mask(still: StillImage) -> Image.Image:
+    """The mask of a still as a grey picture, of its own size."""
     try:
         with Image.open(still.mask) as mask:
-            mask = mask.convert("L")
+            return mask.convert("L")
     except (OSError, SyntaxError) as error:
         raise DataError(f"{still.mask}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def object_share(still: StillImage, size: tuple[int, int]) -> float:
+    """How much of the largest centred view of a still with the shape of `size` (H, W) its object covers, in [0, 1]."""
+    mask = _open_mask(still)
     scale = min(mask.width / size[1], mask.height / size[0])
     # Rounding must not bring the view, which touches two sides, beyond them.
     margin_x, margin_y = (max(0.0, (side - scale * n) / 2) for side, n in zip(mask.size, size[::-1]))
@@ -137,14 +148,10 @@ def load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor, 
             picture = picture.convert("RGB")
     except (OSError, SyntaxError) as error:
         raise DataError(f"{still.image}: cannot be read as an image ({error}); replace or remove it") from error
-    try:
-        with Image.open(still.mask) as mask:
-            mask_size, mask = mask.size, mask.convert("L")
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{still.mask}: cannot be read as an image ({error}); replace or remove it") from error
-    if full_size != mask_size:
+    mask = _open_mask(still)
+    if full_size != mask.size:
         raise DataError(
-            f"{still.mask}: the mask is {mask_size[0]}x{mask_size[1]}, its image {still.image} is "
+            f"{still.mask}: the mask is {mask.width}x{mask.height}, its image {still.image} is "
             f"{full_size[0]}x{full_size[1]}; they must be of one size"
         )
     ratio = min(picture.width / width, picture.height / height)

@@ -118,10 +118,9 @@ class SyntheticClips(ClipDataset):
 
     def _draw_still(self, index: int) -> StillImage:
         """The still of a clip; where none of several has an object that is small enough, the last of them."""
-        rng = self.rng(index, 1)
+        rng, limit = self.rng(index, 1), self.options.largest_object
         for _ in range(DRAWS):
             still = self.stills[int(rng.integers(len(self.stills)))]
-            limit = self.options.largest_object
             if limit == 1 or object_share(still, self.size) <= limit:
                 break
         return still

@@ -49,7 +49,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} holds Python objects beside tensors ({found[1]}), which are not read (weights_only=True): save "
             "its state dict alone and give that file"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable torch file ({error}): copy or download it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(

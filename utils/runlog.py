@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import write_png, write_text
+from utils.progress import progress_bar
 
 
 class RunLog:
@@ -46,7 +46,7 @@ class RunLog:
                 raise UserError("tensorboard is not installed: pip install tensorboard, or --no-tensorboard") from None
             self._board = SummaryWriter(str(folder), purge_step=step + 1)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+            self._bar = progress_bar(total=total, initial=step, unit="step")
 
     def say(self, text: str) -> None:
         """One line for the person watching."""
