@@ -107,9 +107,10 @@ def build_optimizer(config: TrainConfig, net: nn.Module) -> torch.optim.Optimize
         (config.backbone_lr_factor, list(net.encoder_parameters())),
         (1.0, list(net.head_parameters())),
     ):
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         for decay, chosen in (
-            (config.weight_decay, [parameter for parameter in parameters if parameter.ndim > 1]),
-            (0.0, [parameter for parameter in parameters if parameter.ndim <= 1]),
+            (config.weight_decay, [parameter for parameter in trained if parameter.ndim > 1]),
+            (0.0, [parameter for parameter in trained if parameter.ndim <= 1]),
         ):
             lr = config.lr * factor
             groups.append({"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": decay})
@@ -165,8 +166,7 @@ def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
     """Steps to the end of the epoch, or of training; False if asked to stop before."""
     config, processes = run.config, run.processes
     run.net.train()
-    if config.bn == "frozen":
-        freeze_batch_norm(run.net)
+    freeze_batch_norm(run.net, every=config.bn == "frozen")
     order.epoch, order.first_step = divmod(run.step, run.steps_per_epoch)
     loader.dataset.set_epoch(order.epoch)
     meter = Meter(run)
@@ -384,8 +384,7 @@ def validate_and_save(run: Run) -> bool:
     if scores is None:
         return False
     run.net.train()
-    if run.config.bn == "frozen":
-        freeze_batch_norm(run.net)
+    freeze_batch_norm(run.net, every=run.config.bn == "frozen")
     mean = float(np.mean(list(scores.values())))
     improved = run.best is None or mean > run.best["J"]
     if improved:
@@ -499,6 +498,10 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
         load_state(run.average.net, checkpoint["ema"], path)
     if checkpoint["config"]["optimizer"] != run.config.optimizer:
         raise UserError(f"{path}: the run was made with --optimizer {checkpoint['config']['optimizer']}; keep it")
+    if checkpoint["config"].get("freeze_stride", 0) != run.config.freeze_stride:
+        raise UserError(
+            f"{path}: the run was made with --freeze_stride {checkpoint['config'].get('freeze_stride', 0)}; keep it"
+        )
     own = ("base_lr", "weight_decay", "momentum")  # those of this call, if they were changed
     asked = [{key: group[key] for key in own if key in group} for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -542,6 +545,8 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
             recurrence_in_planes(net)
     average = WeightAverage(net, config.ema) if config.ema else None
     teacher = load_teacher(config, net, processes.device)
+    if config.freeze_stride:
+        net.freeze_encoders(config.freeze_stride)
     net = set_batch_norm(net, config.bn, processes)
     training, validation = build_sequences(config)
     clips_per_step = config.batch_size * config.accumulate * processes.world_size

@@ -162,6 +162,12 @@ class DBSNet(nn.Module):
         """All other parameters."""
         return (parameter for name, parameter in self.named_parameters() if not name.startswith("encoders."))
 
+    def freeze_encoders(self, stride: int) -> None:
+        """Encoder layers at this stride (4, 8, 16 or 32) or a finer one train no more: only what they feed does."""
+        for encoder in self.encoders.values():
+            for parameter in encoder.parameters_to(stride):
+                parameter.requires_grad_(False)
+
     def load_backbones(self, path: str | Path) -> None:
         """Fill both backbones from one public checkpoint of their kind, strictly; raises CheckpointError."""
         for encoder in self.encoders.values():

@@ -14,6 +14,8 @@ The module knows nothing of checkpoint formats; `models.pretrained` does.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -222,6 +224,11 @@ class MobileViT(nn.Module):
         """Set the RGB mean and standard deviation, in units of the [0, 1] input."""
         self.mean.copy_(torch.tensor(mean))
         self.std.copy_(torch.tensor(std))
+
+    def parameters_to(self, stride: int) -> Iterator[nn.Parameter]:
+        """Those of the layers at this stride (2, 4, 8, 16 or 32) or a finer one."""
+        for layer in (self.stem, *self.stages[: int(math.log2(stride))], *([self.final] if stride == 32 else [])):
+            yield from layer.parameters()
 
     def forward(self, x: Tensor) -> list[Tensor]:
         h, w = x.shape[-2:]

@@ -56,6 +56,14 @@ class TimmEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
 
+    def parameters_to(self, stride: int) -> list[nn.Parameter]:
+        """Those of the layers at this stride (4, 8, 16 or 32) or a finer one; timm registers layers as they are run."""
+        layer = next(info["module"] for info in self.net.feature_info if info["reduction"] == stride)
+        prefixes = (f"{layer}.", f"{layer.replace('.', '_')}.")  # networks of timm's lists have flat names
+        named = list(self.net.named_parameters())
+        last = max(place for place, (name, _) in enumerate(named) if name.startswith(prefixes))
+        return [parameter for _, parameter in named[: last + 1]]
+
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.net((x - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1))
 

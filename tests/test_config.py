@@ -92,6 +92,7 @@ def test_local_rank_of_old_and_new_launchers(words: list[str], monkeypatch: pyte
         ("epochs:", ["epochs", "a whole number"]),
         ("epochs: 0", ["epochs", "at least 1", "0"]),
         ("flip: 1.5", ["flip", "0 to 1", "1.5"]),
+        ("freeze_stride: 5", ["freeze_stride", "0, 4, 8, 16, 32", "5"]),
         ("amp: fp8", ["amp", "none, bf16, fp16", "fp8"]),
         ("size: 64", ["size", "2 values", "64"]),
         ("size: [64, 96, 3]", ["size", "2 values"]),

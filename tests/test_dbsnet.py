@@ -177,3 +177,21 @@ def test_autocast_stays_near_single_precision(dtype: torch.dtype) -> None:
         exact = net(frames, flows)
         with torch.autocast("cpu", dtype=dtype):
             assert (net(frames, flows) - exact).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("stride", [4, 8, 16, 32])
+@pytest.mark.parametrize("encoder", ["mobilevit", "tf_efficientnet_lite0", "resnet18"])
+def test_frozen_encoders_are_what_the_map_at_a_stride_depends_on(encoder: str, stride: int) -> None:
+    if encoder != "mobilevit":
+        pytest.importorskip("timm")
+    net = small(encoder=encoder, streams=("appearance",))
+    only = net.encoders["appearance"]
+    named = dict(net.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    maps = only(torch.rand(2, 3, 128, 128, generator=generator))
+    maps = maps[: only.reductions.index(stride) + 1]
+    gradients = torch.autograd.grad(sum(x.sum() for x in maps), list(named.values()), allow_unused=True)
+    feeding = {name for name, gradient in zip(named, gradients) if gradient is not None}
+    net.freeze_encoders(stride)
+    assert {name for name, parameter in named.items() if not parameter.requires_grad} == feeding
+    assert feeding and (stride == 32) == (feeding == {name for name in named if name.startswith("encoders.")})

@@ -555,6 +555,27 @@ def test_parameter_groups() -> None:
             assert group["weight_decay"] == 0, name
 
 
+def test_frozen_encoder_layers_keep_weights_and_statistics(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the map at stride 4 is made of stays to the last bit, its batch norms' statistics too; the rest trains."""
+    arguments = [*TINY, "--bn", "local", "--freeze_stride", "4", "--save_dir", str(tmp_path)]
+    arguments += ["--datasets", "DAVIS-2016", "--data_dir", str(videos)]
+    assert main.main([*arguments, "--stop_after", "1"]) == 0
+    first = read(tmp_path)["model"]
+    message = fails([*arguments, "--freeze_stride", "0"], capsys)
+    assert "--freeze_stride 4" in message
+    assert main.main(arguments) == 0
+    last = read(tmp_path)["model"]
+    shallow = [f"encoders.appearance.{part}." for part in ("stem", "stages.0", "stages.1")]
+    same = {key for key in first if key.startswith("encoders.") and torch.equal(first[key], last[key])}
+    frozen = {key for key in first if key.startswith(tuple(shallow))}
+    statistics = {key for key in frozen if "running_" in key}
+    assert frozen <= same and len(statistics) > 10
+    kept = {"encoders.appearance.mean", "encoders.appearance.std"}
+    assert same == frozen | kept, same ^ (frozen | kept)
+
+
 @pytest.mark.parametrize(
     "amp", [pytest.param("bf16", marks=pytest.mark.slow), pytest.param("fp16", marks=pytest.mark.gpu)]
 )

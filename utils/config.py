@@ -25,9 +25,9 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def _option(
-    default: Any, text: str, *, choices: Sequence[str] = (), low: float = -math.inf, high: float = math.inf
+    default: Any, text: str, *, choices: Sequence[str | int] = (), low: float = -math.inf, high: float = math.inf
 ) -> Any:
-    """A field with its help, its legal words or its range, both ends included."""
+    """A field with its help, its legal words or numbers or its range, both ends included."""
     metadata = {"help": text, "choices": tuple(choices), "low": low, "high": high}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -125,6 +125,10 @@ class TrainConfig:
     # Optimisation
     lr: float = _option(1e-4, "highest learning rate", low=0)
     backbone_lr_factor: float = _option(1.0, "the encoders' learning rate as a multiple of lr", low=0)
+    freeze_stride: int = _option(
+        0, "encoder layers at this stride or a finer one keep their weights (detectors' FREEZE_AT 2: 4); 0: all train",
+        choices=(0, 4, 8, 16, 32),
+    )  # fmt: skip
     optimizer: str = _option("adamw", "optimiser", choices=("adamw", "sgd"))
     momentum: float = _option(0.9, "of sgd", low=0, high=1)
     weight_decay: float = _option(1e-2, "not applied to norms, biases and other 1-d parameters", low=0)
@@ -246,7 +250,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, item: dataclasses.Fiel
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
     several = typing.get_origin(_required(kind)) in (list, tuple, dict)
-    metavar = "{" + ",".join(item.metadata["choices"]) + "}" if item.metadata["choices"] else name.upper()
+    metavar = "{" + ",".join(map(str, item.metadata["choices"])) + "}" if item.metadata["choices"] else name.upper()
     parser.add_argument(
         f"--{name}", nargs="*" if several else None, default=argparse.SUPPRESS, metavar=metavar, help=text
     )
@@ -280,7 +284,7 @@ def _convert(key: str, value: Any, where: str) -> Any:
     parts = result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else [result]
     for part in parts:
         if metadata["choices"] and part not in metadata["choices"]:
-            raise UserError(f"{where}: expected one of {', '.join(metadata['choices'])}, got {part!r}")
+            raise UserError(f"{where}: expected one of {', '.join(map(str, metadata['choices']))}, got {part!r}")
         number = isinstance(part, (int, float)) and not isinstance(part, bool)
         low, high = metadata["low"], metadata["high"]
         if number and not low <= part <= high:

@@ -256,11 +256,12 @@ def broadcast_buffers(net: nn.Module, processes: Processes) -> None:
             dist.broadcast(buffer, 0)
 
 
-def freeze_batch_norm(net: nn.Module) -> None:
+def freeze_batch_norm(net: nn.Module, *, every: bool = True) -> None:
     """Puts batch norms into evaluation mode: running statistics are used and kept; scale and shift still train.
 
-    To be called after each ``net.train()``, which undoes it.
+    Not ``every`` one: those of frozen layers alone, whose scale does not train either. To be called after each
+    ``net.train()``, which undoes it.
     """
     for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (every or not module.weight.requires_grad):
             module.eval()
