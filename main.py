@@ -38,8 +38,6 @@ from models.convlstm import recurrence_in_planes
 from models.losses import distillation_loss, segmentation_loss
 from models.state_dicts import load_state
 from models.weights import save_weights
-from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.config import TrainConfig, parse_args
 from utils.distributed import (
     Processes,
     broadcast_buffers,
@@ -48,15 +46,17 @@ from utils.distributed import (
     start_processes,
     stop_processes,
 )
-from utils.ema import WeightAverage
 from utils.errors import UserError, exit_on_user_error
+from utils.evaluation.metrics import jaccard
 from utils.files import write_text
-from utils.loading import ClipOrder, build_loader, read_batches, rescale, stop_workers, to_device, to_floats
-from utils.metrics import jaccard
-from utils.runlog import RunLog
 from utils.stopping import StopRequest
-from utils.training_data import build_clips, build_sequences
-from utils.training_network import build_network, load_teacher
+from utils.training.checkpoint import load_checkpoint, save_checkpoint
+from utils.training.config import TrainConfig, parse_args
+from utils.training.data import build_clips, build_sequences
+from utils.training.ema import WeightAverage
+from utils.training.loading import ClipOrder, build_loader, read_batches, rescale, stop_workers, to_device, to_floats
+from utils.training.network import build_network, load_teacher
+from utils.training.runlog import RunLog
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM, as shells have it
 RUN_FILES = ("last.pt", "best.pt", "weights.safetensors", "log.jsonl", "config.yaml")

@@ -40,7 +40,10 @@ class _Unsaid(str):
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; each tool's own options come from its module."""
-    from utils import benchmark, crf, demo, evaluation, export, flow, inference, parallel, report
+    from utils import crf, demo, export, inference, parallel, report
+    from utils.benchmark import bench
+    from utils.evaluation import evaluate
+    from utils.flow import prepare
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -88,7 +91,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: full precision")
 
     parallel.add_arguments(parser)
-    for module in (flow, inference, crf, evaluation, report, demo, benchmark, export):
+    for module in (prepare, inference, crf, evaluate, report, demo, bench, export):
         module.add_arguments(parser)
     parser.set_defaults(flow_method=_Unsaid(parser.get_default("flow_method")))
     # For launchers that pass it; newer ones set LOCAL_RANK.
@@ -139,7 +142,7 @@ def run_check(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def run_flow(args: argparse.Namespace, processes: Processes) -> int:
-    from utils import flow
+    from utils.flow import prepare
     from utils.inference import run_own_flow
 
     if args.video or args.frames:
@@ -148,7 +151,7 @@ def run_flow(args: argparse.Namespace, processes: Processes) -> int:
         return 0
     # One frame in num_frames is a matter of training; stored flow is of neighbours, and of every frame.
     sequences = [s for part in _read(args, num_frames=1).values() for s in part]
-    flow.run(args, sequences, processes)
+    prepare.run(args, sequences, processes)
     processes.wait()
     return 0
 
@@ -190,10 +193,10 @@ def run_crf(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def run_eval(args: argparse.Namespace, processes: Processes) -> int:
-    from utils import evaluation
+    from utils.evaluation import evaluate
 
     if processes.is_main:
-        evaluation.run(args, _read(args), args.results or [Path(args.save_dir)])
+        evaluate.run(args, _read(args), args.results or [Path(args.save_dir)])
     return 0
 
 
@@ -217,10 +220,10 @@ def run_demo(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def run_bench(args: argparse.Namespace, processes: Processes) -> int:
-    from utils import benchmark
+    from utils.benchmark import bench
 
     if processes.is_main:
-        benchmark.run(args)
+        bench.run(args)
     return 0
 
 
@@ -276,8 +279,8 @@ def _dataset_names(args: argparse.Namespace) -> list[str]:
 def _read(args: argparse.Namespace, num_frames: int | None = None) -> dict[str, list[VideoSequence]]:
     """The videos of each data set, those of --sequences if given."""
     from datasets.sequences import read_dataset
-    from utils.config import nearest
     from utils.errors import UserError
+    from utils.training.config import nearest
 
     if args.num_frames < 1:
         raise UserError(f"--num_frames {args.num_frames}: expected 1 or more")

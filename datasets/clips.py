@@ -9,7 +9,8 @@ Every set here hands out the same kind of item, which the default collate functi
     dataset, sequence    str
 
 A set can leave the pictures to the training device; an item then has one `Deferred` under ``raw`` in place of frames,
-flows and masks (a `RawClip` to augment or a `datasets.rendering.Scene` to render), and `utils.loading` makes the batch.
+flows and masks (a `RawClip` to augment or a `datasets.rendering.Scene` to render), and `utils.training.loading` makes
+the batch.
 
 An item depends on (seed, epoch, index) only, never on what was read before or on the worker that makes it: a run that
 is resumed sees the clips that it would have seen.

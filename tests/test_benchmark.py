@@ -13,17 +13,17 @@ import torch
 
 from models import Predictor, build_dbsnet, save_weights
 from models.predictor import FrameStore
-from utils import benchmark
-from utils.benchmark_network import (
+from utils.benchmark import bench
+from utils.benchmark.network import (
     LazyPictures,
     bench_against_encoders,
     bench_long,
     feature_bytes_per_frame,
     run_video,
 )
-from utils.benchmark_pipeline import FlowAhead, flow_of
-from utils.benchmark_propagation import arithmetic_rate, bench_propagation
-from utils.benchmark_timing import PeakMemory, describe_machine, resident_memory, time_calls
+from utils.benchmark.pipeline import FlowAhead, flow_of
+from utils.benchmark.propagation import arithmetic_rate, bench_propagation
+from utils.benchmark.timing import PeakMemory, describe_machine, resident_memory, time_calls
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ SMALL = {"dilations": (1,), "depth": 1, "rounds": 1}
 
 def parse(*words: str, folder: Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    benchmark.add_arguments(parser)
+    bench.add_arguments(parser)
     args = parser.parse_args(words)
     shared = {"device": "cpu", "size": None, "checkpoint": None, "amp": "none", "batch_size": 2, "workers": 1,
               "datasets": None, "data_dir": "data", "split": None, "save_dir": str(folder)}  # fmt: skip
@@ -157,7 +157,7 @@ def test_all_parts_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     words += "--bench_video_frames 3 --bench_repeats 1"
     args = parse(*words.split(), folder=tmp_path)
     args.checkpoint, args.size = str(tmp_path / "w.safetensors"), [32, 64]
-    report = benchmark.run(args)
+    report = bench.run(args)
     assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(report))
     results = {result["part"]: result for result in report["results"]}
     assert set(results) == {"network", "video", "pipeline", "profile", "long", "training"}
@@ -187,7 +187,7 @@ def test_against_timm() -> None:
 @pytest.mark.parametrize("words", ["--bench_clip 0", "--bench_repeats 0", "--bench_threads 0", "--bench_frames -1"])
 def test_options_out_of_range(words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words.split()[0]):
-        benchmark.run(parse(*words.split(), folder=tmp_path))
+        bench.run(parse(*words.split(), folder=tmp_path))
 
 
 def test_sizes_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +203,7 @@ def test_no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(folder=tmp_path)
     args.device = "cuda"
     with pytest.raises(UserError, match="--device cpu"):
-        benchmark.run(args)
+        bench.run(args)
 
 
 @pytest.mark.slow

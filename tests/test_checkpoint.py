@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from models.errors import CheckpointError
-from utils.checkpoint import TRAINING_KEYS, load_checkpoint, save_checkpoint
-from utils.ema import WeightAverage
 from utils.errors import UserError
 from utils.files import write_bytes, write_json, write_png
+from utils.training.checkpoint import TRAINING_KEYS, load_checkpoint, save_checkpoint
+from utils.training.ema import WeightAverage
 
 
 def content() -> dict:

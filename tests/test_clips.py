@@ -18,7 +18,7 @@ from datasets.errors import DataError
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.synthetic import SyntheticClips, write_dataset
 from datasets.transforms import Augment
-from utils.loading import ClipOrder, build_loader, rescale, to_device, to_floats
+from utils.training.loading import ClipOrder, build_loader, rescale, to_device, to_floats
 
 SIZE = (48, 64)
 TENSORS = ("frames", "flows", "masks", "valid")

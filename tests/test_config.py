@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.config import CONFIGS, TrainConfig, load_config, parse_args
 from utils.errors import UserError
+from utils.training.config import CONFIGS, TrainConfig, load_config, parse_args
 
 
 def write(folder: Path, text: str) -> Path:

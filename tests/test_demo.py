@@ -17,7 +17,7 @@ import tool
 from models import build_dbsnet, load_dbsnet
 from models.weights import save_weights
 from utils import demo, inference
-from utils.config import CONFIGS, load_config
+from utils.training.config import CONFIGS, load_config
 
 
 @pytest.fixture

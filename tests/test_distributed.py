@@ -17,7 +17,7 @@ from torch import nn
 from models.timm_encoder import TimmEncoder
 from utils.distributed import Processes, SyncBatchNorm2d, broadcast_buffers, set_batch_norm, start_processes
 from utils.errors import UserError
-from utils.loading import ClipOrder
+from utils.training.loading import ClipOrder
 
 TINY = (
     "--config configs/demo.yaml --variant xxs --network depth:1 dilations:[1] --size 32 64 --clip_len 2 --max_steps 3 "

@@ -18,10 +18,10 @@ pytest.importorskip("cv2")
 
 from datasets.errors import DataError
 from datasets.sequences import VideoSequence
-from utils import dataset_scores, evaluation, tables
 from utils.errors import UserError
-from utils.metrics import boundary_f, jaccard, sequence_statistics
-from utils.vsod import mean_scores, saliency_scores
+from utils.evaluation import dataset_scores, evaluate, tables
+from utils.evaluation.metrics import boundary_f, jaccard, sequence_statistics
+from utils.evaluation.vsod import mean_scores, saliency_scores
 
 SIZE = (40, 56)
 
@@ -70,7 +70,7 @@ def grey(t: int) -> np.ndarray:
 
 def arguments(*line: str | Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    evaluation.add_arguments(parser)
+    evaluate.add_arguments(parser)
     parser.add_argument("--save_dir", type=Path)
     parser.add_argument("--workers", type=int, default=1)
     return parser.parse_args([str(word) for word in line])
@@ -78,7 +78,7 @@ def arguments(*line: str | Path) -> argparse.Namespace:
 
 def score(results: Path, sequences: list[VideoSequence], *line: str | Path, table_dir: Path) -> dict:
     args = arguments("--results", results, "--table_dir", table_dir, *line)
-    documents = evaluation.run(args, {sequences[0].dataset: sequences}, args.results)
+    documents = evaluate.run(args, {sequences[0].dataset: sequences}, args.results)
     return next(iter(documents.values()))
 
 
@@ -345,7 +345,7 @@ def test_our_own_results_with_crf(tmp_path):
     own = write_own(tmp_path / "run", sequence, crf=True)
     before = tree(own)
     args = arguments("--save_dir", own)
-    documents = evaluation.run(args, {"DAVIS-2016": [sequence]}, [own])
+    documents = evaluate.run(args, {"DAVIS-2016": [sequence]}, [own])
     document = json.loads((own / "evaluation.json").read_text())
     assert document == documents["run"]
     assert {"protocol", "overall", "sequences", "crf"} <= set(document)
@@ -400,7 +400,7 @@ def test_several_data_sets_are_keyed_by_name(tmp_path):
     own = tmp_path / "run"
     for sequence in (davis, fbms):
         write_own(own, sequence, crf=False)
-    evaluation.run(arguments("--save_dir", own), {"DAVIS-2016": [davis], "FBMS": [fbms]}, [own])
+    evaluate.run(arguments("--save_dir", own), {"DAVIS-2016": [davis], "FBMS": [fbms]}, [own])
     document = json.loads((own / "evaluation.json").read_text())
     assert document["datasets"] == ["DAVIS-2016", "FBMS"]
     assert document["overall"]["FBMS"]["uvos_frames"] == 6 and document["overall"]["DAVIS-2016"]["uvos_frames"] == 4
@@ -418,7 +418,7 @@ def test_comparison_of_several_folders(tmp_path):
     folders = [worse, tmp_path / "a" / "maps", tmp_path / "best_of_all"]
     before = [tree(folder) for folder in folders]
     args = arguments("--results", *folders, "--table_dir", tmp_path / "out", "--published")
-    evaluation.run(args, {"DAVIS-2016": [sequence]}, args.results)
+    evaluate.run(args, {"DAVIS-2016": [sequence]}, args.results)
     assert [tree(folder) for folder in folders] == before  # nothing is written among somebody's masks
 
     with (tmp_path / "out" / "comparison.csv").open() as file:
@@ -499,7 +499,7 @@ def test_any_number_of_processes_gives_the_same(tmp_path, monkeypatch):
         write_own(own, sequence, crf=False)
     documents = []
     for workers in (0, 1, 2):
-        evaluation.run(arguments("--save_dir", own, "--workers", workers), {"DAVIS-2016": sequences}, [own])
+        evaluate.run(arguments("--save_dir", own, "--workers", workers), {"DAVIS-2016": sequences}, [own])
         documents.append((own / "evaluation.json").read_text() + (own / "evaluation_DAVIS-2016_frames.csv").read_text())
     assert len(set(documents)) == 1
 
@@ -509,7 +509,7 @@ def test_any_number_of_processes_gives_the_same(tmp_path, monkeypatch):
     for workers in (1, 2):
         args = arguments("--save_dir", own, "--workers", workers, "--metrics", "uvos")
         with pytest.raises(DataError, match="00011.png: cannot read"):
-            evaluation.run(args, {"DAVIS-2016": sequences}, [own])
+            evaluate.run(args, {"DAVIS-2016": sequences}, [own])
 
 
 # Published figures, from the masks to the table
@@ -527,7 +527,7 @@ def test_official_results_end_to_end(real_data, tmp_path):
     args = arguments(
         "--results", *(known / "Results" / m for m in methods), "--table_dir", tmp_path, "--metrics", "uvos"
     )
-    documents = evaluation.run(args, {"DAVIS-2016": [sequence]}, args.results)
+    documents = evaluate.run(args, {"DAVIS-2016": [sequence]}, args.results)
     expected = json.loads((known / "expected_car-shadow.json").read_text())
     for method in methods:
         with (tmp_path / method / "evaluation_DAVIS-2016_frames.csv").open() as file:
@@ -545,7 +545,7 @@ def test_official_results_end_to_end(real_data, tmp_path):
 
 
 def test_the_benchmark_compares_ways_that_agree():
-    from utils.evaluation_benchmark import moving_ellipses, plain_scikit_image, plain_scipy, time_frames, time_processes
+    from utils.evaluation.benchmark import moving_ellipses, plain_scikit_image, plain_scipy, time_frames, time_processes
 
     masks = moving_ellipses(6, (60, 107))
     for pred, gt in ((masks[0], masks[3]), (masks[0] & False, masks[0]), (masks[0] & False, masks[0] & False)):

@@ -16,14 +16,14 @@ from datasets.errors import DataError
 from datasets.flow_colour import flow_to_image
 from datasets.video_sequence import VideoSequence
 from models.errors import CheckpointError
-from utils import flow as flow_module
-from utils import flow_estimation, parallel
+from utils import parallel
 from utils.distributed import Processes
 from utils.errors import UserError
-from utils.flow import FlowTask, pending_frames, write_flows
-from utils.flow_estimation import FlowEstimator, FlowSettings, compute_flows, dis_flow, frame_pairs, padding
-from utils.flow_files import FlowFiles, read_raw_flow, write_raw_flow
-from utils.raft import convert_raft_state, load_raft, torchvision_key
+from utils.flow import estimation, prepare
+from utils.flow.estimation import FlowEstimator, FlowSettings, compute_flows, dis_flow, frame_pairs, padding
+from utils.flow.files import FlowFiles, read_raw_flow, write_raw_flow
+from utils.flow.prepare import FlowTask, pending_frames, write_flows
+from utils.flow.raft import convert_raft_state, load_raft, torchvision_key
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
@@ -51,7 +51,7 @@ def make_sequence(root: Path, count: int = 3, size: tuple[int, int] = (40, 56), 
 
 def arguments(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    flow_module.add_arguments(parser)
+    prepare.add_arguments(parser)
     parallel.add_arguments(parser)
     return parser.parse_args(list(options))
 
@@ -196,7 +196,7 @@ def test_missing_weights_say_what_to_do_and_nothing_is_computed_instead(tmp_path
     sequence = make_sequence(tmp_path)
     for method in ("raft", "raft_small"):
         with pytest.raises(UserError, match=r"could not be downloaded.*--flow_weights FILE.*--flow_method dis"):
-            flow_module.run(arguments("--flow_method", method, "--workers", "0"), [sequence], ALONE)
+            prepare.run(arguments("--flow_method", method, "--workers", "0"), [sequence], ALONE)
     assert not sequence.flow_dir.exists()
 
 
@@ -259,7 +259,7 @@ class Echo(torch.nn.Module):
 
 @pytest.mark.parametrize("size", [(136, 128), (100, 131), (3, 200)])
 def test_padding_is_taken_off_at_the_right_place_and_the_last_update_is_used(size, monkeypatch):
-    monkeypatch.setattr(flow_estimation, "load_raft", lambda method, weights: Echo())
+    monkeypatch.setattr(estimation, "load_raft", lambda method, weights: Echo())
     estimator = FlowEstimator(FlowSettings("raft_small"))
     rng = np.random.default_rng(0)
     first, second = rng.integers(0, 256, (2, 2, *size, 3), dtype=np.uint8)
@@ -271,7 +271,7 @@ def test_padding_is_taken_off_at_the_right_place_and_the_last_update_is_used(siz
 def test_batches_do_not_change_raft(monkeypatch):
     torch.manual_seed(0)
     model = raft_small(weights=None).eval()
-    monkeypatch.setattr(flow_estimation, "load_raft", lambda method, weights: model)
+    monkeypatch.setattr(estimation, "load_raft", lambda method, weights: model)
     frames = [texture(128, 136, (t, 0)) for t in range(4)]
     one = dict(compute_flows(frames, "raft_small", batch_size=1, iters=2))
     three = dict(compute_flows(frames, "raft_small", batch_size=3, iters=2))
@@ -363,7 +363,7 @@ def test_raw_flow_files(tmp_path: Path):
 @pytest.mark.parametrize("image_format", ["png", "jpg"])
 def test_images_are_the_flow_coloured_under_the_frames_stems(tmp_path: Path, image_format: str):
     sequence = make_sequence(tmp_path)
-    assert flow_module.run(dis("--flow_format", image_format, "--flow_raw"), [sequence], ALONE) == 3
+    assert prepare.run(dis("--flow_format", image_format, "--flow_raw"), [sequence], ALONE) == 3
     assert sorted(p.name for p in sequence.flow_dir.iterdir()) == sorted(
         [f"{t:05d}.{suffix}" for t in range(3) for suffix in (image_format, "npz")] + ["flow.json"]
     )
@@ -378,16 +378,16 @@ def test_images_are_the_flow_coloured_under_the_frames_stems(tmp_path: Path, ima
 
 def test_going_on_keeps_what_is_good_and_makes_what_is_missing_or_damaged(tmp_path: Path):
     sequence = make_sequence(tmp_path, count=4)
-    flow_module.run(dis("--flow_raw", "flo"), [sequence], ALONE)
+    prepare.run(dis("--flow_raw", "flo"), [sequence], ALONE)
     before = contents(sequence.flow_dir)
-    assert flow_module.run(dis("--flow_raw", "flo"), [sequence], ALONE) == 0
+    assert prepare.run(dis("--flow_raw", "flo"), [sequence], ALONE) == 0
 
     (sequence.flow_dir / "00000.png").unlink()
     cut = sequence.flow_dir / "00001.png"
     cut.write_bytes(before["00001.png"][:200])
     (sequence.flow_dir / "00002.flo").unlink()
     untouched = (sequence.flow_dir / "00003.png").stat().st_mtime_ns
-    assert flow_module.run(dis("--flow_raw", "flo"), [sequence], ALONE) == 3
+    assert prepare.run(dis("--flow_raw", "flo"), [sequence], ALONE) == 3
     assert contents(sequence.flow_dir) == before
     assert (sequence.flow_dir / "00003.png").stat().st_mtime_ns == untouched
 
@@ -397,19 +397,19 @@ def test_supplied_images_count_whatever_their_format_and_overwrite_leaves_one_im
     sequence.flow_dir.mkdir(parents=True)
     for stem in sequence.stems:
         Image.new("RGB", (8, 8)).save(sequence.flow_dir / f"{stem}.jpg")
-    assert flow_module.run(dis(), [sequence], ALONE) == 0
-    assert flow_module.run(dis("--overwrite"), [sequence], ALONE) == 3
+    assert prepare.run(dis(), [sequence], ALONE) == 0
+    assert prepare.run(dis("--overwrite"), [sequence], ALONE) == 3
     assert sorted(p.name for p in sequence.flow_dir.iterdir()) == ["00000.png", "00001.png", "00002.png", "flow.json"]
 
 
 def test_other_settings_are_not_mixed_in(tmp_path: Path):
     sequence = make_sequence(tmp_path)
-    flow_module.run(dis(), [sequence], ALONE)
+    prepare.run(dis(), [sequence], ALONE)
     before = contents(sequence.flow_dir)
     with pytest.raises(UserError, match=r"size None, now \[20, 30\].*--overwrite"):
-        flow_module.run(dis("--flow_size", "20", "30"), [sequence], ALONE)
+        prepare.run(dis("--flow_size", "20", "30"), [sequence], ALONE)
     assert contents(sequence.flow_dir) == before
-    flow_module.run(dis("--flow_size", "20", "30", "--overwrite"), [sequence], ALONE)
+    prepare.run(dis("--flow_size", "20", "30", "--overwrite"), [sequence], ALONE)
     assert Image.open(sequence.flow_dir / "00000.png").size == (30, 20)
 
 
@@ -437,19 +437,19 @@ def test_interrupted_overwriting_leaves_no_old_flow_among_the_new(tmp_path: Path
 
 def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path):
     sequences = [make_sequence(tmp_path / "one", name=name) for name in ("a", "b")]
-    assert flow_module.run(dis(), sequences, ALONE) == 6
+    assert prepare.run(dis(), sequences, ALONE) == 6
     others = [make_sequence(tmp_path / "two", name=name) for name in ("a", "b")]
-    assert flow_module.run(arguments("--flow_method", "dis", "--workers", "2"), others, ALONE) == 6
+    assert prepare.run(arguments("--flow_method", "dis", "--workers", "2"), others, ALONE) == 6
     for sequence, other in zip(sequences, others):
         assert contents(sequence.flow_dir) == contents(other.flow_dir)
 
 
 def test_flow_of_a_thinned_out_video_is_that_of_neighbours_in_the_folder(tmp_path: Path):
     whole = make_sequence(tmp_path / "whole", count=5)
-    flow_module.run(dis(), [whole], ALONE)
+    prepare.run(dis(), [whole], ALONE)
     thin = make_sequence(tmp_path / "thin", count=5)
     thin = VideoSequence(thin.name, thin.dataset, thin.frames[::2], {}, {}, "nonzero", thin.flow_dir)
-    assert flow_module.run(dis(), [thin], ALONE) == 3
+    assert prepare.run(dis(), [thin], ALONE) == 3
     made = contents(thin.flow_dir)
     assert sorted(made) == ["00000.png", "00002.png", "00004.png", "flow.json"]
     assert all(made[name] == data for name, data in contents(whole.flow_dir).items() if name in made)
@@ -457,11 +457,11 @@ def test_flow_of_a_thinned_out_video_is_that_of_neighbours_in_the_folder(tmp_pat
 
 def test_two_sets_that_share_a_video_make_its_flow_once(tmp_path: Path):
     sequence = make_sequence(tmp_path)
-    assert flow_module.run(dis(), [sequence, sequence], ALONE) == 3
+    assert prepare.run(dis(), [sequence, sequence], ALONE) == 3
 
 
 def test_flow_of_a_users_own_video(tmp_path: Path):
-    from utils.flow import video_flows
+    from utils.flow.prepare import video_flows
     from utils.video import open_folder
 
     frames = open_folder(make_sequence(tmp_path, count=4).frames[0].parent)
@@ -482,7 +482,7 @@ def test_an_unreadable_frame_is_named(tmp_path: Path):
     sequence = make_sequence(tmp_path)
     sequence.frames[1].write_bytes(b"not an image")
     with pytest.raises(DataError, match="00001.png"):
-        flow_module.run(dis(), [sequence], ALONE)
+        prepare.run(dis(), [sequence], ALONE)
 
 
 def test_files_settings_are_checked():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.metrics import boundary_f, boundary_map, jaccard, jaccard_and_boundary_f, sequence_statistics
-from utils.published import DAVIS_SEQUENCES, PUBLISHED, on_sequences
+from utils.evaluation.metrics import boundary_f, boundary_map, jaccard, jaccard_and_boundary_f, sequence_statistics
+from utils.evaluation.published import DAVIS_SEQUENCES, PUBLISHED, on_sequences
 
 SHAPE = (480, 854)
 

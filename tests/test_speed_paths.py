@@ -15,7 +15,7 @@ from models.convlstm import DenseBiConvLSTM
 from models.dbsnet import DBSNet
 from models.fold import fold_batch_norm
 from models.mobilevit import ConvNormAct
-from utils.benchmark_propagation import PlainPropagation, propagation_macs
+from utils.benchmark.propagation import PlainPropagation, propagation_macs
 
 SIZE = (64, 96)
 

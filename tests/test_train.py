@@ -20,9 +20,9 @@ import main
 from datasets.scenes import SceneOptions
 from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, load_dbsnet, save_weights
-from utils.config import TrainConfig, load_config, parse_args
 from utils.errors import UserError
-from utils.training_data import build_scene, build_sequences
+from utils.training.config import TrainConfig, load_config, parse_args
+from utils.training.data import build_scene, build_sequences
 
 SMALL = ["streams:[appearance]", "depth:0", "dilations:[1]", "rounds:1"]  # --network, to be quick
 OPTIONS = {"streams": ["appearance"], "depth": 0, "dilations": [1], "rounds": 1}

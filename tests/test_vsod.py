@@ -13,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("py_sod_metrics")
 
-from utils.vsod import SaliencyScores, mean_scores, saliency_scores, stretch
+from utils.evaluation.vsod import SaliencyScores, mean_scores, saliency_scores, stretch
 
 EPS = np.spacing(1)
 

@@ -19,10 +19,10 @@ from datasets.scenes import SceneOptions
 from datasets.sequences import read_dataset
 from datasets.synthetic import write_dataset
 from utils import inference
-from utils.config import CONFIGS
 from utils.errors import UserError
 from utils.parallel import cpu_seconds
 from utils.report import write_report
+from utils.training.config import CONFIGS
 
 Command = Callable[[Sequence[str]], int]
 

@@ -25,9 +25,9 @@ import numpy as np
 from datasets.images import NO_MOTION, NO_PICTURE, LazyImages, load_flow_image, load_frame
 from datasets.video_sequence import FRAME_SUFFIXES, VideoSequence
 from utils.errors import UserError
+from utils.evaluation.scoring import THRESHOLD
 from utils.files import write_bytes, write_json
 from utils.progress import progress_bar
-from utils.scoring import THRESHOLD
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -520,9 +520,9 @@ def run_own_flow(args: argparse.Namespace, own: OwnVideo, device: Any) -> LazyFr
     """Makes the flow of a user's video that is missing, in ``<save_dir>/flow/<name>``; returns its images.
 
     Raises:
-        As `utils.flow.video_flows`.
+        As `utils.flow.prepare.video_flows`.
     """
-    from utils.flow import video_flows
+    from utils.flow.prepare import video_flows
 
     hint = "; --flow_method raft is better and slower, and downloads its weights" if args.flow_method == "dis" else ""
     print(f"flow: {len(own.frames)} frames, by {args.flow_method}{hint}", flush=True)

@@ -41,7 +41,7 @@ def share_of_workers(workers: int | None, world_size: int) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--workers`` and ``--overwrite``, which `utils.flow.run` and `utils.crf.run` share."""
+    """Adds ``--workers`` and ``--overwrite``, which `utils.flow.prepare.run` and `utils.crf.run` share."""
     parser.add_argument(
         "--workers", type=int, default=None, metavar="N", help="processes for flow and crf; default: one per processor"
     )

@@ -20,10 +20,10 @@ import numpy as np
 from datasets.images import load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence
 from utils.errors import UserError
+from utils.evaluation.scoring import THRESHOLD, read_map
+from utils.evaluation.tables import COLUMNS
 from utils.files import write_text
 from utils.inference import RECORD
-from utils.scoring import THRESHOLD, read_map
-from utils.tables import COLUMNS
 from utils.visualise import outline, overlay
 
 TRUTH = (0, 220, 255)  # cyan beside the overlay's orange: told apart by colour-blind eyes as well
@@ -126,7 +126,7 @@ class Scores:
 
     @property
     def measures(self) -> str:
-        """Which of `utils.tables.COLUMNS` the page shows."""
+        """Which of `utils.evaluation.tables.COLUMNS` the page shows."""
         return "uvos" if self.key == "J_mean" else "vsod"
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from datasets.flow_colour import flow_to_image
 from datasets.images import LazyImages, load_frame
 from models import Predictor
-from utils.benchmark_timing import PeakMemory
+from utils.benchmark.timing import PeakMemory
 from utils.files import write_png
-from utils.flow_estimation import dis_flow
+from utils.flow.estimation import dis_flow
 from utils.parallel import NICENESS, start_pool
 
 

@@ -1,6 +1,6 @@
 """How fast masks are scored: against a plain implementation, and on two processes against one.
 
-    python -m utils.evaluation_benchmark [--gt DIR] [--metrics uvos vsod] [--repeat N]
+    python -m utils.evaluation.benchmark [--gt DIR] [--metrics uvos vsod] [--repeat N]
 
 `DIR` holds the masks of one sequence (480×854 on DAVIS); the prediction for each frame is the mask of the next one.
 Without it, ellipses of the same size move about. Times are of the processor, not of the clock, so that other work on
@@ -20,13 +20,13 @@ import numpy as np
 
 from datasets.images import load_mask
 from datasets.sequences import VideoSequence
-from utils.dataset_scores import evaluate
 from utils.errors import exit_on_user_error
+from utils.evaluation.dataset_scores import evaluate
+from utils.evaluation.metrics import BOUNDARY_TOLERANCE, boundary_map, jaccard_and_boundary_f
+from utils.evaluation.protocol import default_protocol
+from utils.evaluation.result_maps import Unit
 from utils.files import write_png
-from utils.metrics import BOUNDARY_TOLERANCE, boundary_map, jaccard_and_boundary_f
 from utils.parallel import cpu_seconds
-from utils.protocol import default_protocol
-from utils.result_maps import Unit
 
 Pair = tuple[np.ndarray, np.ndarray]
 

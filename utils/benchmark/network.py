@@ -16,7 +16,7 @@ from models.complexity import count_parameters, macs_per_frame
 from models.dbsnet import DBSNet
 from models.fold import fold_batch_norm
 from models.predictor import AMP, FrameStore
-from utils.benchmark_timing import PeakMemory, synchronise, time_calls
+from utils.benchmark.timing import PeakMemory, synchronise, time_calls
 from utils.errors import UserError
 
 

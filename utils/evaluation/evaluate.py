@@ -1,8 +1,8 @@
 """``--tools eval``: scores folders of masks, compares them and writes the figures.
 
 One call replaces the two MATLAB toolboxes that DBSNet's users send their masks to, for its own results and for those of
-any other method. Which frames count is part of what is written (`utils.protocol`). `utils.result_maps` finds the maps,
-`utils.dataset_scores` makes the figures.
+any other method. Beside this: `protocol` says which frames count, as the figures do; `result_maps` finds the maps,
+`dataset_scores` makes the figures, `tables` sets them side by side.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets.sequences import VideoSequence
-from utils import tables
-from utils.dataset_scores import DatasetScores, evaluate
 from utils.errors import UserError
+from utils.evaluation import tables
+from utils.evaluation.dataset_scores import DatasetScores, evaluate
+from utils.evaluation.protocol import MEASURES, default_measures, default_protocol
+from utils.evaluation.published import PUBLISHED, SEQUENCE_COUNTS, Published, on_sequences
+from utils.evaluation.result_maps import KINDS, Unit, find_maps, is_own
 from utils.files import write_json, write_text
-from utils.protocol import MEASURES, default_measures, default_protocol
-from utils.published import PUBLISHED, SEQUENCE_COUNTS, Published, on_sequences
-from utils.result_maps import KINDS, Unit, find_maps, is_own
 
 _PACKAGES = {"uvos": ("cv2", "opencv-python-headless"), "vsod": ("py_sod_metrics", "pysodmetrics")}
 

@@ -1,4 +1,4 @@
-"""Figures of whole data sets: DAVIS's J and F (`utils.metrics`) and the measures of salient objects (`utils.vsod`)."""
+"""Figures of whole data sets: DAVIS's J and F (`metrics`) and the measures of salient objects (`vsod`)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from datasets.errors import DataError
-from utils.metrics import sequence_statistics
+from utils.evaluation.metrics import sequence_statistics
+from utils.evaluation.protocol import Protocol
+from utils.evaluation.result_maps import Unit, find_jobs
+from utils.evaluation.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
+from utils.evaluation.vsod import mean_scores
 from utils.parallel import default_workers, parallel_map
 from utils.progress import progress_bar
-from utils.protocol import Protocol
-from utils.result_maps import Unit, find_jobs
-from utils.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
-from utils.vsod import mean_scores
 
 _FRAMES_PER_TASK = 8
 # Frames from which on several processes gain more time than they take to start.

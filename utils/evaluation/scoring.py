@@ -1,4 +1,4 @@
-"""Reading maps and scoring frames: what the processes of `utils.evaluation` run.
+"""Reading maps and scoring frames: what the processes of `utils.evaluation.evaluate` run.
 
 Apart from that module so that a process needs only NumPy, Pillow and the package of its measure to start: importing
 torch takes longer than scoring a few hundred frames.
@@ -15,8 +15,8 @@ from PIL import Image
 
 from datasets.errors import DataError
 from datasets.images import load_mask, load_mask_values
-from utils.metrics import jaccard_and_boundary_f
-from utils.vsod import SaliencyScores, saliency_scores
+from utils.evaluation.metrics import jaccard_and_boundary_f
+from utils.evaluation.vsod import SaliencyScores, saliency_scores
 
 THRESHOLD = 127
 """A map is foreground above this, out of 255, as DBSNet's authors binarise."""

@@ -1,4 +1,4 @@
-"""Optical flow of pairs of frames and of videos, by RAFT (`utils.raft`) or by DIS (Kroeger et al., ECCV 2016,
+"""Optical flow of pairs of frames and of videos, by RAFT (`raft`) or by DIS (Kroeger et al., ECCV 2016,
 https://arxiv.org/abs/1603.03590), OpenCV's, which needs no weights.
 
 The flow of frame t is the motion t -> t+1; the last frame's is t -> t-1, and a video of one frame has zero flow.
@@ -17,7 +17,7 @@ import torch
 
 from datasets.errors import DataError
 from utils.errors import UserError
-from utils.raft import DEFAULT_WEIGHTS, load_raft
+from utils.flow.raft import DEFAULT_WEIGHTS, load_raft
 
 METHODS = ("raft", "raft_small", "dis")
 # RAFT's correlation pyramid: 1/8 resolution, then halved three times, must leave two rows and columns.
@@ -54,7 +54,7 @@ class FlowSettings:
             raise UserError(f"--flow_iters {self.iters}: expected 1 or more")
 
     def record(self) -> dict[str, Any]:
-        """The settings as `utils.flow_files.RECORD` keeps them; a weights file counts by its name, wherever it lies."""
+        """The settings as `utils.flow.files.RECORD` keeps them; a weights file counts by its name, wherever it lies."""
         weights = Path(self.weights).name if self.weights else DEFAULT_WEIGHTS
         raft = self.method != "dis"
         return {

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.metrics import BOUNDARY_TOLERANCE
-from utils.scoring import THRESHOLD
+from utils.evaluation.metrics import BOUNDARY_TOLERANCE
+from utils.evaluation.scoring import THRESHOLD
 
 MEASURES = ("uvos", "vsod")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from datasets.errors import DataError
 from datasets.sequences import VideoSequence
 from utils.errors import UserError
-from utils.protocol import Protocol
-from utils.scoring import FrameJob
+from utils.evaluation.protocol import Protocol
+from utils.evaluation.scoring import FrameJob
 
 KINDS = ("binary", "crf", "probability")
 

@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from models import load_dbsnet
-    from utils.benchmark_network import describe_net, make_net
-    from utils.benchmark_propagation import arithmetic_rate, bench_propagation
-    from utils.benchmark_timing import describe_machine
+    from utils.benchmark.network import describe_net, make_net
+    from utils.benchmark.propagation import arithmetic_rate, bench_propagation
+    from utils.benchmark.timing import describe_machine
 
     device = _device(args)
     for name in ("bench_clip", "bench_frames", "bench_video_frames", "bench_repeats", "bench_processes"):
@@ -128,9 +128,9 @@ def _measure(
 ) -> dict[str, Any]:
     """One part for one network and size."""
     from models import Predictor
-    from utils.benchmark_network import bench_against_encoders, bench_clip, bench_long, bench_video, profile_clip
-    from utils.benchmark_pipeline import bench_pipeline
-    from utils.benchmark_training import bench_training
+    from utils.benchmark.network import bench_against_encoders, bench_clip, bench_long, bench_video, profile_clip
+    from utils.benchmark.pipeline import bench_pipeline
+    from utils.benchmark.training import bench_training
 
     clip = {"length": args.bench_clip, "amp": args.amp}
     if part == "network":

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.synthetic import SyntheticClips
 from models import build_dbsnet
 from models.losses import segmentation_loss
-from utils.benchmark_timing import PeakMemory, synchronise
-from utils.loading import ClipOrder, build_loader, to_device, to_floats
+from utils.benchmark.timing import PeakMemory, synchronise
+from utils.training.loading import ClipOrder, build_loader, to_device, to_floats
 
 
 class Step:

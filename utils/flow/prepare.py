@@ -1,6 +1,6 @@
 """Flow of data sets and of a user's own videos, as files: what is missing is made, and the command ``--tools flow``.
 
-`utils.flow_estimation` computes flow, `utils.flow_files` stores it.
+`estimation` computes flow, `files` stores it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
-from utils.flow_estimation import METHODS, FlowEstimator, FlowSettings, compute_flows, dis_flow, frame_pairs
-from utils.flow_files import FORMATS, RAW_FORMATS, FlowFiles, begin_flow, check_record
+from utils.flow.estimation import METHODS, FlowEstimator, FlowSettings, compute_flows, dis_flow, frame_pairs
+from utils.flow.files import FORMATS, RAW_FORMATS, FlowFiles, begin_flow, check_record
+from utils.flow.raft import DEFAULT_WEIGHTS
 from utils.parallel import parallel_map, share_of_workers
 from utils.progress import progress_bar
-from utils.raft import DEFAULT_WEIGHTS
 from utils.video import FolderFrames, LazyFrames
 
 if TYPE_CHECKING:

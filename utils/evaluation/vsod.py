@@ -5,7 +5,7 @@ The per-frame measures are those of `pysodmetrics` (checked in the tests against
 (`EvaluateTool/main.m`) fixes the rest: each map is stretched to [0, 1] on its own, values are averaged over the frames
 of a sequence and then over the sequences, and the *maximum* and *mean* over thresholds are taken of the averaged curve.
 The maximum of a data set is therefore not the mean of its sequences' maxima, which is larger. Which frames are scored
-is decided in `utils.protocol`.
+is decided in `utils.evaluation.protocol`.
 """
 
 from __future__ import annotations

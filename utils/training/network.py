@@ -14,8 +14,8 @@ from models import build_dbsnet, load_dbsnet
 from models.errors import CheckpointError
 from models.growth import ABSENT, add_stream, grow, is_growth, keep_stream
 from models.state_dicts import load_state
-from utils.config import TrainConfig
 from utils.errors import UserError
+from utils.training.config import TrainConfig
 
 
 def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.Module:

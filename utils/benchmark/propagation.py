@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convlstm import BiConvLSTM, DenseBiConvLSTM
-from utils.benchmark_timing import time_calls
+from utils.benchmark.timing import time_calls
 
 
 class PlainCell(nn.Module):

@@ -1,0 +1,1 @@
+"""What `main.py` trains with: options, data in order, the network to start from, checkpoints, average, log."""
