@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets.sequences import VideoSequence
     from utils.distributed import Processes
-    from utils.inference import OwnVideo
+    from utils.inference.own_video import OwnVideo
 
 DEFAULT_DATASETS = ("DAVIS-2016", "FBMS", "DAVSOD", "MCL")
 
@@ -40,10 +40,12 @@ class _Unsaid(str):
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; each tool's own options come from its module."""
-    from utils import crf, demo, export, inference, parallel, report
+    from utils import crf, demo, export, parallel, report
     from utils.benchmark import bench
     from utils.evaluation import evaluate
     from utils.flow import prepare
+    from utils.inference import segment
+    from utils.inference.weights import PUBLISHED_WEIGHTS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -55,7 +57,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--checkpoint",
         metavar="FILE",
         help="weights: .pt or .safetensors of a training run, or published ones. Default: "
-        f"{inference.PUBLISHED_WEIGHTS.parent.name}/{inference.PUBLISHED_WEIGHTS.name} where it is there",
+        f"{PUBLISHED_WEIGHTS.parent.name}/{PUBLISHED_WEIGHTS.name} where it is there",
     )
     parser.add_argument("--save_dir", default="results", metavar="DIR", help="of all results; default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA if there is one")
@@ -91,7 +93,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: full precision")
 
     parallel.add_arguments(parser)
-    for module in (prepare, inference, crf, evaluate, report, demo, bench, export):
+    for module in (prepare, segment, crf, evaluate, report, demo, bench, export):
         module.add_arguments(parser)
     parser.set_defaults(flow_method=_Unsaid(parser.get_default("flow_method")))
     # For launchers that pass it; newer ones set LOCAL_RANK.
@@ -143,7 +145,7 @@ def run_check(args: argparse.Namespace, processes: Processes) -> int:
 
 def run_flow(args: argparse.Namespace, processes: Processes) -> int:
     from utils.flow import prepare
-    from utils.inference import run_own_flow
+    from utils.inference.own_video import run_own_flow
 
     if args.video or args.frames:
         if processes.is_main:
@@ -157,9 +159,10 @@ def run_flow(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def run_test(args: argparse.Namespace, processes: Processes) -> int:
-    from utils import inference
+    from utils.inference import own_video, segment, videos
+    from utils.inference.weights import load_weights
 
-    weights = inference.load_weights(args.checkpoint)
+    weights = load_weights(args.checkpoint)
     own = _own(args) if args.video or args.frames else None
     sequences = [] if own else [sequence for part in _read(args).values() for sequence in part]
     beside: AbstractContextManager[Callable[[Path], None] | None] = nullcontext()
@@ -170,9 +173,9 @@ def run_test(args: argparse.Namespace, processes: Processes) -> int:
         beside = crf.run_beside_test(args, refined, args.save_dir, 1 if own else processes.world_size)
     with beside as written:
         if own is None:
-            inference.run(args, [inference.video_of(s) for s in sequences], processes, weights, written)
+            segment.run(args, [videos.video_of(s) for s in sequences], processes, weights, written)
         else:
-            inference.run_own(args, own, processes, weights, written)
+            own_video.run_own(args, own, processes, weights, written)
     processes.wait()  # or the first would refine what the others' processes are still at
     return 0
 
@@ -306,7 +309,7 @@ def _follows(args: argparse.Namespace, tool: str, other: str) -> bool:
 
 
 def _own(args: argparse.Namespace) -> OwnVideo:
-    from utils.inference import open_own
+    from utils.inference.own_video import open_own
 
     return open_own(args.video, args.frames)
 

@@ -16,7 +16,7 @@ pytest.importorskip("cv2")
 import tool
 from models import build_dbsnet, load_dbsnet
 from models.weights import save_weights
-from utils import demo, inference
+from utils import demo
 from utils.training.config import CONFIGS, load_config
 
 
@@ -79,7 +79,7 @@ def test_it_starts_from_the_published_weights(
 ) -> None:
     weights = tmp_path / "published.safetensors"
     save_weights(weights, build_dbsnet("xxs", depth=1, dilations=[1]))
-    monkeypatch.setattr(inference, "PUBLISHED_WEIGHTS", weights)
+    monkeypatch.setattr("utils.inference.weights.PUBLISHED_WEIGHTS", weights)
     words = ["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--demo_steps", "1", "--device", "cpu"]
     assert tool.main(words) == 0
     assert f"--finetune {weights}" in capsys.readouterr().out

@@ -20,14 +20,15 @@ from PIL import Image
 import tool
 from datasets.errors import DataError
 from datasets.flow_colour import flow_to_image
-from datasets.images import load_flow_image, load_frame
+from datasets.images import LazyImages, load_flow_image, load_frame
 from datasets.sequences import read_dataset
 from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, load_dbsnet
 from models.growth import PARTS, take_out
 from models.weights import save_weights
-from utils import inference
 from utils.distributed import share, share_out
+from utils.inference import segment
+from utils.inference.weights import PARTS as OFFERED
 from utils.video import VideoFrames, write_video
 
 FRAMES, SIZE = 4, (48, 80)
@@ -107,7 +108,7 @@ def test_maps_are_the_predictors_at_the_size_of_the_source(data: Path, weights: 
 
 def test_options_reach_the_predictor(data: Path, weights: Path, tmp_path: Path) -> None:
     call(weights, tmp_path, "--data_dir", data, "--flip", "--scales", 1, 1.5, "--clip_len", 3, "--batch_size", 2)
-    wanted = expected(weights, data, flip=True, scales=(1.0, 1.5), clip_len=3, mirror_flow=inference.mirror_flow)
+    wanted = expected(weights, data, flip=True, scales=(1.0, 1.5), clip_len=3, mirror_flow=segment.mirror_flow)
     for name, grey in maps(tmp_path).items():
         assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name
 
@@ -123,7 +124,7 @@ def test_a_stream_can_be_blinded(data: Path, weights: Path, tmp_path: Path, with
 
 
 def test_a_part_can_be_taken_out(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(inference.PARTS) == set(PARTS)
+    assert set(OFFERED) == set(PARTS)
     net = load_dbsnet(weights)
     present = [part for part, option in PARTS.items() if net.config[option]]
     assert "propagation" in present
@@ -266,7 +267,7 @@ def test_a_mirrored_flow_image_is_that_of_the_mirrored_flow() -> None:
     rng = np.random.default_rng(0)
     flow = np.cumsum(np.cumsum(rng.normal(size=(30, 40, 2)), 0), 1).astype(np.float32)
     mirrored = flow[:, ::-1] * np.array([-1, 1], np.float32)
-    found = inference.mirror_flow(flow_to_image(flow)).astype(int)
+    found = segment.mirror_flow(flow_to_image(flow)).astype(int)
     assert np.abs(found - flow_to_image(mirrored)).mean() < 3
 
 
@@ -275,7 +276,7 @@ def test_pictures_are_decoded_when_asked_for(tmp_path: Path) -> None:
     for path, height in zip(paths, (20, 20, 22)):
         Image.fromarray(np.zeros((height, 30, 3), np.uint8)).save(path)
     asked = []
-    images = inference.LazyImages(paths, lambda path: asked.append(path) or load_frame(path))
+    images = LazyImages(paths, lambda path: asked.append(path) or load_frame(path))
     assert len(images) == 3 and not asked
     _ = images[1], images[1]
     assert asked == [paths[1], paths[1]]

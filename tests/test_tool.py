@@ -21,7 +21,7 @@ import tool
 from datasets.synthetic import write_dataset
 from models import build_dbsnet, load_dbsnet
 from models.weights import save_weights
-from utils import inference
+from utils.inference.weights import read_notes
 from utils.report import describe_encoders
 
 FRAMES = 5
@@ -224,10 +224,10 @@ def test_published_weights_are_the_default(
         "--save_dir",
         tmp_path / "r",
     ]
-    monkeypatch.setattr(inference, "PUBLISHED_WEIGHTS", tmp_path / "weights" / "none.safetensors")
+    monkeypatch.setattr("utils.inference.weights.PUBLISHED_WEIGHTS", tmp_path / "weights" / "none.safetensors")
     message = fails(capsys, *words)
     assert "main.py" in message and "--checkpoint" in message and "weights/none.safetensors" in message
-    monkeypatch.setattr(inference, "PUBLISHED_WEIGHTS", weights)
+    monkeypatch.setattr("utils.inference.weights.PUBLISHED_WEIGHTS", weights)
     assert call(*words) == 0
     assert json.loads((tmp_path / "r" / "test.json").read_text())["checkpoint"] == str(weights)
     assert len(list((tmp_path / "r" / "binary").rglob("*.png"))) == FRAMES
@@ -280,7 +280,7 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = tmp_path / "out.safetensors"
     words = ["--tools", "export", "--checkpoint", weights, "--output", out]
     assert call(*words, "--note", "licence=CC BY-NC 4.0", "sequences=a=b") == 0
-    notes, size = inference.read_notes(out)
+    notes, size = read_notes(out)
     assert size == (32, 64)
     assert notes["licence"] == "CC BY-NC 4.0" and notes["sequences"] == "a=b"
     assert notes["trained_on"] == "nothing at all"  # what the checkpoint said already
@@ -288,7 +288,7 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     before, after = load_dbsnet(weights).state_dict(), load_dbsnet(out).state_dict()
     for key, value in before.items():
         assert torch.allclose(value.float(), after[key].float(), rtol=1e-3, atol=1e-6), key
-    assert call(*words, "--size", 64, 96) == 0 and inference.read_notes(out)[1] == (64, 96)
+    assert call(*words, "--size", 64, 96) == 0 and read_notes(out)[1] == (64, 96)
     assert "KEY=VALUE" in fails(capsys, *words, "--note", "licence")
     assert "--size" in fails(capsys, *words, "--note", "size=3")
     assert ".safetensors" in fails(capsys, "--tools", "export", "--checkpoint", weights, "--output", "out.pt")
@@ -310,7 +310,7 @@ def test_export_of_a_mean(weights: Path, tmp_path: Path, capsys: pytest.CaptureF
     for key, value in mean.items():
         states = [net.state_dict()[key].numpy() for net in nets]
         assert np.allclose(value.numpy(), sum(states) / 3, rtol=1e-3, atol=1e-3), key
-    notes, size = inference.read_notes(out)
+    notes, size = read_notes(out)
     # Figure and step are those of one of them.
     assert size == (32, 64) and notes == {"size": "32 64", "licence": "x", "average_of": "3"}
     other = build_dbsnet(**{**nets[0].config, "rounds": nets[0].config["rounds"] + 1})
@@ -330,7 +330,7 @@ def test_export_without_a_part(weights: Path, tmp_path: Path, capsys: pytest.Cap
     for key, value in rest.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
     notes = {"size": "32 64", "licence": "x", "average_of": "2", "without": "co_dga"}
-    assert inference.read_notes(out) == (notes, (32, 64))
+    assert read_notes(out) == (notes, (32, 64))
     assert "propagation, refinement, co_dga" in fails(capsys, *words, "--without", "flow")
 
 
@@ -342,13 +342,13 @@ def test_export_of_a_training_checkpoint(tmp_path: Path, repository: Path) -> No
     words += f" --device cpu --batch_size 2 --network depth:1 dilations:[1] --save_dir {run}"
     assert main.main(words.split()) == 0
     assert call("--tools", "export", "--checkpoint", run / "last.pt", "--output", tmp_path / "w.safetensors") == 0
-    notes, size = inference.read_notes(tmp_path / "w.safetensors")
+    notes, size = read_notes(tmp_path / "w.safetensors")
     assert size == (32, 64) and notes["step"] == "1" and notes["trained_on"] == "synthetic" and "J" not in notes
     # A figure belongs to the weights that it was measured with.
     checkpoint = torch.load(run / "last.pt", weights_only=True)
     for step, said in ((1, "0.7500"), (0, None)):
         torch.save({**checkpoint, "best": {"J": 0.75, "step": step}}, tmp_path / "best.pt")
-        assert inference.read_notes(tmp_path / "best.pt")[0].get("J") == said
+        assert read_notes(tmp_path / "best.pt")[0].get("J") == said
 
 
 # ------------------------------------------------------------------------------------------------------ what is wrong

@@ -18,8 +18,8 @@ from typing import Any
 from datasets.scenes import SceneOptions
 from datasets.sequences import read_dataset
 from datasets.synthetic import write_dataset
-from utils import inference
 from utils.errors import UserError
+from utils.inference import weights
 from utils.parallel import cpu_seconds
 from utils.report import write_report
 from utils.training.config import CONFIGS
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
     has_crf = importlib.util.find_spec("pydensecrf") is not None
     began, used = time.monotonic(), sum(cpu_seconds())
     folder = Path(args.demo_dir)
-    published = inference.PUBLISHED_WEIGHTS.is_file() and not args.demo_scratch
+    published = weights.PUBLISHED_WEIGHTS.is_file() and not args.demo_scratch
     data, trained, results = folder / "data", folder / ("finetuned" if published else "trained"), folder / "results"
 
     # 1. Videos: many short ones to learn from, and a few longer ones, drawn with another seed, to test on.
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
     options += ["--save_dir", str(trained), "--device", args.device, "--resume", "none" if args.overwrite else "auto"]
     steps = args.demo_steps
     if published:
-        options += ["--finetune", str(inference.PUBLISHED_WEIGHTS), "--lr", FINETUNE_LR]
+        options += ["--finetune", str(weights.PUBLISHED_WEIGHTS), "--lr", FINETUNE_LR]
         steps = steps or FINETUNE_STEPS
     if steps:
         options += ["--max_steps", str(steps), "--steps_per_epoch", str(steps)]

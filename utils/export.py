@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> Path:
         CheckpointError: a checkpoint that is unreadable or of another network.
     """
     from models.weights import average_into, save_weights
-    from utils.inference import PARTS, load_weights, without_part
+    from utils.inference.weights import PARTS, load_weights, without_part
 
     if not args.checkpoint:
         raise UserError("--tools export: give --checkpoint FILE, the training checkpoint (best.pt or last.pt)")

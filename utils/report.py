@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.evaluation.scoring import THRESHOLD, read_map
 from utils.evaluation.tables import COLUMNS
 from utils.files import write_text
-from utils.inference import RECORD
+from utils.inference.segment import RECORD
 from utils.visualise import outline, overlay
 
 TRUTH = (0, 220, 255)  # cyan beside the overlay's orange: told apart by colour-blind eyes as well

@@ -1,0 +1,68 @@
+"""The maps of `--tools test`, with what they were made with inside, so that a later run knows which to keep."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.evaluation.scoring import THRESHOLD
+from utils.files import write_bytes
+from utils.inference.videos import Video
+
+# Text field of the probability maps: what they were made with, so that a later run knows which of them it may keep.
+FIELD = "dbsnet-test"
+
+
+def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray, settings: dict[str, Any]) -> None:
+    """Writes both maps of one frame. The grey one, which says what it was made with, comes last: it vouches for both.
+
+    What the CRF made of an older map is removed: it would be scored beside the new ones.
+
+    Args:
+        probability: (H, W) float in [0, 1].
+    """
+    from PIL import Image, PngImagePlugin
+
+    (save_dir / "crf" / video.place / f"{stem}.png").unlink(missing_ok=True)
+    grey = np.rint(np.clip(probability, 0, 1) * 255).astype(np.uint8)
+    text = PngImagePlugin.PngInfo()
+    text.add_text(FIELD, json.dumps(settings))
+    for path, picture, info in (
+        (video.binary(save_dir, stem), (grey > THRESHOLD) * np.uint8(255), None),
+        (video.probability(save_dir, stem), grey, text),
+    ):
+        buffer = io.BytesIO()
+        # Level 1: on maps the files are hardly larger, and writing them takes a third of the time.
+        Image.fromarray(picture).save(buffer, format="PNG", pnginfo=info, compress_level=1)
+        write_bytes(path, buffer.getvalue())
+
+
+def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
+    """Whether all maps of a video are there, were made with these settings, and of the frames and flow of now."""
+    newest = max((path.stat().st_mtime_ns for path in video.sources if path.exists()), default=0)
+
+    def current(stem: str) -> bool:
+        path = video.probability(save_dir, stem)
+        return (
+            video.binary(save_dir, stem).is_file()
+            and path.is_file()
+            and path.stat().st_mtime_ns >= newest
+            and made_with(path) == settings
+        )
+
+    return all(current(stem) for stem in video.stems)
+
+
+def made_with(path: Path) -> dict[str, Any] | None:
+    """The settings that a probability map was made with; None where there is no such file, or it does not say."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.info[FIELD])
+    except (OSError, SyntaxError, ValueError, KeyError):
+        return None

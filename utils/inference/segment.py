@@ -1,0 +1,235 @@
+"""`tool.py --tools test`: masks of whole videos.
+
+Each frame gives ``<save_dir>/probability/<dataset>/<video>/<stem>.png``, 8-bit grey at the frame's own size, and
+``<save_dir>/binary/…``, 255 where the grey value is above 127. Frames and flow images are decoded when they are needed,
+so a video of any length is never in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.files import write_json
+from utils.inference.maps import is_current, write_maps
+from utils.inference.videos import BLANKS, Blank, Video
+from utils.inference.weights import PARTS, Weights, without_part
+from utils.progress import progress_bar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from utils.distributed import Processes
+
+DEFAULT_SIZE = (384, 640)
+# Beside the maps, the same and more in full, for the report.
+RECORD = "test.json"
+WRITERS, WAITING = 2, 32  # threads that write maps, and maps that may wait for them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``test`` alone; ``--size``, ``--batch_size`` and ``--amp`` are shared with ``bench``."""
+    group = parser.add_argument_group("test")
+    group.add_argument("--clip_len", type=int, metavar="N", help="overlapping clips of N frames; default: whole video")
+    group.add_argument("--flip", action="store_true", help="average with the result on the mirrored video")
+    group.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="average over these multiples of --size"
+    )
+    group.add_argument(
+        "--without",
+        choices=(*BLANKS, *PARTS),
+        help="blind one stream, to see what the other does alone (flow, frames), or take out a part of the network, to "
+        "see what it contributes (propagation, refinement, co_dga)",
+    )
+
+
+def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
+    """What the maps depend on. Not the batch size, nor the device, which change them by rounding alone.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: expected 1 or more")
+    if args.clip_len is not None and args.clip_len < 1:
+        raise UserError(f"--clip_len {args.clip_len}: expected 1 or more")
+    if min(args.scales) <= 0:
+        raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0")
+    if args.size is not None and min(args.size) < 1:
+        raise UserError(f"--size {args.size[0]} {args.size[1]}: expected a height and a width above 0")
+    return {
+        "weights": weights.sha256,
+        "size": list(args.size or weights.size or DEFAULT_SIZE),
+        "clip_len": args.clip_len,
+        "flip": args.flip,
+        "scales": list(args.scales),
+        "amp": args.amp,
+        "without": args.without,
+        **({"flow_dir": str(Path(args.flow_dir).resolve())} if args.flow_dir else {}),
+    }
+
+
+def settings_of(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The settings for one video: a size that nobody gave is turned where the video is upright and the size is not, or
+    the other way about, rather than squeezing it into the wrong shape.
+    """
+    (height, width), (h, w) = video.frames[0].shape[:2], settings["size"]
+    if args.size is None and (height - width) * (h - w) < 0:
+        return {**settings, "size": [w, h]}
+    return settings
+
+
+def run(
+    args: argparse.Namespace,
+    videos: Sequence[Video],
+    processes: Processes,
+    weights: Weights,
+    written: Callable[[Path], None] | None = None,
+) -> int:
+    """``--tools test``: the maps that are missing, of the videos that are this process's; returns how many.
+
+    A video all of whose maps are there, made with the same weights and settings and not older than its frames and
+    flow, is kept, unless ``--overwrite``. A size that is the checkpoint's rather than ``--size``'s is turned for videos
+    of the other orientation.
+
+    Args:
+        written: called with the place of each map that has been written, ``<dataset>/<video>/<stem>.png``.
+
+    Raises:
+        UserError: options out of range. DataError: a frame or flow image that is missing or damaged.
+    """
+    from models import Predictor
+    from utils.distributed import share_out
+
+    settings = settings_from(args, weights)
+    save_dir = Path(args.save_dir)
+
+    def pending(index: int) -> Sequence[str]:
+        video = videos[index]
+        kept = not args.overwrite and is_current(video, save_dir, settings_of(video, settings, args))
+        return () if kept else video.stems
+
+    lengths = [len(video.stems) for video in videos]
+    todo = [videos[index] for index in share_out(processes, lengths, pending, "test")]
+    own = {video.place: settings_of(video, settings, args) for video in todo}
+    total = sum(len(video.stems) for video in todo)
+    shares = processes.gather((total, len(todo)))
+    frames, count = (sum(part) for part in zip(*shares))
+    if processes.is_main:
+        kept = f"; {len(videos) - count} of {len(videos)} videos are there already" if count < len(videos) else ""
+        others = f", {total} of them here" if processes.world_size > 1 else ""
+        size = "×".join(map(str, settings["size"]))
+        print(f"test: {weights.path} at {size}, {frames} frames to do{others}{kept}", flush=True)
+    predictor = Predictor(
+        without_part(weights, args.without) if args.without in PARTS else weights.net,
+        device=processes.device,
+        size=tuple(settings["size"]),
+        batch_size=args.batch_size,
+        amp=args.amp,
+        clip_len=args.clip_len,
+        flip=args.flip,
+        mirror_flow=mirror_flow,
+        scales=args.scales,
+    )
+    waiting: deque[tuple[Future, Path]] = deque()
+
+    def finish_next() -> None:
+        writing, place = waiting.popleft()
+        writing.result()
+        if written is not None:
+            written(place)
+
+    began = time.monotonic()
+    with (
+        # miniters 0: drawn anew as time passes, also while frames are encoded and none is finished.
+        progress_bar(total=total, desc="test", unit="frame", disable=not processes.is_main, miniters=0) as progress,
+        ThreadPoolExecutor(WRITERS) as writers,
+    ):
+        for video in todo:
+            predictor.size = tuple(own[video.place]["size"])
+            progress.set_postfix_str(video.place.name, refresh=False)
+            predictor.on_encoded = show_encoded(progress, video.place.name)
+            inputs = {"frames": video.frames, "flow": video.flows}
+            if args.without in BLANKS:
+                inputs[args.without] = Blank(inputs[args.without], BLANKS[args.without])
+            for index, probability in predictor(inputs["frames"], inputs["flow"]):
+                stem = video.stems[index]
+                writing = writers.submit(write_maps, video, save_dir, stem, probability, own[video.place])
+                waiting.append((writing, video.place / f"{stem}.png"))
+                if len(waiting) > WAITING:
+                    finish_next()
+                progress.update()
+        while waiting:
+            finish_next()
+    processes.wait()
+    seconds = time.monotonic() - began
+    if processes.is_main and (frames or not is_recorded(save_dir, weights, settings)):
+        write_json(save_dir / RECORD, describe(weights, settings, processes, frames, seconds))
+    return total
+
+
+def show_encoded(progress: tqdm, name: str) -> Callable[[int], None]:
+    """What tells beside the bar how many frames of a video have been encoded: of a long one, minutes pass before the
+    first map. It is called with the number of each batch; flipped and scaled passes count, too.
+    """
+    encoded = 0
+
+    def show(count: int) -> None:
+        nonlocal encoded
+        encoded += count
+        progress.set_postfix_str(f"{name}, {encoded} encoded", refresh=False)
+        progress.update(0)
+
+    return show
+
+
+def mirror_flow(image: np.ndarray) -> np.ndarray:
+    """The flow image (H, W, 3) uint8 of the mirrored scene: pixels flipped, and the colours those of -u."""
+    import torch
+
+    from datasets.flow_colour import mirror_colours
+
+    colours = mirror_colours(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])  # (H, W, 3) -> (1, 3, H, W)
+    return colours[0].permute(1, 2, 0).numpy()[:, ::-1]
+
+
+def is_recorded(save_dir: Path, weights: Weights, settings: dict[str, Any]) -> bool:
+    """Whether `RECORD` tells of these weights and settings already."""
+    try:
+        record = json.loads((save_dir / RECORD).read_text(encoding="utf-8"))
+        return record["sha256"] == weights.sha256 and record["settings"] == settings
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def describe(
+    weights: Weights, settings: dict[str, Any], processes: Processes, frames: int, seconds: float
+) -> dict[str, Any]:
+    """What `RECORD` holds."""
+    import torch
+
+    device = "CPU"
+    if processes.device.type == "cuda":
+        device = torch.cuda.get_device_name(processes.device)
+    return {
+        "checkpoint": str(weights.path),
+        "sha256": weights.sha256,
+        "notes": weights.notes,
+        "network": weights.net.config,
+        "parameters": sum(parameter.numel() for parameter in weights.net.parameters()),
+        "settings": settings,
+        "device": f"{processes.world_size} × {device}",
+        "torch": torch.__version__,
+        "frames": frames,
+        "frames_per_second": round(frames / seconds, 2) if frames else None,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }

@@ -1,0 +1,80 @@
+"""Videos to segment: where their results go, and their pictures, decoded when they are asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from datasets.images import NO_MOTION, NO_PICTURE, LazyImages, load_flow_image, load_frame
+from datasets.video_sequence import VideoSequence
+
+if TYPE_CHECKING:
+    from utils.video import LazyFrames
+
+# What training shows where it takes one of the two inputs away (`datasets.clips.VideoClips`: flow_drop, frame_drop).
+BLANKS = {"flow": NO_MOTION, "frames": NO_PICTURE}
+
+
+class SharedFrames(Sequence[np.ndarray]):
+    """`LazyFrames` that several threads may ask: a decoder has one position, so they take turns."""
+
+    def __init__(self, frames: LazyFrames) -> None:
+        self.frames, self._lock = frames, threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        with self._lock:
+            return self.frames[index]
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to segment: where its results go (below ``probability/`` and ``binary/``), and its pictures."""
+
+    place: Path
+    stems: tuple[str, ...]
+    frames: Sequence[np.ndarray]
+    flows: Sequence[np.ndarray]
+    sources: tuple[Path, ...] = ()  # files of frames and flow, which maps must not be older than
+
+    def probability(self, save_dir: Path, stem: str) -> Path:
+        return save_dir / "probability" / self.place / f"{stem}.png"
+
+    def binary(self, save_dir: Path, stem: str) -> Path:
+        return save_dir / "binary" / self.place / f"{stem}.png"
+
+
+def video_of(sequence: VideoSequence) -> Video:
+    """A video of a data set.
+
+    Raises:
+        DataError: a frame without flow; names the file, and the command that makes it.
+    """
+    flows = [sequence.flow_path(stem) for stem in sequence.stems]
+    return Video(
+        place=Path(sequence.dataset, sequence.name),
+        stems=sequence.stems,
+        frames=LazyImages(sequence.frames, load_frame),
+        flows=LazyImages(flows, load_flow_image),
+        sources=(*sequence.frames, *flows),
+    )
+
+
+class Blank(Sequence[np.ndarray]):
+    """Images of one grey level in place of others, of their sizes."""
+
+    def __init__(self, images: Sequence[np.ndarray], level: int) -> None:
+        self.images, self.level = images, level
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        return np.full_like(self.images[index], self.level)

@@ -1,0 +1,114 @@
+"""The network to segment with: which checkpoint a command means, and what the file says about itself."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from models.dbsnet import DBSNet
+
+PUBLISHED_WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "dbsnet_lite2.safetensors"
+"""The weights that come with the project, used where no ``--checkpoint`` is given."""
+
+# Those of `models.growth.take_out`, named here too: the command line is read in processes that do without torch.
+PARTS = ("propagation", "refinement", "co_dga")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network and where it came from.
+
+    Attributes:
+        net: in evaluation mode, on the CPU.
+        path: of the checkpoint.
+        sha256: of the file, the first 16 digits.
+        notes: what the file says about itself (metadata of a .safetensors, step and options of a training checkpoint).
+        size: (H, W) that the file says its network is for, or None.
+    """
+
+    net: DBSNet
+    path: Path
+    sha256: str
+    notes: dict[str, str] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+
+
+def find_checkpoint(given: str | Path | None) -> Path:
+    """The checkpoint that a command means: the one given, or the published weights.
+
+    Raises:
+        UserError: none given, and no published weights in this checkout.
+    """
+    if given is not None:
+        return Path(given)
+    if PUBLISHED_WEIGHTS.is_file():
+        return PUBLISHED_WEIGHTS
+    raise UserError(
+        f"no weights: this checkout has no {PUBLISHED_WEIGHTS.parent.name}/{PUBLISHED_WEIGHTS.name}. Give --checkpoint "
+        "FILE (last.pt, best.pt or weights.safetensors of a training run), or train first: python main.py …; "
+        "python tool.py --tools demo needs no weights"
+    )
+
+
+def load_weights(given: str | Path | None) -> Weights:
+    """The network of a checkpoint (`find_checkpoint`) with its notes.
+
+    Raises:
+        UserError: no checkpoint given and none published. CheckpointError: unreadable, or of another network.
+    """
+    from models import load_dbsnet
+
+    path = find_checkpoint(given)
+    net = load_dbsnet(path)
+    notes, size = read_notes(path)
+    return Weights(net, path, hashlib.sha256(path.read_bytes()).hexdigest()[:16], notes, size)
+
+
+def read_notes(path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
+    """What a checkpoint says about itself beside its tensors, and the (H, W) it is for, if it says so.
+
+    A .safetensors has these in its metadata (key ``size``: ``"384 640"``), a training checkpoint in its options.
+
+    Raises:
+        UserError: a ``size`` that is not two numbers.
+    """
+    from models.state_dicts import read_checkpoint
+
+    content = read_checkpoint(path)
+    if "metadata" in content:
+        metadata = content["metadata"]
+        notes = {key: value for key, value in metadata.items() if key not in ("format", "config")}
+        if "size" not in metadata:
+            return notes, None
+        words = metadata["size"].split()
+        if len(words) != 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
+            raise UserError(f"{path}: its metadata say size {metadata['size']!r}; expected height and width: 384 640")
+        return notes, (int(words[0]), int(words[1]))
+    options = content.get("config") or {}
+    best = content.get("best") or {}
+    notes = {"step": str(content.get("step", "unknown"))}
+    if "J" in best and best.get("step") == content.get("step"):  # the figure is not that of another step's weights
+        notes["J"] = f"{best['J']:.4f}"
+    if options.get("datasets"):
+        notes["trained_on"] = ", ".join(options["datasets"])
+    size = options.get("size")
+    return notes, (int(size[0]), int(size[1])) if size else None
+
+
+def without_part(weights: Weights, part: str) -> DBSNet:
+    """The network with one of `PARTS` taken out.
+
+    Raises:
+        UserError: it has none.
+    """
+    from models.growth import take_out
+
+    try:
+        return take_out(weights.net, part)
+    except ValueError as error:
+        raise UserError(f"--without {part}: {weights.path}: {error}") from None
