@@ -82,7 +82,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="of YouTube-VOS's train split every N-th frame; default: 5",
     )
-    data.add_argument("--video", metavar="FILE", help="a video of your own, instead of data sets (flow, test)")
+    data.add_argument("--video", metavar="FILE", help="a video of your own, instead of data sets (flow, test, crf)")
     data.add_argument("--frames", metavar="DIR", help="a folder of frames of your own (flow, test, crf)")
 
     network = parser.add_argument_group("network (test, bench)")
@@ -169,7 +169,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> int:
     if _follows(args, "crf", "test") and (own is None or processes.is_main):
         from utils import crf
 
-        refined = [own.sequence(Path(args.save_dir))] if own else sequences
+        refined = [own.for_crf()] if own else [crf.refinable(sequence) for sequence in sequences]
         beside = crf.run_beside_test(args, refined, args.save_dir, 1 if own else processes.world_size)
     with beside as written:
         if own is None:
@@ -182,16 +182,16 @@ def run_test(args: argparse.Namespace, processes: Processes) -> int:
 
 def run_crf(args: argparse.Namespace, processes: Processes) -> int:
     from utils import crf
+    from utils.inference.own_video import run_own_crf
 
     if processes.is_main:
-        if args.video or args.frames:
-            sequences = [_own(args).sequence(Path(args.save_dir))]
-        else:
-            sequences = [s for part in _read(args).values() for s in part]
         if _follows(args, "crf", "test"):
             # What `test` has just made anew was refined beside it, and older maps are out of date without a word.
             args = argparse.Namespace(**{**vars(args), "overwrite": False})
-        crf.run(args, sequences, args.save_dir)
+        if args.video or args.frames:
+            run_own_crf(args, _own(args))
+        else:
+            crf.run(args, [crf.refinable(s) for part in _read(args).values() for s in part], args.save_dir)
     return 0
 
 

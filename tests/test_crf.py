@@ -291,14 +291,14 @@ def outputs(results: Path) -> dict[str, bytes]:
 @needs_library
 def test_run_refines_every_frame_softly_and_two_processes_change_nothing(tmp_path: Path):
     sequence, results = make_results(tmp_path)
-    assert crf.run(arguments(), [sequence], results) == 3
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 3
     one = outputs(results)
     assert list(one) == ["00000.png", "00001.png", "00002.png"]
     for t, name in enumerate(one):
         made = np.array(Image.open(results / "crf" / "made" / "clip" / name))
         np.testing.assert_array_equal(made, refine(*example(24, 40, seed=t)))
     assert len(np.unique(made)) > 10
-    assert crf.run(arguments("--workers", "2", "--overwrite"), [sequence], results) == 3
+    assert crf.run(arguments("--workers", "2", "--overwrite"), [crf.refinable(sequence)], results) == 3
     assert outputs(results) == one
 
 
@@ -307,21 +307,21 @@ def test_run_goes_on_where_it_stopped_and_redoes_what_is_out_of_date(tmp_path: P
     import os
 
     sequence, results = make_results(tmp_path)
-    crf.run(arguments(), [sequence], results)
+    crf.run(arguments(), [crf.refinable(sequence)], results)
     before = outputs(results)
-    assert crf.run(arguments(), [sequence], results) == 0
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 0
     folder = results / "crf" / "made" / "clip"
     (folder / "00000.png").unlink()
     (folder / "00001.png").write_bytes(before["00001.png"][:100])
-    assert crf.run(arguments(), [sequence], results) == 2
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 2
     assert outputs(results) == before
     # a probability map made later, as by a test with other weights
     newer = folder.stat().st_mtime + 100
     os.utime(results / "probability" / "made" / "clip" / "00002.png", (newer, newer))
-    assert crf.run(arguments(), [sequence], results) == 1
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 1
     os.utime(folder / "00002.png", (newer, newer))
     # other settings
-    assert crf.run(arguments("--crf_iters", "5"), [sequence], results) == 3
+    assert crf.run(arguments("--crf_iters", "5"), [crf.refinable(sequence)], results) == 3
     assert outputs(results) != before
 
 
@@ -332,30 +332,30 @@ def test_run_names_what_is_missing_or_does_not_fit(tmp_path: Path):
     data = target.read_bytes()
     target.unlink()
     with pytest.raises(DataError, match=r"1 probability maps are missing.*00001.png.*--tools test"):
-        crf.run(arguments(), [sequence], results)
+        crf.run(arguments(), [crf.refinable(sequence)], results)
     assert not (results / "crf").exists()
     target.write_bytes(data[:60])
     with pytest.raises(DataError, match="00001.png"):
-        crf.run(arguments(), [sequence], results)
+        crf.run(arguments(), [crf.refinable(sequence)], results)
     Image.fromarray(example(20, 40)[1]).save(target)
     with pytest.raises(DataError, match="00001.png"):
-        crf.run(arguments(), [sequence], results)
+        crf.run(arguments(), [crf.refinable(sequence)], results)
     Image.fromarray(example(24, 40)[0]).save(target)
     with pytest.raises(DataError, match="8-bit grey"):
-        crf.run(arguments(), [sequence], results)
+        crf.run(arguments(), [crf.refinable(sequence)], results)
 
 
 @needs_library
 def test_beside_the_test_the_maps_become_what_they_become_after_it(tmp_path: Path):
     sequence, results = make_results(tmp_path)
-    crf.run(arguments(), [sequence], results)
+    crf.run(arguments(), [crf.refinable(sequence)], results)
     expected = outputs(results)
     for name in expected:
         (results / "crf" / "made" / "clip" / name).unlink()
-    with crf.run_beside_test(arguments("--workers", "2"), [sequence], results) as written:
+    with crf.run_beside_test(arguments("--workers", "2"), [crf.refinable(sequence)], results) as written:
         for name in expected:
             written(Path("made", "clip", name))
     assert outputs(results) == expected
-    assert crf.run(arguments(), [sequence], results) == 0  # nothing is left to do
-    with crf.run_beside_test(arguments(), [sequence], results) as written:
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 0  # nothing is left to do
+    with crf.run_beside_test(arguments(), [crf.refinable(sequence)], results) as written:
         assert written is None  # no other process is allowed

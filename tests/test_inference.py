@@ -26,6 +26,7 @@ from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, load_dbsnet
 from models.growth import PARTS, take_out
 from models.weights import save_weights
+from utils.crf import refine
 from utils.distributed import share, share_out
 from utils.inference import segment
 from utils.inference.weights import PARTS as OFFERED
@@ -288,8 +289,8 @@ def test_pictures_are_decoded_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_ones_own_frames_and_video(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    cv2 = pytest.importorskip("cv2")
-    from utils.video import open_video, write_video
+    pytest.importorskip("cv2")
+    from utils.video import open_video
 
     frames = data / "DAVIS" / "JPEGImages" / "480p" / "video-001"
     pictures = [load_frame(path) for path in sorted(frames.iterdir())]
@@ -309,11 +310,40 @@ def test_ones_own_frames_and_video(data: Path, weights: Path, tmp_path: Path, ca
     assert maps(tmp_path / "a", "binary").keys() == one.keys()
     assert not list(frames.parent.rglob("*flow*"))  # nothing is written beside the user's files
     for folder in ("a", "b"):
-        capture = cv2.VideoCapture(str(tmp_path / folder / "overlay" / "clip.mp4"))
-        count = 0
-        while capture.grab():
-            count += 1
-        assert count == FRAMES
+        assert count_frames(tmp_path / folder / "overlay" / "clip.mp4") == FRAMES
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_crf_of_ones_own_video(data: Path, weights: Path, tmp_path: Path, workers: int) -> None:
+    """A video file, whose frames only this process decodes, and the same frames as files: the same maps."""
+    pytest.importorskip("cv2")
+    pytest.importorskip("pydensecrf.densecrf")
+    frames = sorted((data / "DAVIS" / "JPEGImages" / "480p" / "video-001").iterdir())
+    write_video(tmp_path / "clip.mp4", [load_frame(path) for path in frames])
+    decoded = VideoFrames(tmp_path / "clip.mp4")
+    (tmp_path / "clip").mkdir()
+    for stem, frame in zip(decoded.stems, decoded):
+        Image.fromarray(frame).save(tmp_path / "clip" / f"{stem}.png")
+    words = ["--tools", "test", "crf", "--workers", workers]
+    call(weights, tmp_path / "a", "--video", tmp_path / "clip.mp4", *words)
+    call(weights, tmp_path / "b", "--frames", tmp_path / "clip", *words)
+    one, two = maps(tmp_path / "a", "crf"), maps(tmp_path / "b", "crf")
+    assert list(one) == list(two) == [f"clip/{stem}.png" for stem in decoded.stems]
+    grey = maps(tmp_path / "a")
+    for index, name in enumerate(one):
+        assert np.array_equal(one[name], two[name])
+        assert np.array_equal(one[name], refine(decoded[index], grey[name]))
+    for folder in ("a", "b"):
+        assert count_frames(tmp_path / folder / "overlay" / "clip_crf.mp4") == FRAMES
+
+
+def count_frames(path: Path) -> int:
+    import cv2
+
+    capture, count = cv2.VideoCapture(str(path)), 0
+    while capture.grab():
+        count += 1
+    return count
 
 
 @pytest.mark.slow

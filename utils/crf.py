@@ -195,7 +195,26 @@ def settings_from(args: argparse.Namespace) -> CrfSettings:
     return CrfSettings(**{field.name: getattr(args, f"crf_{field.name}") for field in fields(CrfSettings)})
 
 
-def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], save_dir: str | Path) -> int:
+@dataclass(frozen=True)
+class Refinable:
+    """The frames of one video: where its maps are (below ``probability/`` and ``crf/``), and the pictures.
+
+    frames: image files, which the processes read; not `in_files` pictures (H, W, 3) uint8 RGB, asked for one by one in
+    order, as the decoder of a video file has them.
+    """
+
+    place: Path
+    stems: Sequence[str]
+    frames: Sequence[Path] | Sequence[np.ndarray]
+    in_files: bool = True
+
+
+def refinable(sequence: VideoSequence) -> Refinable:
+    """A video of a data set."""
+    return Refinable(Path(sequence.dataset, sequence.name), sequence.stems, sequence.frames)
+
+
+def run(args: argparse.Namespace, videos: Sequence[Refinable], save_dir: str | Path) -> int:
     """``--tools crf``: refines ``<save_dir>/probability/<dataset>/<video>/<stem>.png`` into ``<save_dir>/crf/…``.
 
     A result that is newer than its probability map and was made with the same settings is kept, unless
@@ -208,34 +227,37 @@ def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], save_dir: 
     _import_densecrf()  # now rather than in a worker
     settings = settings_from(args)
     save_dir = Path(save_dir)
-    tasks, missing = [], []
-    for sequence in sequences:
-        for frame in sequence.frames:
-            place = Path(sequence.dataset, sequence.name, f"{frame.stem}.png")
+    todo, missing = [], []
+    for video in videos:
+        for index, stem in enumerate(video.stems):
+            place = video.place / f"{stem}.png"
             source, target = save_dir / "probability" / place, save_dir / "crf" / place
             if not source.is_file():
                 missing.append(source)
             elif args.overwrite or not _is_current(target, source, settings):
-                tasks.append((frame, source, target, settings))
+                todo.append((video, index, source, target))
     if missing:
         raise DataError(
             f"{len(missing)} probability maps are missing, the first one {missing[0]}; make them first, with the same "
             "--save_dir: python tool.py --checkpoint WEIGHTS --tools test …"
         )
+    # One by one: a frame that is no file is decoded when its turn comes.
+    tasks = ((video.frames[index], source, target, settings) for video, index, source, target in todo)
     done = parallel_map(_refine_file, tasks, args.workers)
-    for _ in progress_bar(done, total=len(tasks), desc="crf", unit="frame"):
+    for _ in progress_bar(done, total=len(todo), desc="crf", unit="frame"):
         pass
-    return len(tasks)
+    return len(todo)
 
 
 @contextmanager
 def run_beside_test(
-    args: argparse.Namespace, sequences: Sequence[VideoSequence], save_dir: str | Path, world_size: int = 1
+    args: argparse.Namespace, videos: Sequence[Refinable], save_dir: str | Path, world_size: int = 1
 ) -> Iterator[Callable[[Path], None] | None]:
     """``--tools test crf``: refines maps on other processes while the network makes the next ones.
 
     Gives what is to be called with the place of each map that has been written, ``<dataset>/<video>/<stem>.png``; None
-    where ``--workers`` allows no process beside this one. `run`, afterwards, makes what is still missing.
+    where ``--workers`` allows no process beside this one, or frames are not in files, since a decoder has one position
+    and the network reads from it. `run`, afterwards, makes what is still missing.
 
     Args:
         world_size: processes of `test`, which share out the workers.
@@ -244,12 +266,12 @@ def run_beside_test(
         As `run`, also from the call that it gives.
     """
     workers = default_workers() if args.workers is None else args.workers
-    if workers <= 1:
+    if workers <= 1 or not all(video.in_files for video in videos):
         yield None
         return
     _import_densecrf()
     settings, save_dir = settings_from(args), Path(save_dir)
-    frames = {Path(s.dataset, s.name, f"{frame.stem}.png"): frame for s in sequences for frame in s.frames}
+    frames = {v.place / f"{stem}.png": frame for v in videos for stem, frame in zip(v.stems, v.frames)}
     with Background(_refine_file, share_of_workers(workers, world_size), "crf") as background:
 
         def written(place: Path) -> None:
@@ -258,11 +280,12 @@ def run_beside_test(
         yield written
 
 
-def _refine_file(frame: Path, source: Path, target: Path, settings: CrfSettings) -> None:
+def _refine_file(frame: Path | np.ndarray, source: Path, target: Path, settings: CrfSettings) -> None:
     from PIL import Image, PngImagePlugin
 
-    image, probability = load_frame(frame), load_probability(source)
-    require_size(source, probability.shape, image.shape, frame)
+    probability = load_probability(source)
+    image = load_frame(frame) if isinstance(frame, Path) else frame
+    require_size(source, probability.shape, image.shape, frame if isinstance(frame, Path) else "its frame")
     text = PngImagePlugin.PngInfo()
     text.add_text(FIELD, _settings_text(settings))
     buffer = io.BytesIO()

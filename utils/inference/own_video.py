@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets.video_sequence import FRAME_SUFFIXES, VideoSequence
-from utils.errors import UserError
+from datasets.video_sequence import FRAME_SUFFIXES
+from utils.crf import Refinable
 from utils.inference import segment
 from utils.inference.videos import SharedFrames, Video
 from utils.inference.weights import Weights
@@ -30,19 +30,16 @@ class OwnVideo:
     def flow_dir(self, save_dir: Path) -> Path:
         return save_dir / "flow" / self.name
 
-    def sequence(self, save_dir: Path) -> VideoSequence:
-        """The same for tools that read frames from files (crf).
+    @property
+    def place(self) -> Path:
+        """Below each kind of result."""
+        return Path(self.name)
 
-        Raises:
-            UserError: a video file, whose frames are no files.
-        """
+    def for_crf(self) -> Refinable:
+        """Its frames by their files where each has one, so that processes read them; else decoded in order."""
         files = self.frames.files
-        if len(files) != len(self.frames) or files[0].suffix.lower() not in FRAME_SUFFIXES:
-            raise UserError(
-                f"{files[0]}: the CRF reads frames from image files; extract them, and give --frames FOLDER instead of "
-                "--video: ffmpeg -i VIDEO -start_number 0 FOLDER/%05d.png"
-            )
-        return VideoSequence(self.name, "", files, {}, {}, "nonzero", self.flow_dir(save_dir))
+        in_files = len(files) == len(self.frames) and files[0].suffix.lower() in FRAME_SUFFIXES
+        return Refinable(self.place, self.frames.stems, files if in_files else self.frames, in_files)
 
 
 def open_own(video: str | None, frames: str | None) -> OwnVideo:
@@ -86,9 +83,6 @@ def run_own(
     Raises:
         As `segment.run` and `run_own_flow`.
     """
-    from utils.crf import load_probability
-    from utils.visualise import overlay_video
-
     if not processes.is_main:
         segment.run(args, [], processes, weights)
         return
@@ -100,15 +94,37 @@ def run_own(
         several = args.flip or len(args.scales) > 1
         own.frames.window += args.clip_len * (2 if several else 1)
     video = Video(
-        place=Path(own.name),
+        place=own.place,
         stems=own.frames.stems,
         frames=SharedFrames(own.frames),
         flows=SharedFrames(flows),
         sources=(*own.frames.files, *flows.files),
     )
     segment.run(args, [video], processes, weights, written)
-    path = save_dir / "overlay" / f"{own.name}.mp4"
-    maps = (load_probability(video.probability(save_dir, stem)) for stem in video.stems)
-    counted = progress_bar(maps, total=len(video.stems), desc="overlay", unit="frame")
-    overlay_video(path, video.frames, counted, own.frames.fps)
+    path = write_overlay(own, save_dir, "probability", save_dir / "overlay" / f"{own.name}.mp4")
     print(f"masks: {save_dir / 'binary' / own.name}\noverlay: {path}", flush=True)
+
+
+def run_own_crf(args: argparse.Namespace, own: OwnVideo) -> None:
+    """``--tools crf`` on a user's video: the refined maps, and an overlay video of them.
+
+    Raises:
+        As `utils.crf.run`.
+    """
+    from utils import crf
+
+    save_dir = Path(args.save_dir)
+    crf.run(args, [own.for_crf()], save_dir)
+    path = write_overlay(own, save_dir, "crf", save_dir / "overlay" / f"{own.name}_crf.mp4")
+    print(f"after the CRF: {save_dir / 'crf' / own.name}\noverlay: {path}", flush=True)
+
+
+def write_overlay(own: OwnVideo, save_dir: Path, kind: str, path: Path) -> Path:
+    """Writes the video with its maps of one kind (``probability``, ``crf``) drawn over the frames; returns its path."""
+    from utils.crf import load_probability
+    from utils.visualise import overlay_video
+
+    maps = (load_probability(save_dir / kind / own.place / f"{stem}.png") for stem in own.frames.stems)
+    counted = progress_bar(maps, total=len(own.frames), desc="overlay", unit="frame")
+    overlay_video(path, own.frames, counted, own.frames.fps)
+    return path
