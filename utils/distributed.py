@@ -263,5 +263,7 @@ def freeze_batch_norm(net: nn.Module, *, every: bool = True) -> None:
     ``net.train()``, which undoes it.
     """
     for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (every or not module.weight.requires_grad):
-            module.eval()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            frozen = module.weight is not None and not module.weight.requires_grad
+            if every or frozen:
+                module.eval()
