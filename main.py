@@ -41,10 +41,10 @@ from models.weights import save_weights
 from utils.distributed import (
     Processes,
     broadcast_buffers,
-    freeze_batch_norm,
     set_batch_norm,
     start_processes,
     stop_processes,
+    train_mode,
 )
 from utils.errors import UserError, exit_on_user_error
 from utils.evaluation.metrics import jaccard
@@ -165,8 +165,7 @@ def distribute(config: TrainConfig, processes: Processes, net: nn.Module) -> nn.
 def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
     """Steps to the end of the epoch, or of training; False if asked to stop before."""
     config, processes = run.config, run.processes
-    run.net.train()
-    freeze_batch_norm(run.net, every=config.bn == "frozen")
+    train_mode(run.net, config.bn)
     order.epoch, order.first_step = divmod(run.step, run.steps_per_epoch)
     loader.dataset.set_epoch(order.epoch)
     meter = Meter(run)
@@ -383,8 +382,7 @@ def validate_and_save(run: Run) -> bool:
     scores = validate(run)
     if scores is None:
         return False
-    run.net.train()
-    freeze_batch_norm(run.net, every=run.config.bn == "frozen")
+    train_mode(run.net, run.config.bn)
     mean = float(np.mean(list(scores.values())))
     improved = run.best is None or mean > run.best["J"]
     if improved:
@@ -496,12 +494,11 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
         raise UserError(f"{path}: the run was made with --ema {checkpoint['config']['ema']}; keep it on or off")
     if run.average is not None:
         load_state(run.average.net, checkpoint["ema"], path)
-    if checkpoint["config"]["optimizer"] != run.config.optimizer:
-        raise UserError(f"{path}: the run was made with --optimizer {checkpoint['config']['optimizer']}; keep it")
-    if checkpoint["config"].get("freeze_stride", 0) != run.config.freeze_stride:
-        raise UserError(
-            f"{path}: the run was made with --freeze_stride {checkpoint['config'].get('freeze_stride', 0)}; keep it"
-        )
+    # What the optimiser's state is of; older runs could freeze nothing.
+    made = {"freeze_stride": 0, **checkpoint["config"]}
+    for name in ("optimizer", "freeze_stride"):
+        if made[name] != getattr(run.config, name):
+            raise UserError(f"{path}: the run was made with --{name} {made[name]}; keep it")
     own = ("base_lr", "weight_decay", "momentum")  # those of this call, if they were changed
     asked = [{key: group[key] for key in own if key in group} for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])

@@ -282,8 +282,7 @@ def _dataset_names(args: argparse.Namespace) -> list[str]:
 def _read(args: argparse.Namespace, num_frames: int | None = None) -> dict[str, list[VideoSequence]]:
     """The videos of each data set, those of --sequences if given."""
     from datasets.sequences import read_dataset
-    from utils.errors import UserError
-    from utils.training.config import nearest
+    from utils.errors import UserError, nearest
 
     if args.num_frames < 1:
         raise UserError(f"--num_frames {args.num_frames}: expected 1 or more")

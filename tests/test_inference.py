@@ -290,25 +290,20 @@ def test_pictures_are_decoded_when_asked_for(tmp_path: Path) -> None:
 
 def test_ones_own_frames_and_video(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("cv2")
-    from utils.video import open_video
-
-    frames = data / "DAVIS" / "JPEGImages" / "480p" / "video-001"
-    pictures = [load_frame(path) for path in sorted(frames.iterdir())]
-    write_video(tmp_path / "clip.mp4", pictures, fps=10)
+    decoded = film(data, tmp_path)
     call(weights, tmp_path / "a", "--video", tmp_path / "clip.mp4", "--workers", 1)
     assert "by dis" in capsys.readouterr().out
     # The decoded frames as files give the same maps.
-    (tmp_path / "clip").mkdir()
-    decoded = open_video(tmp_path / "clip.mp4")
-    for stem, frame in zip(decoded.stems, decoded):
-        Image.fromarray(frame).save(tmp_path / "clip" / f"{stem}.png")
+    save_frames(decoded, tmp_path / "clip")
     call(weights, tmp_path / "b", "--frames", tmp_path / "clip", "--workers", 1, "--tools", "test")
     one, two = maps(tmp_path / "a"), maps(tmp_path / "b")
     assert list(one) == [f"clip/{stem}.png" for stem in decoded.stems] and len(one) == FRAMES
     for name, grey in one.items():
         assert grey.shape == SIZE and np.array_equal(grey, two[name])
     assert maps(tmp_path / "a", "binary").keys() == one.keys()
-    assert not list(frames.parent.rglob("*flow*"))  # nothing is written beside the user's files
+    assert not list(
+        (data / "DAVIS" / "JPEGImages" / "480p").rglob("*flow*")
+    )  # nothing is written beside the user's files
     for folder in ("a", "b"):
         assert count_frames(tmp_path / folder / "overlay" / "clip.mp4") == FRAMES
 
@@ -318,12 +313,8 @@ def test_the_crf_of_ones_own_video(data: Path, weights: Path, tmp_path: Path, wo
     """A video file, whose frames only this process decodes, and the same frames as files: the same maps."""
     pytest.importorskip("cv2")
     pytest.importorskip("pydensecrf.densecrf")
-    frames = sorted((data / "DAVIS" / "JPEGImages" / "480p" / "video-001").iterdir())
-    write_video(tmp_path / "clip.mp4", [load_frame(path) for path in frames])
-    decoded = VideoFrames(tmp_path / "clip.mp4")
-    (tmp_path / "clip").mkdir()
-    for stem, frame in zip(decoded.stems, decoded):
-        Image.fromarray(frame).save(tmp_path / "clip" / f"{stem}.png")
+    decoded = film(data, tmp_path)
+    save_frames(decoded, tmp_path / "clip")
     words = ["--tools", "test", "crf", "--workers", workers]
     call(weights, tmp_path / "a", "--video", tmp_path / "clip.mp4", *words)
     call(weights, tmp_path / "b", "--frames", tmp_path / "clip", *words)
@@ -335,6 +326,19 @@ def test_the_crf_of_ones_own_video(data: Path, weights: Path, tmp_path: Path, wo
         assert np.array_equal(one[name], refine(decoded[index], grey[name]))
     for folder in ("a", "b"):
         assert count_frames(tmp_path / folder / "overlay" / "clip_crf.mp4") == FRAMES
+
+
+def film(data: Path, folder: Path) -> VideoFrames:
+    """A video of the data set as ``clip.mp4`` in a folder, and its frames as they are decoded."""
+    frames = sorted((data / "DAVIS" / "JPEGImages" / "480p" / "video-001").iterdir())
+    write_video(folder / "clip.mp4", [load_frame(path) for path in frames], fps=10)
+    return VideoFrames(folder / "clip.mp4")
+
+
+def save_frames(decoded: VideoFrames, folder: Path) -> None:
+    folder.mkdir()
+    for stem, frame in zip(decoded.stems, decoded):
+        Image.fromarray(frame).save(folder / f"{stem}.png")
 
 
 def count_frames(path: Path) -> int:

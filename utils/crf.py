@@ -283,9 +283,9 @@ def run_beside_test(
 def _refine_file(frame: Path | np.ndarray, source: Path, target: Path, settings: CrfSettings) -> None:
     from PIL import Image, PngImagePlugin
 
+    image, name = (load_frame(frame), frame) if isinstance(frame, Path) else (frame, "its frame")
     probability = load_probability(source)
-    image = load_frame(frame) if isinstance(frame, Path) else frame
-    require_size(source, probability.shape, image.shape, frame if isinstance(frame, Path) else "its frame")
+    require_size(source, probability.shape, image.shape, name)
     text = PngImagePlugin.PngInfo()
     text.add_text(FIELD, _settings_text(settings))
     buffer = io.BytesIO()

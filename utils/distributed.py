@@ -218,7 +218,7 @@ class SyncBatchNormAct2d(SyncBatchNorm2d):
 
 
 def set_batch_norm(net: nn.Module, mode: str, processes: Processes) -> nn.Module:
-    """Makes the batch norms of ``net`` what ``mode`` says: "sync", "local" or "frozen" (see `freeze_batch_norm`).
+    """Makes the batch norms of ``net`` what ``mode`` says: "sync", "local" or "frozen" (see `train_mode`).
 
     Names of parameters and buffers stay, so checkpoints do not depend on the mode. With one process, "sync" is "local".
 
@@ -256,14 +256,13 @@ def broadcast_buffers(net: nn.Module, processes: Processes) -> None:
             dist.broadcast(buffer, 0)
 
 
-def freeze_batch_norm(net: nn.Module, *, every: bool = True) -> None:
-    """Puts batch norms into evaluation mode: running statistics are used and kept; scale and shift still train.
-
-    Not ``every`` one: those of frozen layers alone, whose scale does not train either. To be called after each
-    ``net.train()``, which undoes it.
+def train_mode(net: nn.Module, bn: str) -> None:
+    """``net.train()`` but for the batch norms that stay in evaluation mode, where running statistics are used and kept:
+    with ``bn`` "frozen" all of them, whose scale and shift still train, and else those of frozen layers.
     """
+    net.train()
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             frozen = module.weight is not None and not module.weight.requires_grad
-            if every or frozen:
+            if bn == "frozen" or frozen:
                 module.eval()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from datasets.errors import DataError
@@ -15,6 +16,14 @@ class UserError(ValueError):
 
     Says what, where, expected, and what to do.
     """
+
+
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """``did you mean …`` with the nearest names, or all names where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(prefix + name for name in near) + "?"
+    return "the valid names are " + ", ".join(prefix + name for name in known)
 
 
 PLACES = {

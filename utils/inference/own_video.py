@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets.video_sequence import FRAME_SUFFIXES
-from utils.crf import Refinable
+from utils import crf
 from utils.inference import segment
 from utils.inference.videos import SharedFrames, Video
 from utils.inference.weights import Weights
@@ -35,11 +35,11 @@ class OwnVideo:
         """Below each kind of result."""
         return Path(self.name)
 
-    def for_crf(self) -> Refinable:
+    def for_crf(self) -> crf.Refinable:
         """Its frames by their files where each has one, so that processes read them; else decoded in order."""
         files = self.frames.files
         in_files = len(files) == len(self.frames) and files[0].suffix.lower() in FRAME_SUFFIXES
-        return Refinable(self.place, self.frames.stems, files if in_files else self.frames, in_files)
+        return crf.Refinable(self.place, self.frames.stems, files if in_files else self.frames, in_files)
 
 
 def open_own(video: str | None, frames: str | None) -> OwnVideo:
@@ -111,8 +111,6 @@ def run_own_crf(args: argparse.Namespace, own: OwnVideo) -> None:
     Raises:
         As `utils.crf.run`.
     """
-    from utils import crf
-
     save_dir = Path(args.save_dir)
     crf.run(args, [own.for_crf()], save_dir)
     path = write_overlay(own, save_dir, "crf", save_dir / "overlay" / f"{own.name}_crf.mp4")
@@ -121,10 +119,9 @@ def run_own_crf(args: argparse.Namespace, own: OwnVideo) -> None:
 
 def write_overlay(own: OwnVideo, save_dir: Path, kind: str, path: Path) -> Path:
     """Writes the video with its maps of one kind (``probability``, ``crf``) drawn over the frames; returns its path."""
-    from utils.crf import load_probability
     from utils.visualise import overlay_video
 
-    maps = (load_probability(save_dir / kind / own.place / f"{stem}.png") for stem in own.frames.stems)
+    maps = (crf.load_probability(save_dir / kind / own.place / f"{stem}.png") for stem in own.frames.stems)
     counted = progress_bar(maps, total=len(own.frames), desc="overlay", unit="frame")
     overlay_video(path, own.frames, counted, own.frames.fps)
     return path

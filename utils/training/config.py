@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 import os
 import types
@@ -19,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from utils.errors import UserError
+from utils.errors import UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -359,14 +358,6 @@ def _name(kind: Any) -> str:
         return f"{len(inner)} values, each {_name(inner[0])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     return names.get(kind, str(kind))
-
-
-def nearest(word: str, known: typing.Iterable[str], prefix: str = "") -> str:
-    """``did you mean …`` with the nearest names, or all names where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
-    if near:
-        return "did you mean " + " or ".join(prefix + name for name in near) + "?"
-    return "the valid names are " + ", ".join(prefix + name for name in known)
 
 
 class _Loader(yaml.SafeLoader):

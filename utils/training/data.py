@@ -11,8 +11,8 @@ from datasets.sequences import VideoSequence, read_dataset
 from datasets.stills import read_stills
 from datasets.synthetic import SyntheticClips
 from datasets.transforms import Augment
-from utils.errors import UserError
-from utils.training.config import TrainConfig, nearest
+from utils.errors import UserError, nearest
+from utils.training.config import TrainConfig
 
 
 def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]], list[VideoSequence]]:
