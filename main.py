@@ -116,7 +116,9 @@ def build_optimizer(config: TrainConfig, net: nn.Module) -> torch.optim.Optimize
             groups.append({"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": decay})
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr)
+    # On a GPU in one kernel for many tensors: their updates one by one are some thousand launches.
+    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 
 def lr_factor(config: TrainConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
@@ -501,6 +503,9 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
             raise UserError(f"{path}: the run was made with --{name} {made[name]}; keep it")
     own = ("base_lr", "weight_decay", "momentum")  # those of this call, if they were changed
     asked = [{key: group[key] for key in own if key in group} for group in run.optimizer.param_groups]
+    for group in checkpoint["optimizer"]["param_groups"]:
+        if "fused" in group:  # as this call's device wants it: the step counters have to be where it looks for them
+            group["fused"] = run.optimizer.param_groups[0]["fused"]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     for group, options in zip(run.optimizer.param_groups, asked):
         group.update(options)
@@ -597,7 +602,8 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
         # cuBLAS reads this when it is first used, which is later than here.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not config.deterministic
+    # cuDNN's search for the fastest kernels took 45 seconds for the convolutions of one size (H100): once, or for each.
+    torch.backends.cudnn.benchmark = not config.deterministic and len(config.multi_scale) < 2
 
 
 def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, int]) -> None:

@@ -111,11 +111,13 @@ class BiConvLSTM(nn.Module):
             z = [self.project(x[:, t : t + 1])[:, 0] for t in range(last + 1)]
         else:
             z = self.project(x).unbind(1)  # T of (B, S, 2, 4*h, H, W)
-        # Direction 1 reads the frames from the last to the first. Joined step by step, while they are in the cache.
-        steps = (torch.stack([z[t][:, :, 0], z[last - t][:, :, 1]], 2) for t in range(last + 1))
-        outputs, state = self._run(steps, state)
+        # Direction 1 reads the frames from the last to the first. Joined step by step, while they are in the cache, and
+        # taken apart by unbind, whose gradient is one copy; that of an index is a map of zeros for each direction.
+        z = [step.unbind(2) for step in z]
+        outputs, state = self._run((torch.stack([z[t][0], z[last - t][1]], 2) for t in range(last + 1)), state)
+        outputs = [step.unbind(2) for step in outputs]
         # T of (B, S, 2*h, H, W)
-        frames = [torch.cat([outputs[t][:, :, 0], outputs[last - t][:, :, 1]], 2) for t in range(last + 1)]
+        frames = [torch.cat([outputs[t][0], outputs[last - t][1]], 2) for t in range(last + 1)]
         return torch.stack(frames, 1), state
 
 

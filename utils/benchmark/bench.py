@@ -93,8 +93,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.bench_threads < 1:
             raise UserError(f"--bench_threads {args.bench_threads}: expected 1 or more")
         torch.set_num_threads(args.bench_threads)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
     sizes = [tuple(args.size)] if args.size else list(args.bench_sizes)
     nets = [load_dbsnet(args.checkpoint)] if args.checkpoint else [make_net(variant) for variant in args.bench_variants]
 
@@ -153,7 +151,7 @@ def _measure(
             predictor = Predictor(net, device=device, size=size, **common)
             return bench_pipeline(predictor, paths, workers=max(1, workers), crf=args.bench_crf)
     return bench_training(
-        net.config["variant"], device, size, length=min(args.bench_clip, 5), batch=args.batch_size, amp=args.amp,
+        net.config["variant"], device, size, length=min(args.bench_clip, 5), batch=args.batch_size or 4, amp=args.amp,
         workers=workers, steps=max(2, args.bench_repeats), processes=args.bench_processes,
     )  # fmt: skip
 

@@ -58,7 +58,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     Raises:
         UserError: an option out of range.
     """
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size}: expected 1 or more")
     if args.clip_len is not None and args.clip_len < 1:
         raise UserError(f"--clip_len {args.clip_len}: expected 1 or more")
