@@ -543,7 +543,7 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
     net = build_network(config, checkpoint).to(processes.device)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
-        if processes.device.type == "cpu" and config.amp != "none":
+        if processes.device.type == "cuda" or config.amp != "none":
             recurrence_in_planes(net)
     average = WeightAverage(net, config.ema) if config.ema else None
     teacher = load_teacher(config, net, processes.device)

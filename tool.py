@@ -89,9 +89,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"), help="of its input; default: the checkpoint's, or 384 640"
     )
-    network.add_argument(
-        "--batch_size", type=int, metavar="N", help="frames at once; default: 4 on a CPU, 16 on a GPU"
-    )
+    network.add_argument("--batch_size", type=int, metavar="N", help="frames at once; default: 4 on a CPU, 16 on a GPU")
     network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: full precision")
 
     parallel.add_arguments(parser)

@@ -80,16 +80,19 @@ class BiConvLSTM(nn.Module):
         for step in steps:
             b, s, _, _, height, width = step.shape
             shape = (b, s * 2, 4, self.hidden, height, width)
-            gates = step.reshape(shape)
-            if h is not None:
-                gates = self.recurrent_conv(h).view(shape).add_(gates)  # a convolution's result is nobody else's
-            i, f, g, o = gates.unbind(2)  # each (B, S*2, h, H, W)
-            new = torch.sigmoid(i) * torch.tanh(g)
-            c = new if c is None else torch.addcmul(new, torch.sigmoid(f), c.view_as(new))
-            output = torch.sigmoid(o) * torch.tanh(c)
+            if h is not None and step.is_cuda and not torch.compiler.is_compiling():  # what compiles fuses it itself
+                output, c = _fused_cell(step, self.recurrent_conv(h), c)
+            else:
+                gates = step.reshape(shape)
+                if h is not None:
+                    gates = self.recurrent_conv(h).view(shape).add_(gates)  # a convolution's result is nobody else's
+                i, f, g, o = gates.unbind(2)  # each (B, S*2, h, H, W)
+                new = torch.sigmoid(i) * torch.tanh(g)
+                c = new if c is None else torch.addcmul(new, torch.sigmoid(f), c.view_as(new))
+                output = torch.sigmoid(o) * torch.tanh(c)
             outputs.append(output.view(b, s, 2, self.hidden, height, width))
-            h = output.flatten(1, 2)  # (B, S*2, h, H, W) -> (B, S*2*h, H, W)
-        return outputs, (h, c.flatten(1, 2))
+            h = output.reshape(b, -1, height, width)  # -> (B, S*2*h, H, W)
+        return outputs, (h, c.reshape(h.shape))
 
     def _by_frame(self, x: Tensor) -> bool:
         """Whether to project the frames one by one: a large map of all of them leaves a processor's cache.
@@ -121,11 +124,24 @@ class BiConvLSTM(nn.Module):
         return torch.stack(frames, 1), state
 
 
+def _fused_cell(inputs: Tensor, recurrent: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """An LSTM cell on a GPU in one kernel, PyTorch's own for `nn.LSTM`, in place of ten that a small map is done with
+    before the next is launched. Gates (B, S, 2, 4*h, H, W) and (B, S*2*4*h, H, W), cell state of B*S*2*h*H*W numbers
+    -> output and cell state, each (B*S*2, h*H*W).
+    """
+    rows = inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
+    # i, f, g, o one after the other in a row: the order that the kernel has, too.
+    parts = (part.reshape(rows, -1) for part in (inputs, recurrent, cell))
+    output, cell, _ = torch.ops.aten._thnn_fused_lstm_cell(*parts)
+    return output, cell
+
+
 def recurrence_in_planes(net: nn.Module) -> None:
     """Lay the weights of every `BiConvLSTM` within `net` out in planes, also where the rest is channels-last.
 
-    For training in bfloat16 on a CPU: there the weight gradient of a grouped and dilated channels-last convolution is
-    wrong or NaN on some processors (PyTorch 2.14, oneDNN, AVX-512 with bf16: by 64 % at dilation 2, NaN at dilation 4).
+    For GPUs, whose cell reads the gates one after the other. And for training in bfloat16 on a CPU: there the weight
+    gradient of a grouped and dilated channels-last convolution is wrong or NaN on some processors (PyTorch 2.14,
+    oneDNN, AVX-512 with bf16: by 64 % at dilation 2, NaN at dilation 4).
     """
     for module in net.modules():
         if isinstance(module, BiConvLSTM):

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from models.convlstm import DenseBiConvLSTM
 from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
-from models.fold import fold_batch_norm
+from models.fold import fold_batch_norm, lower_weights
 from models.refinement import refinement_windows, temporal_windows
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Images = Sequence[np.ndarray]  # (H, W, 3) uint8 RGB each
 Size = tuple[int, int]  # height, width
+Window = tuple[int, int, int, int]  # of `models.refinement.temporal_windows`: start, stop, first and last kept
 
 
 class FrameStore:
@@ -164,8 +165,8 @@ class Predictor:
         net: the network; it is put in evaluation mode.
         device: where to run; the network's own device by default.
         size: (H, W) of the network's input; frames and flow images are resized to it. None: the frame's own size.
-        batch_size: frames encoded or decoded at once; by default 4 on a CPU, 16 on a GPU, which fewer leave idle. Changes
-            speed and memory, not the result.
+        batch_size: frames encoded or decoded at once; by default 4 on a CPU, and 16 on a GPU, which fewer leave idle.
+            Changes speed and memory, not the result.
         amp: ``None``, ``"bf16"`` or ``"fp16"``: autocast.
         clip_len: None propagates over the whole video; N runs the network on overlapping clips of N frames instead.
         flip: average with the result on the mirrored video.
@@ -230,8 +231,10 @@ class Predictor:
         if self.fold:
             net = fold_batch_norm(net)
             net.encoders.to(memory_format=self.memory_format)
+            if self.amp is not None:
+                lower_weights(net, self.amp)
         run = self._clips if self.clip_len else self._whole
-        runs = [run(net, frames, flows, own, size, flip, len(passes)) for size, flip in passes]
+        runs = [hand_out(run(net, frames, flows, own, size, flip, len(passes))) for size, flip in passes]
         for index, results in enumerate(zip(*runs)):
             yield index, sum(results) / len(results) if len(results) > 1 else results[0]
 
@@ -243,9 +246,11 @@ class Predictor:
         return max(m, round(height * scale / m) * m), max(m, round(width * scale / m) * m)
 
     def _load(self, images: Sequence[np.ndarray], start: int, stop: int, mirror: Callable | None) -> Tensor:
-        """Images start … stop-1 as a (n, 3, H, W) uint8 tensor; `mirror` is applied to each."""
+        """Images start … stop-1 as a (n, 3, H, W) uint8 tensor, pinned for a GPU; `mirror` is applied to each."""
         arrays = [images[i] if mirror is None else mirror(images[i]) for i in range(start, stop)]
-        return torch.from_numpy(np.ascontiguousarray(np.stack(arrays))).permute(0, 3, 1, 2)
+        stacked = torch.empty((len(arrays), *arrays[0].shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        np.stack(arrays, out=stacked.numpy())
+        return stacked.permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
 
     def _input(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """uint8 (n, 3, H, W) -> float [0, 1] at `size`, padded, on the device."""
@@ -266,22 +271,21 @@ class Predictor:
             starts,
         )
 
-    def _finish(self, logits: Tensor, size: tuple[int, int], own: tuple[int, int], flip: bool) -> Iterator[np.ndarray]:
-        """Logits (n, 1, H/4, W/4) of the padded input -> probabilities (H, W) at the frames' own size, one by one."""
+    def _finish(self, logits: Tensor, size: Size, own: Size, flip: bool) -> Tensor:
+        """Logits (n, 1, H/4, W/4) of the padded input -> probabilities (n, H, W) at the frames' own size."""
         padded = (logits.shape[-2] * 4, logits.shape[-1] * 4)
         x = upsample_logits(logits.float(), padded, size)
         if tuple(size) != tuple(own):
             x = F.interpolate(x, size=own, mode="bilinear", align_corners=False)
         x = x.sigmoid()
-        x = (x.flip(-1) if flip else x)[:, 0].cpu().numpy()
-        yield from x
+        return (x.flip(-1) if flip else x)[:, 0]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     def _clips(
         self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool, passes: int
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterator[Tensor]:
         windows = list(temporal_windows(len(frames), self.clip_len))
         for (start, _, keep, until), (x, y) in zip(
             windows, self._batches(frames, flows, [w[:2] for w in windows], flip)
@@ -291,13 +295,12 @@ class Predictor:
                 kept = slice(keep - start, until - start)
                 for index, level in enumerate(levels):
                     levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
-                logits = net.decode(levels, skip[kept])
-                results = list(self._finish(logits, size, own, flip))
-            yield from results
+                results = self._finish(net.decode(levels, skip[kept]), size, own, flip)
+            yield results
 
     def _whole(
         self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool, passes: int
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterator[Tensor]:
         length = len(frames)
         storage = Storage(
             length, self.device, self.store_dtype, self.device_memory // passes, self.host_memory // passes
@@ -317,22 +320,67 @@ class Predictor:
             for index, block in enumerate(net.propagation):
                 with torch.inference_mode(), self._autocast():
                     propagate_store(block, features[index], storage, self.piece, self.device)
-            for start, stop, keep, until in refinement_windows(length, net.window):
+            for windows in batches_of_windows(refinement_windows(length, net.window), self.batch_size):
+                first, last = windows[0][2], windows[-1][3]  # what they keep is without gaps
                 with torch.inference_mode(), self._autocast():
-                    levels = [features[0].read(keep, until, self.device)]
+                    levels = [features[0].read(first, last, self.device)]
                     for index in range(1, len(features) - 1):
-                        x = features[index].read(start, stop, self.device)[None]  # (T, S*d, h, w) -> (1, T, S*d, h, w)
-                        levels.append(net.refine(index, x)[0, keep - start : until - start])
-                    skip = features[-1].read(keep, until, self.device)
-                results: list[np.ndarray] = []
-                for first in range(0, until - keep, self.batch_size):
-                    part = slice(first, first + self.batch_size)
+                        levels.append(self._refine(net, index, features[index], windows))
+                    skip = features[-1].read(first, last, self.device)
+                for start in range(0, last - first, self.batch_size):
+                    part = slice(start, start + self.batch_size)
                     with torch.inference_mode(), self._autocast():
                         logits = net.decode([level[part] for level in levels], skip[part])
-                        results = list(self._finish(logits, size, own, flip))
-                    yield from results
+                        results = self._finish(logits, size, own, flip)
+                    yield results
         finally:
             storage.close()
+
+    def _refine(self, net: DBSNet, level: int, features: FrameStore, windows: Sequence[Window]) -> Tensor:
+        """What windows of one length keep of a level's refined maps, joined: (n, S*d, h, w)."""
+        x = torch.stack([features.read(start, stop, self.device) for start, stop, _, _ in windows])
+        x = net.refine(level, x)  # (windows, T, S*d, h, w)
+        return torch.cat([y[keep - start : until - start] for y, (start, _, keep, until) in zip(x, windows)])
+
+
+def hand_out(batches: Iterator[Tensor]) -> Iterator[np.ndarray]:
+    """Batches (n, H, W) of maps on a device -> one (H, W) array of host memory after the other.
+
+    From a GPU they come one batch late: each is copied while the next one is computed, and nothing waits for the device
+    before it has been given something to do.
+    """
+    late: tuple[Tensor, torch.cuda.Event] | None = None
+    for batch in batches:
+        if batch.device.type != "cuda":
+            yield from batch.numpy()
+            continue
+        host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+        with torch.inference_mode():
+            host.copy_(batch, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(batch.device))
+        late, ready = (host, copied), late
+        if ready is not None:
+            yield from _landed(*ready)
+    if late is not None:
+        yield from _landed(*late)
+
+
+def _landed(host: Tensor, copied: torch.cuda.Event) -> Iterator[np.ndarray]:
+    copied.synchronize()
+    yield from host.numpy()
+
+
+def batches_of_windows(windows: Iterator[Window], frames: int) -> Iterator[list[Window]]:
+    """Windows of one video in lists that keep at most so many frames together, or of one window that keeps more."""
+    batch: list[Window] = []
+    for window in windows:
+        if batch and window[3] - batch[0][2] > frames:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
 
 
 def propagate_store(

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from models import DBSNet, Predictor, build_dbsnet
+from models.predictor import batches_of_windows
+from models.refinement import refinement_windows
 
 SIZE = (64, 96)
 
@@ -99,7 +101,7 @@ def test_equals_the_network_on_the_whole_clip(net: DBSNet, video: tuple, length:
 
 
 @pytest.mark.parametrize("options", [
-    {"batch_size": 1, "piece": 1}, {"batch_size": 7, "piece": 100}, {"host_memory": 0},
+    {"batch_size": 1, "piece": 1}, {"batch_size": 7, "piece": 100}, {"batch_size": 6}, {"host_memory": 0},
     {"host_memory": 400_000, "piece": 5},    {"channels_last": True}, {"fold": False},
 ])  # fmt: skip
 def test_batches_pieces_and_places_do_not_matter(net: DBSNet, video: tuple, truth: np.ndarray, options: dict) -> None:
@@ -118,6 +120,17 @@ def test_ablations_and_the_other_flavour(video: tuple, options: dict) -> None:
     net = make_net(**options)
     frames, flows = video[0][:6], video[1][:6]
     np.testing.assert_allclose(collect(exact(net)(frames, flows)), whole(net, frames, flows), atol=1e-5)
+
+
+@pytest.mark.parametrize("length, frames", [(3, 16), (9, 4), (23, 16), (40, 12), (40, 1)])
+def test_windows_come_in_batches_of_few_frames_and_lose_none(length: int, frames: int) -> None:
+    windows = list(refinement_windows(length, 8))
+    batches = list(batches_of_windows(iter(windows), frames))
+    assert [window for batch in batches for window in batch] == windows
+    kept = [batch[-1][3] - batch[0][2] for batch in batches]
+    assert all(count <= frames or len(batch) == 1 for count, batch in zip(kept, batches))
+    # as many as go in: no batch could have taken the next one's first window
+    assert all(nxt[0][3] - batch[0][2] > frames for batch, nxt in zip(batches, batches[1:]))
 
 
 def test_sizes_that_are_no_multiple_are_padded(net: DBSNet) -> None:

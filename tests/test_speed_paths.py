@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ import models.convlstm
 from models import Predictor, build_dbsnet
 from models.convlstm import DenseBiConvLSTM
 from models.dbsnet import DBSNet
-from models.fold import fold_batch_norm
+from models.fold import fold_batch_norm, lower_weights
 from models.mobilevit import ConvNormAct
 from utils.benchmark.propagation import PlainPropagation, propagation_macs
 
@@ -224,6 +225,14 @@ def test_bf16(net: DBSNet, clip: tuple[torch.Tensor, torch.Tensor], expected: to
     assert (logits.float() - expected).abs().max() < 0.05 * (expected.max() - expected.min())
 
 
+def test_lower_weights_are_those_of_autocast(net: DBSNet, clip: tuple[torch.Tensor, torch.Tensor]) -> None:
+    lower = copy.deepcopy(net)
+    lower_weights(lower, torch.bfloat16)
+    assert lower.decoder.head.weight.dtype == torch.bfloat16
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lower(*clip), net(*clip))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp, tolerance", [(None, 2e-3), ("bf16", 0.1), ("fp16", 0.02)])
 def test_on_a_gpu(net: DBSNet, amp: str | None, tolerance: float) -> None:
@@ -232,6 +241,23 @@ def test_on_a_gpu(net: DBSNet, amp: str | None, tolerance: float) -> None:
     assert np.abs(on_gpu - plain).max() < tolerance
     spilled = predict(make_net(), device="cuda", amp=amp, device_memory=0)  # features in host memory
     assert np.abs(spilled - on_gpu).max() < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("planes", [True, False])
+def test_propagation_learns_the_same_on_a_gpu(planes: bool) -> None:
+    torch.manual_seed(0)
+    dense = DenseBiConvLSTM(16, 8).double()
+    copied = copy.deepcopy(dense).cuda()
+    if not planes:
+        copied = copied.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 32, 12, 20, dtype=torch.double)
+    leaves = x.clone().requires_grad_(), x.cuda().requires_grad_()
+    for module, leaf in zip((dense, copied), leaves):
+        module(leaf).square().mean().backward()
+    torch.testing.assert_close(leaves[1].grad.cpu(), leaves[0].grad)
+    for ours, theirs in zip(copied.parameters(), dense.parameters()):
+        torch.testing.assert_close(ours.grad.cpu(), theirs.grad)
 
 
 @pytest.mark.gpu

@@ -175,13 +175,25 @@ def run_video(predictor: Predictor, length: int, size: tuple[int, int]) -> float
 
 
 def bench_video(
-    net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, batch_size: int | None, repeats: int
+    net: DBSNet,
+    device: torch.device,
+    size: tuple[int, int],
+    *,
+    length: int,
+    amp: str,
+    batch_size: int | None,
+    repeats: int,
 ) -> dict[str, Any]:
     """Whole videos through `Predictor`: uint8 pictures in host memory in, probability maps in host memory out."""
     predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size)
     with PeakMemory(device) as memory:
         times = time_calls({"video": lambda: run_video(predictor, length, size)}, device, repeats)
-    return {"frames": length, "batch_size": predictor.batch_size, **times["video"].describe(length), "memory": memory.describe()}
+    return {
+        "frames": length,
+        "batch_size": predictor.batch_size,
+        **times["video"].describe(length),
+        "memory": memory.describe(),
+    }
 
 
 def bench_long(
