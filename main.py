@@ -602,8 +602,8 @@ def check_machine(config: TrainConfig, processes: Processes) -> None:
         # cuBLAS reads this when it is first used, which is later than here.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    # cuDNN's search for the fastest kernels took 45 seconds for the convolutions of one size (H100): once, or for each.
-    torch.backends.cudnn.benchmark = not config.deterministic and len(config.multi_scale) < 2
+    # cuDNN's search for the fastest kernels took 45 seconds on an H100, and training was no faster with them.
+    torch.backends.cudnn.benchmark = False
 
 
 def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, int]) -> None:

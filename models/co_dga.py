@@ -82,8 +82,20 @@ class CoDGA(nn.Module):
         other = ~torch.eye(self.streams, dtype=torch.bool, device=slopes.device)
         return slopes[other.long()]
 
-    def messages(self, x: Tensor) -> Tensor:
-        """One round: (B, S*C, H, W) -> (B, S*C, H, W).
+    def biases(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """What is added to the edges along rows and along columns, the same in each round: (heads, S source, S target *
+        length, length), of the length `width` and `height`.
+        """
+        rows, columns = (
+            self._bias(length, direction).permute(2, 1, 0, 3, 4).flatten(2, 3)  # from (target, source, heads, p, q)
+            for direction, length in enumerate((width, height))
+        )
+        # The node itself is in its row already; the row always remains, so no softmax is empty.
+        itself = torch.eye(height, dtype=torch.bool, device=columns.device).repeat(self.streams, 1)  # (S target * H, H)
+        return rows, columns.masked_fill(itself, float("-inf"))
+
+    def messages(self, x: Tensor, biases: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """One round: (B, S*C, H, W) -> (B, S*C, H, W). `biases` are those of `biases`, for several rounds.
 
         Rows and columns are each one batched product in their own memory order; the joint softmax only exchanges its
         maxima and sums between them, so that no map of edges is ever permuted.
@@ -98,16 +110,14 @@ class CoDGA(nn.Module):
             return maps.permute(0, 4, 2, 1, 5, 3) if axis == 0 else maps.permute(0, 5, 2, 1, 4, 3)
 
         logits, maxima = [], []
+        biases = self.biases(height, width) if biases is None else biases
         for axis, length in enumerate((width, height)):
             # (B, other, heads, 1, S*axis, d)
             query = along(edges[:, :, 0, axis], axis).flatten(3, 4)[:, :, :, None] * d**-0.5
             key = along(edges[:, :, 1, axis], axis).transpose(4, 5)  # (B, other, heads, S source, d, axis)
-            # (heads, S source, S target * axis, axis)
-            bias = self._bias(length, axis).permute(2, 1, 0, 3, 4).flatten(2, 3)
-            if axis == 1:  # the node itself is in its row already; the row always remains, so no softmax is empty
-                itself = torch.eye(length, dtype=torch.bool, device=x.device).repeat(s, 1)  # (S target * H, H)
-                bias = bias.masked_fill(itself, float("-inf"))
-            edge = (query @ key).add_(bias.to(query.dtype))  # (B, other, heads, S source, S target * axis, axis)
+            edge = (query @ key).add_(
+                biases[axis].to(query.dtype)
+            )  # (B, other, heads, S source, S target * axis, axis)
             logits.append(edge)
             maxima.append(edge.detach().amax(-1).unflatten(-1, (s, length)))  # (B, other, heads, source, target, axis)
         # as rows have it: (B, H, heads, source, target, W)
@@ -138,6 +148,7 @@ class CoDGA(nn.Module):
         return x + self.scale * gate * self.mix(message.flatten(1, 3))
 
     def forward(self, x: Tensor) -> Tensor:
+        biases = self.biases(*x.shape[-2:]) if self.rounds else None
         for _ in range(self.rounds):
-            x = self.messages(x)
+            x = self.messages(x, biases)
         return self.readout(x)

@@ -79,13 +79,13 @@ class BiConvLSTM(nn.Module):
         outputs = []
         for step in steps:
             b, s, _, _, height, width = step.shape
-            shape = (b, s * 2, 4, self.hidden, height, width)
-            if h is not None and step.is_cuda and not torch.compiler.is_compiling():  # what compiles fuses it itself
-                output, c = _fused_cell(step, self.recurrent_conv(h), c)
+            recurrent = None if h is None else self.recurrent_conv(h)
+            if step.is_cuda and not torch.compiler.is_compiling():  # what compiles fuses it itself
+                output, c = _fused_cell(step, recurrent, c)
             else:
-                gates = step.reshape(shape)
-                if h is not None:
-                    gates = self.recurrent_conv(h).view(shape).add_(gates)  # a convolution's result is nobody else's
+                gates = step.reshape(b, s * 2, 4, self.hidden, height, width)
+                if recurrent is not None:
+                    gates = recurrent.view(gates.shape).add_(gates)  # a convolution's result is nobody else's
                 i, f, g, o = gates.unbind(2)  # each (B, S*2, h, H, W)
                 new = torch.sigmoid(i) * torch.tanh(g)
                 c = new if c is None else torch.addcmul(new, torch.sigmoid(f), c.view_as(new))
@@ -109,13 +109,19 @@ class BiConvLSTM(nn.Module):
         With a carried `state`, a clip cut in two gives the same forward states as the whole (the backward chain of the
         first piece has, of course, not seen the second: `models.predictor` feeds mirrored pieces for that).
         """
+        if x.is_cuda:  # in few and large copies, since each costs its launch
+            z = self.project(x)
+            # Direction 1 reads the frames from the last to the first.
+            outputs, state = self._run(torch.stack([z[:, :, :, 0], z[:, :, :, 1].flip(1)], 3).unbind(1), state)
+            y = torch.stack(outputs, 1)  # (B, T, S, 2, h, H, W)
+            return torch.cat([y[:, :, :, 0], y[:, :, :, 1].flip(1)], 3), state
         last = x.shape[1] - 1
         if self._by_frame(x):
             z = [self.project(x[:, t : t + 1])[:, 0] for t in range(last + 1)]
         else:
             z = self.project(x).unbind(1)  # T of (B, S, 2, 4*h, H, W)
-        # Direction 1 reads the frames from the last to the first. Joined step by step, while they are in the cache, and
-        # taken apart by unbind, whose gradient is one copy; that of an index is a map of zeros for each direction.
+        # On a processor they are joined step by step, while they are in the cache, and taken apart by unbind, whose
+        # gradient is one copy; that of an index is a map of zeros for each direction.
         z = [step.unbind(2) for step in z]
         outputs, state = self._run((torch.stack([z[t][0], z[last - t][1]], 2) for t in range(last + 1)), state)
         outputs = [step.unbind(2) for step in outputs]
@@ -124,15 +130,17 @@ class BiConvLSTM(nn.Module):
         return torch.stack(frames, 1), state
 
 
-def _fused_cell(inputs: Tensor, recurrent: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+def _fused_cell(inputs: Tensor, recurrent: Tensor | None, cell: Tensor | None) -> tuple[Tensor, Tensor]:
     """An LSTM cell on a GPU in one kernel, PyTorch's own for `nn.LSTM`, in place of ten that a small map is done with
     before the next is launched. Gates (B, S, 2, 4*h, H, W) and (B, S*2*4*h, H, W), cell state of B*S*2*h*H*W numbers
-    -> output and cell state, each (B*S*2, h*H*W).
+    -> output and cell state, each (B*S*2, h*H*W). At the start there is neither a state nor what it gives.
     """
-    rows = inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
     # i, f, g, o one after the other in a row: the order that the kernel has, too.
-    parts = (part.reshape(rows, -1) for part in (inputs, recurrent, cell))
-    output, cell, _ = torch.ops.aten._thnn_fused_lstm_cell(*parts)
+    inputs = inputs.flatten(0, 2).flatten(1)  # (B, S, 2, 4*h, H, W) -> (B*S*2, 4*h*H*W)
+    recurrent = torch.zeros_like(inputs) if recurrent is None else recurrent.reshape(inputs.shape)
+    rows, gates = inputs.shape
+    cell = inputs.new_zeros(rows, gates // 4) if cell is None else cell.reshape(rows, -1)
+    output, cell, _ = torch.ops.aten._thnn_fused_lstm_cell(inputs, recurrent, cell)
     return output, cell
 
 

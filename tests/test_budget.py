@@ -71,8 +71,8 @@ def test_the_whole_network_equals_a_count_by_hooks() -> None:
         keys = fusion.heads * fusion.key_dim
         neighbours = size[0] // stride + size[1] // stride  # the column's own cell is computed and masked
         total += length * fusion.rounds * 4 * cells[stride] * neighbours * (keys + width)
-        # The distance biases, once a round: (own or other stream, heads) x (towards smaller or larger index) x length²
-        total += fusion.rounds * 4 * 2 * sum((side // stride) ** 2 for side in size)
+        # The distance biases, for all rounds: (own or other stream, heads) x (towards smaller, larger index) x length²
+        total += 4 * 2 * sum((side // stride) ** 2 for side in size)
     assert macs_per_frame(size, length, variant="xxs") == (total // length, count_parameters(net))
 
 
