@@ -48,6 +48,18 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     return folded
 
 
+def inference_copy(net: nn.Module, amp: torch.dtype | None = None, channels_last: bool = True) -> nn.Module:
+    """A `DBSNet` as it is fastest: folded, encoders channels-last, and for autocast to `amp` its weights rounded once.
+
+    What `models.predictor.Predictor` runs, and what the benchmark times.
+    """
+    folded = fold_batch_norm(net)
+    folded.encoders.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if amp is not None:
+        lower_weights(folded, amp)
+    return folded
+
+
 def lower_weights(net: nn.Module, dtype: torch.dtype) -> None:
     """Rounds the weights of convolutions and linear layers, in place, as autocast to `dtype` would in each call.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models.convlstm import DenseBiConvLSTM
 from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
-from models.fold import fold_batch_norm, lower_weights
+from models.fold import inference_copy
 from models.refinement import refinement_windows, temporal_windows
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -229,10 +229,7 @@ class Predictor:
         # Folded here and not once, since the network may be trained on between two videos.
         net = self.net
         if self.fold:
-            net = fold_batch_norm(net)
-            net.encoders.to(memory_format=self.memory_format)
-            if self.amp is not None:
-                lower_weights(net, self.amp)
+            net = inference_copy(net, self.amp, self.memory_format == torch.channels_last)
         run = self._clips if self.clip_len else self._whole
         runs = [hand_out(run(net, frames, flows, own, size, flip, len(passes))) for size, flip in passes]
         for index, results in enumerate(zip(*runs)):

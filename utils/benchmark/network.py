@@ -14,7 +14,7 @@ from torch import nn
 from models import Predictor, build_dbsnet
 from models.complexity import count_parameters, macs_per_frame
 from models.dbsnet import DBSNet
-from models.fold import fold_batch_norm
+from models.fold import inference_copy
 from models.predictor import AMP, FrameStore
 from utils.benchmark.timing import PeakMemory, synchronise, time_calls
 from utils.errors import UserError
@@ -47,8 +47,7 @@ def bench_clip(
 ) -> dict[str, Any]:
     """One clip through the network alone: as it is built, and as `Predictor` runs it (folded, channels-last)."""
     net = net.to(device).eval()
-    folded = fold_batch_norm(net)
-    folded.encoders.to(memory_format=torch.channels_last)
+    folded = inference_copy(net, AMP[amp])
     frames, flows = torch.rand(2, 1, length, 3, *size, device=device)
     first, second = (x[0].contiguous(memory_format=torch.channels_last)[None] for x in (frames, flows))
 
@@ -86,8 +85,7 @@ def bench_against_encoders(
     name = f"mobilevit_{net.config['variant']}"
     encoders = [timm.create_model(name, features_only=True, pretrained=False).to(device).eval() for _ in range(2)]
     net = net.to(device).eval()
-    folded = fold_batch_norm(net)
-    folded.encoders.to(memory_format=torch.channels_last)
+    folded = inference_copy(net, AMP[amp])
     frames = torch.rand(1, length, 3, *size, device=device)
     reordered = frames[0].contiguous(memory_format=torch.channels_last)[None]
 
@@ -123,8 +121,7 @@ def profile_clip(
     """Operators by their own time in one clip, folded and channels-last; the largest first."""
     from torch.profiler import ProfilerActivity, profile
 
-    folded = fold_batch_norm(net.to(device))
-    folded.encoders.to(memory_format=torch.channels_last)
+    folded = inference_copy(net.to(device), AMP[amp])
     frames = torch.rand(length, 3, *size, device=device).contiguous(memory_format=torch.channels_last)[None]
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with torch.inference_mode(), autocast(device, amp):
