@@ -144,6 +144,17 @@ def test_clips_are_refined_independently_and_mirror_images_of_time_stay_so() -> 
     torch.testing.assert_close(time_encoding(9, 8, x)[2:7], code)  # longer clips share their middle
 
 
+def test_a_time_encoding_made_in_inference_serves_training() -> None:
+    net = SpatioTemporalTransformer(24, depth=1, heads=2)
+    x = torch.randn(1, 7, 24, 2, 2)  # a length and a width that no other test asks for
+    with torch.inference_mode():
+        expected = net(x)
+    y = net(x)
+    torch.testing.assert_close(y, expected)
+    y.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
 def test_depth_0_is_the_identity_and_heads_must_divide() -> None:
     x = torch.randn(1, 2, 8, 2, 2)
     assert torch.equal(SpatioTemporalTransformer(8, depth=0)(x), x)

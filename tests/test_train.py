@@ -168,6 +168,20 @@ def test_the_files_of_a_run(finished: Path) -> None:
     equal(dict(load_dbsnet(finished / "last.pt").state_dict()), read(finished)["ema"])
 
 
+def test_a_run_begun_on_a_gpu_goes_on_without_one(finished: Path, tmp_path: Path) -> None:
+    """There AdamW is the fused one, and the optimiser's state says so."""
+    arguments = [*TINY, "--save_dir", str(tmp_path)]
+    assert main.main([*arguments, "--stop_after", "2"]) == 0
+    checkpoint = read(tmp_path)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["fused"] = True
+    torch.save(checkpoint, tmp_path / "last.pt")
+    assert main.main(arguments) == 0
+    assert not any(group["fused"] for group in read(tmp_path)["optimizer"]["param_groups"])
+    for name, value in read(finished)["model"].items():
+        assert torch.equal(read(tmp_path)["model"][name], value), name
+
+
 def test_resume_none_starts_anew_and_keeps_the_old_run(tmp_path: Path) -> None:
     arguments = [*TINY, "--save_dir", str(tmp_path), "--max_steps", "1"]
     assert main.main(arguments) == 0
