@@ -115,9 +115,8 @@ class CoDGA(nn.Module):
             # (B, other, heads, 1, S*axis, d)
             query = along(edges[:, :, 0, axis], axis).flatten(3, 4)[:, :, :, None] * d**-0.5
             key = along(edges[:, :, 1, axis], axis).transpose(4, 5)  # (B, other, heads, S source, d, axis)
-            edge = (query @ key).add_(
-                biases[axis].to(query.dtype)
-            )  # (B, other, heads, S source, S target * axis, axis)
+            # (B, other, heads, S source, S target * axis, axis)
+            edge = (query @ key).add_(biases[axis].to(query.dtype))
             logits.append(edge)
             maxima.append(edge.detach().amax(-1).unflatten(-1, (s, length)))  # (B, other, heads, source, target, axis)
         # as rows have it: (B, H, heads, source, target, W)

@@ -349,7 +349,7 @@ def hand_out(batches: Iterator[Tensor]) -> Iterator[np.ndarray]:
     late: tuple[Tensor, torch.cuda.Event] | None = None
     for batch in batches:
         if batch.device.type != "cuda":
-            yield from batch.numpy()
+            yield from batch.cpu().numpy()
             continue
         host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
         with torch.inference_mode():

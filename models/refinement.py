@@ -44,18 +44,22 @@ def refinement_windows(length: int, window: int) -> Iterator[tuple[int, int, int
 
 def time_encoding(length: int, dim: int, like: Tensor) -> Tensor:
     """Sinusoid over time, centred on the clip, so that clips of any length share their middle: (T, dim)."""
-    # A constant, which ten small operations in each layer would make anew.
-    make = _time_encoding.__wrapped__ if torch.compiler.is_compiling() else _time_encoding
+    make = _time_encoding if torch.compiler.is_compiling() else _kept_time_encoding
     return make(length, dim, like.dtype, like.device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept is for training, too, whoever was the first to ask
 def _time_encoding(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     position = torch.arange(length, device=device, dtype=torch.float32) - (length - 1) / 2
     frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(1000.0) / dim))
     angle = position[:, None] * frequency  # (T, dim/2)
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :dim].to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept_time_encoding(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A constant, which each layer would make anew in ten small operations."""
+    with torch.inference_mode(False):  # training may want it next
+        return _time_encoding(length, dim, dtype, device)
 
 
 class RefinementLayer(nn.Module):
