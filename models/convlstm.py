@@ -112,8 +112,7 @@ class BiConvLSTM(nn.Module):
         if x.is_cuda:  # in few and large copies, since each costs its launch
             z = self.project(x)
             # Direction 1 reads the frames from the last to the first.
-            outputs, state = self._run(torch.stack([z[:, :, :, 0], z[:, :, :, 1].flip(1)], 3).unbind(1), state)
-            y = torch.stack(outputs, 1)  # (B, T, S, 2, h, H, W)
+            y, state = self.scan(torch.stack([z[:, :, :, 0], z[:, :, :, 1].flip(1)], 3), state)
             return torch.cat([y[:, :, :, 0], y[:, :, :, 1].flip(1)], 3), state
         last = x.shape[1] - 1
         if self._by_frame(x):

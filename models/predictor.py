@@ -174,7 +174,7 @@ class Predictor:
             field's codes do.
         scales: average over these multiples of `size`, each rounded to the network's multiple.
         channels_last: memory format of the encoders; it saves their convolutions, on CPUs and on GPUs, from reordering.
-        fold: work on a copy of the network whose batch norms are folded into its convolutions, made for each video.
+        fold: work on a copy of the network made for each video (`models.fold.inference_copy`), its batch norms folded.
         piece: frames that a recurrence processes before it reads on. Changes memory, not the result.
         store_dtype: precision of kept features.
         device_memory, host_memory: bytes of features that all passes together (`flip`, `scales`) keep there before the
@@ -229,7 +229,7 @@ class Predictor:
         # Folded here and not once, since the network may be trained on between two videos.
         net = self.net
         if self.fold:
-            net = inference_copy(net, self.amp, self.memory_format == torch.channels_last)
+            net = inference_copy(net, self.amp, self.memory_format)
         run = self._clips if self.clip_len else self._whole
         runs = [hand_out(run(net, frames, flows, own, size, flip, len(passes))) for size, flip in passes]
         for index, results in enumerate(zip(*runs)):

@@ -27,7 +27,7 @@ class Step:
         torch.manual_seed(0)
         self.net = build_dbsnet(variant=variant).to(device).train()
         self.model = DistributedDataParallel(self.net) if distributed else self.net
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=device.type == "cuda")
         self.device, self.amp = device, amp
 
     def __call__(self, batch: dict[str, Any]) -> None:
