@@ -5,18 +5,20 @@ The abstract names "dense bidirectional ConvLSTM"; the README thanks DenseNet (a
 concatenation and growing dilation (1, 2, 4, after PDB-ConvLSTM, ECCV 2018), one block per backbone level and stream.
 
 Cost. The input projection of all frames is one convolution; only the hidden-to-hidden convolution is sequential, and
-both directions and all streams run in one grouped convolution per time step.
+both directions and all streams run in one grouped convolution per time step. On a processor that is so for maps whose
+gates stay in its cache; beyond that the chains run one by one, which takes the same arithmetic and fetches less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGE = 8 << 20  # bytes; of the order of a processor's last-level cache per core
+LARGE = 3 << 19  # bytes of the gates of one frame; of the order of a processor core's second-level cache
 State = tuple[Tensor, Tensor]  # hidden and cell state, each (B, S*2*h, H, W): streams, then directions, then channels
 
 
@@ -44,11 +46,41 @@ class BiConvLSTM(nn.Module):
             self.input_conv.bias.zero_()
             self.input_conv.bias.view(streams, 2, 4, hidden)[:, :, 1] = 1.0
 
-    def project(self, x: Tensor, direction: int | None = None) -> Tensor:
-        """The gates' input part for all frames at once: (B, T, S*C, H, W) -> (B, T, S, 2, 4*h, H, W).
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """(B, T, S*C, H, W) -> hidden states by frame (B, T, S, 2*h, H, W), forward then backward, and the last state.
+
+        With a carried `state`, a clip cut in two gives the same forward states as the whole (the backward chain of the
+        first piece has, of course, not seen the second: `models.predictor` gives `chains` mirrored pieces for that).
+        """
+        parts = [x.unflatten(2, (self.streams, -1))]  # (B, T, S*C, H, W) -> (B, T, S, C, H, W)
+        forward, backward, state = self.chains(parts, parts, state)
+        return torch.cat([forward, backward], 3), state
+
+    def chains(
+        self, forward: Sequence[Tensor], backward: Sequence[Tensor], state: State | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """The forward chain over the frames of `forward`, the backward chain over those of `backward`, last to first.
+
+        Each is a list of maps (B, T, S, C_i, H, W) in the order of time, whose channels one after the other are the
+        input's. Returns the hidden states of each chain, (B, T, S, h, H, W) in the order of time, and the last state.
+        """
+        if self.apart(forward[0]):
+            return self._one_by_one(forward, backward, state)
+        if forward is backward:
+            z = self._project(forward).unbind(3)  # 2 of (B, T, S, 4*h, H, W); the gradient of unbind is one copy
+        else:
+            z = [self._project(parts, direction).squeeze(3) for direction, parts in enumerate((forward, backward))]
+        # As few copies as can be, and large ones, since on a GPU each costs its launch.
+        outputs, state = self._run(torch.stack([z[0], z[1].flip(1)], 3).unbind(1), state)
+        first, second = torch.stack(outputs, 1).unbind(3)
+        return first, second.flip(1), state
+
+    def _project(self, parts: Sequence[Tensor], direction: int | None = None) -> Tensor:
+        """The gates' input part for all frames at once: maps (B, T, S, C_i, H, W) -> (B, T, S, 2, 4*h, H, W).
 
         With `direction` 0 (forward) or 1 (backward) only that one's: (B, T, S, 1, 4*h, H, W).
         """
+        x = _join(parts, 3)
         b, t = x.shape[:2]
         conv, s, gates = self.input_conv, self.streams, 4 * self.hidden
         weight, bias, directions = conv.weight, conv.bias, 2
@@ -57,21 +89,12 @@ class BiConvLSTM(nn.Module):
             weight = weight.unflatten(0, (s, 2, gates))[:, direction].flatten(0, 1)
             bias = bias.view(s, 2, gates)[:, direction].flatten()
             directions = 1
-        # (B*T, S*C, H, W) -> (B*T, S*D*4*h, H, W)
-        z = F.conv2d(x.flatten(0, 1), weight, bias, 1, conv.padding, conv.dilation, s)
+        # (B, T, S, C, H, W) -> (B*T, S*C, H, W) -> (B*T, S*D*4*h, H, W)
+        z = F.conv2d(x.flatten(2, 3).flatten(0, 1), weight, bias, 1, conv.padding, conv.dilation, s)
         return z.view(b, t, s, directions, gates, *z.shape[-2:])
 
-    def scan(self, z: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Run both chains at once over projected gates (B, T, S, 2, 4*h, H, W) whose direction 1 is already reversed
-        in time.
-
-        Returns the hidden states in the order they were made, (B, T, S, 2, h, H, W), and the last state.
-        """
-        outputs, state = self._run(z.unbind(1), state)
-        return torch.stack(outputs, 1), state
-
     def _run(self, steps: Iterable[Tensor], state: State | None) -> tuple[list[Tensor], State]:
-        """Both chains over the gates' input parts, (B, S, 2, 4*h, H, W) a step.
+        """Both chains at once over the gates' input parts, (B, S, 2, 4*h, H, W) a step.
 
         Returns the hidden states, (B, S, 2, h, H, W) a step, and the last state.
         """
@@ -86,47 +109,83 @@ class BiConvLSTM(nn.Module):
                 gates = step.reshape(b, s * 2, 4, self.hidden, height, width)
                 if recurrent is not None:
                     gates = recurrent.view(gates.shape).add_(gates)  # a convolution's result is nobody else's
-                i, f, g, o = gates.unbind(2)  # each (B, S*2, h, H, W)
-                new = torch.sigmoid(i) * torch.tanh(g)
-                c = new if c is None else torch.addcmul(new, torch.sigmoid(f), c.view_as(new))
-                output = torch.sigmoid(o) * torch.tanh(c)
+                output, c = _cell(gates, c if c is None else c.view(b, s * 2, self.hidden, height, width))
             outputs.append(output.view(b, s, 2, self.hidden, height, width))
             h = output.reshape(b, -1, height, width)  # -> (B, S*2*h, H, W)
         return outputs, (h, c.reshape(h.shape))
 
-    def _by_frame(self, x: Tensor) -> bool:
-        """Whether to project the frames one by one: a large map of all of them leaves a processor's cache.
+    def apart(self, x: Tensor) -> bool:
+        """Whether to run the chains one by one: on a processor, where the gates of all at one step leave its cache."""
+        size = x.shape[0] * self.input_conv.out_channels * x.shape[-2] * x.shape[-1] * x.element_size()
+        return x.device.type == "cpu" and size > LARGE
 
-        Not in training, where each convolution more is one more pass over the weight's gradient.
-        """
-        b, t, _, height, width = x.shape
-        size = b * t * self.input_conv.out_channels * height * width * x.element_size()
-        return x.device.type == "cpu" and not torch.is_grad_enabled() and size > LARGE
+    def _one_by_one(
+        self, forward: Sequence[Tensor], backward: Sequence[Tensor], state: State | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """`chains`, one stream, direction and frame after the other."""
+        s, length = self.streams, forward[0].shape[1]
+        weights = self.input_conv.weight.chunk(s)  # of one stream: (2*4*h, C, 3, 3), and of one chain: (4*h, h, 3, 3)
+        biases, recurrent = self.input_conv.bias.chunk(s), self.recurrent_conv.weight.chunk(s * 2)
+        before: list[Any] = [(None, None)] * (s * 2)
+        if state is not None:
+            before = list(zip(*(part.chunk(s * 2, 1) for part in state)))
+        made: dict[tuple[int, int, int], Tensor] = {}  # of direction, frame and stream: hidden state (B, h, H, W)
+        after: list[State] = []
+        same = forward is backward
+        forward = _frames(forward)
+        backward = forward if same else _frames(backward)
+        for stream in range(s):
+            if same:  # one convolution of a frame for both directions
+                whole = (weights[stream], biases[stream])
+                z = [self._convolve(_join(forward[t * s + stream], 1), *whole).chunk(2, 1) for t in range(length)]
+            else:
+                ways = list(zip((forward, backward), weights[stream].chunk(2), biases[stream].chunk(2)))
+                z = [
+                    [self._convolve(_join(frames[t * s + stream], 1), *way) for frames, *way in ways]
+                    for t in range(length)
+                ]
+            for direction in (0, 1):
+                chain = stream * 2 + direction
+                h, c = before[chain]
+                for t in range(length) if direction == 0 else reversed(range(length)):
+                    gates = z[t][direction]
+                    if h is not None:
+                        gates = self._convolve(h, recurrent[chain]).add_(gates)
+                    h, c = _cell(gates.unflatten(1, (4, -1)), c)  # (B, 4*h, H, W) -> (B, 4, h, H, W)
+                    made[direction, t, stream] = h
+                after.append((h, c))
+        first, second = (
+            # (B, T*S, h, H, W) -> (B, T, S, h, H, W)
+            torch.stack([made[way, t, i] for t in range(length) for i in range(s)], 1).unflatten(1, (length, s))
+            for way in (0, 1)
+        )
+        hidden, cell = (torch.cat(part, 1) for part in zip(*after))
+        return first, second, (hidden, cell)
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """(B, T, S*C, H, W) -> hidden states by frame (B, T, S, 2*h, H, W), forward then backward, and the last state.
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, 1, self.input_conv.padding, self.input_conv.dilation)
 
-        With a carried `state`, a clip cut in two gives the same forward states as the whole (the backward chain of the
-        first piece has, of course, not seen the second: `models.predictor` feeds mirrored pieces for that).
-        """
-        if x.is_cuda:  # in few and large copies, since each costs its launch
-            z = self.project(x)
-            # Direction 1 reads the frames from the last to the first.
-            y, state = self.scan(torch.stack([z[:, :, :, 0], z[:, :, :, 1].flip(1)], 3), state)
-            return torch.cat([y[:, :, :, 0], y[:, :, :, 1].flip(1)], 3), state
-        last = x.shape[1] - 1
-        if self._by_frame(x):
-            z = [self.project(x[:, t : t + 1])[:, 0] for t in range(last + 1)]
-        else:
-            z = self.project(x).unbind(1)  # T of (B, S, 2, 4*h, H, W)
-        # On a processor they are joined step by step, while they are in the cache, and taken apart by unbind, whose
-        # gradient is one copy; that of an index is a map of zeros for each direction.
-        z = [step.unbind(2) for step in z]
-        outputs, state = self._run((torch.stack([z[t][0], z[last - t][1]], 2) for t in range(last + 1)), state)
-        outputs = [step.unbind(2) for step in outputs]
-        # T of (B, S, 2*h, H, W)
-        frames = [torch.cat([outputs[t][0], outputs[last - t][1]], 2) for t in range(last + 1)]
-        return torch.stack(frames, 1), state
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _frames(parts: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Maps (B, T, S, C_i, H, W) -> for each frame and stream the list of their (B, C_i, H, W).
+
+    By unbind, whose gradient is one copy; that of an index is a map of zeros for each.
+    """
+    return list(zip(*(part.flatten(1, 2).unbind(1) for part in parts)))
+
+
+def _cell(gates: Tensor, cell: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gates (…, 4, h, H, W) in the order i, f, g, o and the cell state (…, h, H, W), None at the start -> output and
+    cell state.
+    """
+    i, f, g, o = gates.unbind(-4)
+    new = torch.sigmoid(i) * torch.tanh(g)
+    cell = new if cell is None else torch.addcmul(new, torch.sigmoid(f), cell)
+    return torch.sigmoid(o) * torch.tanh(cell), cell
 
 
 def _fused_cell(inputs: Tensor, recurrent: Tensor | None, cell: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -178,17 +237,25 @@ class DenseBiConvLSTM(nn.Module):
         total = channels + 2 * hidden * len(dilations)
         self.proj = nn.Conv2d(streams * total, streams * channels, 1, groups=streams) if dilations else None
 
-    def merge(self, features: Tensor, dense: Tensor) -> Tensor:
-        """F + proj([F, H_1 … H_L]): (N, S*d, H, W) and (N, S*(d+2hL), H, W) -> (N, S*d, H, W)."""
-        return features + self.proj(dense)
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """F + proj([F, H_1 … H_L]): the features and the states of every layer, each (B, T, S, C_i, H, W) -> (B, T,
+        S*d, H, W).
+        """
+        if self.layers[0].apart(parts[0]):  # frame by frame, while it is in the cache
+            frames = zip(*(part.unbind(1) for part in parts))  # T of [(B, S, C_i, H, W), …]
+            return torch.stack([self._merge([part[:, None] for part in frame])[:, 0] for frame in frames], 1)
+        return self._merge(parts)
+
+    def _merge(self, parts: Sequence[Tensor]) -> Tensor:
+        # (B, T, S, C, H, W) -> (B*T, S*C, H, W) -> (B*T, S*d, H, W)
+        y = self.proj(_join(parts, 3).flatten(2, 3).flatten(0, 1))
+        return parts[0].flatten(2, 3) + y.unflatten(0, parts[0].shape[:2])
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.layers:
             return x
-        b, t, _, h, w = x.shape
-        dense = x.view(b, t, self.streams, self.channels, h, w)
+        parts = [x.unflatten(2, (self.streams, -1))]  # (B, T, S*d, H, W) -> (B, T, S, d, H, W)
         for layer in self.layers:
-            states, _ = layer(dense.flatten(2, 3))  # (B, T, S, C_l, H, W) -> (B, T, S*C_l, H, W)
-            dense = torch.cat([dense, states], 3)
-        # (B, T, S, C, H, W) -> (B*T, S*C, H, W) -> (B, T, S*d, H, W)
-        return self.merge(x.flatten(0, 1), dense.flatten(2, 3).flatten(0, 1)).view_as(x)
+            forward, backward, _ = layer.chains(parts, parts)
+            parts = [*parts, forward, backward]
+        return self.merge(parts)

@@ -395,10 +395,9 @@ def propagate_store(
     # per layer: forward and backward states, each (S*h, H, W) per frame
     hidden: list[tuple[FrameStore, FrameStore]] = []
 
-    def dense(start: int, stop: int) -> Tensor:  # -> (n, S*C_l, H, W), per stream [F, H_1 …], H_l forward then backward
-        parts = [features, *(store for pair in hidden for store in pair)]
-        values = [part.read(start, stop, device).unflatten(1, (s, -1)) for part in parts]
-        return torch.cat(values, 2).flatten(1, 2)
+    def dense(start: int, stop: int) -> list[Tensor]:  # [F, H_1 …], H_l as two; each (1, n, S, C_i, H, W)
+        stores = [features, *(store for pair in hidden for store in pair)]
+        return [store.read(start, stop, device).unflatten(1, (s, -1))[None] for store in stores]
 
     for layer in block.layers:
         shape = (s * layer.hidden, height, width)
@@ -406,15 +405,13 @@ def propagate_store(
         state = None
         for start in range(0, length, piece):
             stop = min(start + piece, length)
-            forward, backward = dense(start, stop), dense(length - stop, length - start)
-            z = torch.cat([layer.project(forward[None], 0), layer.project(backward[None], 1).flip(1)], 3)
-            y, state = layer.scan(z, state)  # (1, n, S, 2, h, H, W)
-            pair[0].write(start, y[0, :, :, 0].flatten(1, 2))  # (n, S, h, H, W) -> (n, S*h, H, W)
-            pair[1].write(length - stop, y[0, :, :, 1].flatten(1, 2).flip(0))
+            first, second, state = layer.chains(dense(start, stop), dense(length - stop, length - start), state)
+            pair[0].write(start, first[0].flatten(1, 2))  # (n, S, h, H, W) -> (n, S*h, H, W)
+            pair[1].write(length - stop, second[0].flatten(1, 2))
         hidden.append(pair)
     for start in range(0, length, piece):
         stop = min(start + piece, length)
-        features.write(start, block.merge(features.read(start, stop, device), dense(start, stop)))
+        features.write(start, block.merge(dense(start, stop))[0])
     for pair in hidden:
         for store in pair:
             storage.free(store)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import models.convlstm
 from models.convlstm import BiConvLSTM, DenseBiConvLSTM, recurrence_in_planes
 
 
@@ -38,12 +39,14 @@ def plain_layer(layer: BiConvLSTM, x: Tensor, streams: int, hidden: int, dilatio
     return torch.stack(per_stream, 2)
 
 
+@pytest.mark.parametrize("large", [0, 1 << 40])
 @pytest.mark.parametrize(("streams", "dilation", "length", "size"), [
     (2, 1, 4, (5, 7)), (2, 4, 3, (6, 3)), (1, 2, 1, (1, 1)), (1, 1, 2, (4, 1)),
 ])  # fmt: skip
 def test_layer_equals_the_plain_loop_in_values_and_gradients(
-    streams: int, dilation: int, length: int, size: tuple
+    streams: int, dilation: int, length: int, size: tuple, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(models.convlstm, "LARGE", large)  # 0: chain by chain
     torch.manual_seed(0)
     layer = BiConvLSTM(3, 2, streams=streams, dilation=dilation).double()
     x = torch.randn(2, length, streams, 3, *size, dtype=torch.double, requires_grad=True)
@@ -86,7 +89,9 @@ def test_each_gate_does_its_part() -> None:
     assert run(on, on, on, off) == pytest.approx([0, 0, 0])  # nothing goes out
 
 
-def test_a_carried_state_gives_the_whole_clips_forward_states() -> None:
+@pytest.mark.parametrize("large", [0, 1 << 40])
+def test_a_carried_state_gives_the_whole_clips_forward_states(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.convlstm, "LARGE", large)
     torch.manual_seed(1)
     layer = BiConvLSTM(3, 2, streams=2).double()
     x = torch.randn(1, 7, 6, 4, 5, dtype=torch.double)
@@ -115,13 +120,27 @@ def test_gradients_in_bfloat16_after_a_channels_last_conversion() -> None:
         assert float((gradients[1][name] - plain).norm() / plain.norm()) < 0.05, name
 
 
-def test_project_one_direction() -> None:
-    layer = BiConvLSTM(3, 2, streams=2, dilation=2)
-    x = torch.randn(2, 3, 6, 5, 4)
-    both = layer.project(x)
-    assert both.shape == (2, 3, 2, 2, 8, 5, 4)
-    for direction in range(2):
-        torch.testing.assert_close(layer.project(x, direction), both[:, :, :, direction : direction + 1])
+@pytest.mark.parametrize("large", [0, 1 << 40])
+def test_chains_over_two_pieces_in_parts(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chain reads its own piece, whatever the other one reads, and channels may come in several maps."""
+    monkeypatch.setattr(models.convlstm, "LARGE", large)  # 0: chain by chain
+    torch.manual_seed(4)
+    layer = BiConvLSTM(5, 2, streams=2, dilation=2).double()
+    x, y = torch.randn(2, 2, 3, 2, 5, 6, 4, dtype=torch.double)
+    expected = torch.cat([plain_layer(layer, x, 2, 2, 2)[:, :, :, :2], plain_layer(layer, y, 2, 2, 2)[:, :, :, 2:]], 3)
+    forward, backward, state = layer.chains([x[:, :, :, :3], x[:, :, :, 3:]], list(y.split([1, 4], 3)))
+    torch.testing.assert_close(torch.cat([forward, backward], 3), expected)
+    # The last states: of the forward chain those of the last frame, of the backward chain those of the first.
+    hidden = state[0].unflatten(1, (2, 2, 2))  # (B, S*2*h, H, W) -> (B, S, 2, h, H, W)
+    torch.testing.assert_close(hidden[:, :, 0], expected[:, -1, :, :2])
+    torch.testing.assert_close(hidden[:, :, 1], expected[:, 0, :, 2:])
+
+
+def test_chains_run_apart_only_where_their_gates_are_large() -> None:
+    layer = BiConvLSTM(3, 16, streams=2)  # 256 channels of gates
+    assert layer.apart(torch.empty(1, 8, 2, 3, 48, 80, device="cpu"))  # 3.8 MiB a frame
+    assert not layer.apart(torch.empty(1, 8, 2, 3, 24, 40))
+    assert not layer.apart(torch.empty(1, 8, 2, 3, 48, 80, device="meta"))  # no processor
 
 
 def test_reversed_clip_with_directions_swapped_gives_reversed_states() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import models.convlstm
 from models import DBSNet, Predictor, build_dbsnet
 from models.predictor import batches_of_windows
 from models.refinement import refinement_windows
@@ -93,9 +94,13 @@ def test_the_probabilities_vary(truth: np.ndarray) -> None:
     assert truth.std() > 0.1
 
 
+@pytest.mark.parametrize("large", [0, 1 << 40])  # of propagation: chain by chain, and all at once
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 11])  # the window is 4
-def test_equals_the_network_on_the_whole_clip(net: DBSNet, video: tuple, length: int) -> None:
+def test_equals_the_network_on_the_whole_clip(
+    net: DBSNet, video: tuple, length: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frames, flows = video[0][:length], video[1][:length]
+    monkeypatch.setattr(models.convlstm, "LARGE", large)
     result = collect(exact(net, piece=3)(frames, flows))
     np.testing.assert_allclose(result, whole(net, frames, flows), atol=1e-5)
 

@@ -110,7 +110,7 @@ def test_grouped_propagation(
     streams: int, dilations: tuple[int, ...], length: int, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward, input gradient and every weight's gradient equal those of loops over streams, directions and frames."""
-    monkeypatch.setattr(models.convlstm, "LARGE", large)  # 0: inference projects frame by frame
+    monkeypatch.setattr(models.convlstm, "LARGE", large)  # 0: chain by chain
     torch.manual_seed(3)
     dense = DenseBiConvLSTM(6, 4, dilations=dilations, streams=streams).double()
     plain = PlainPropagation(dense).double()
