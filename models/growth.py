@@ -1,5 +1,5 @@
 """Give a trained network what it was built without (the other stream, propagation, refinement, graph attention), or
-take from it all but one stream, or one of these parts, to see what that is worth.
+take from it all but one stream, to train that on and put it back, or one of these parts, to see what that is worth.
 
 Not of the paper, as far as the public record goes. Two streams trained together lean on the easier one, motion; each
 trained alone must learn to do without the other (as FusionSeg did, arXiv:1701.05384). And single frames have nothing
@@ -164,6 +164,29 @@ def keep_stream(net: DBSNet, stream: str) -> DBSNet:
         state[key] = value
     one.load_state_dict(state)
     return one.train(net.training)
+
+
+def put_back(net: DBSNet, one: DBSNet) -> DBSNet:
+    """`net` with the stream of `one`, a network of one stream, in its place: encoder and lateral convolutions.
+
+    For a stream that was taken out by `keep_stream` and trained on alone, where `net` has parts that `add_stream` would
+    have to begin anew. What reads the stream's maps is still that of `net`, which was trained for others, so the
+    result has to be trained on.
+
+    Raises:
+        ValueError: `one` has not one stream, `net` has no such stream, or their encoders or widths differ.
+    """
+    if len(one.streams) != 1 or one.streams[0] not in net.streams:
+        raise ValueError(f"expected a network of one stream of {list(net.streams)}, got one of {list(one.streams)}")
+    (stream,) = one.streams
+    theirs = tuple(f"{part}.{stream}." for part in ("encoders", "laterals"))
+    old, new = ({k: v for k, v in item.state_dict().items() if k.startswith(theirs)} for item in (net, one))
+    problem = describe_mismatch(*({key: value.shape for key, value in state.items()} for state in (old, new)))
+    if problem:
+        raise ValueError(f"the {stream} streams do not fit: {problem}")
+    both = build_dbsnet(**net.config)
+    both.load_state_dict({**net.state_dict(), **new})
+    return both.to(next(net.parameters()).device).train(net.training)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from models import DBSNet, build_dbsnet
 from models.dbsnet import STREAMS
-from models.growth import PARTS, add_stream, grow, keep_stream, take_out
+from models.growth import PARTS, add_stream, grow, keep_stream, put_back, take_out
 
 TINY = {"width": 16, "hidden": 4}
 FULL = {"dilations": [1, 2], "depth": 1, "rounds": 2}
@@ -164,6 +164,39 @@ def test_a_stream_kept_gives_what_the_network_gave_with_the_other_silent(plain: 
     # The other may as well come within a network of both.
     for key, value in add_stream(kept, whole).state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_stream_put_back_changes_that_stream_alone(plain: DBSNet, stream: str) -> None:
+    torch.manual_seed(3)
+    whole = grow(plain, **FULL)
+    one = keep_stream(whole, stream)
+    for key, value in put_back(whole, one).state_dict().items():  # as it was taken out
+        assert torch.equal(value, whole.state_dict()[key]), key
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    both = put_back(whole, one)
+    assert both.config == whole.config and not both.training
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        for name, expected in ((stream, one), (next(n for n in STREAMS if n != stream), whole)):
+            maps, theirs = (net.encoders[name](x) for net in (both, expected))
+            for lateral, other, y, z in zip(both.laterals[name], expected.laterals[name], maps[1:], theirs[1:]):
+                assert torch.equal(y, z) and torch.equal(lateral(y), other(z))
+    left = {k: v for k, v in both.state_dict().items() if not k.startswith(("encoders.", "laterals."))}
+    assert left and all(torch.equal(value, whole.state_dict()[key]) for key, value in left.items())
+
+
+def test_streams_that_cannot_be_put_back_are_refused(plain: DBSNet) -> None:
+    motion = keep_stream(plain, "motion")
+    with pytest.raises(ValueError, match=r"one stream of \['appearance', 'motion'\], got one of \['appearance', 'mot"):
+        put_back(plain, plain)
+    with pytest.raises(ValueError, match=r"one stream of \['appearance'\], got one of \['motion'\]"):
+        put_back(keep_stream(plain, "appearance"), motion)
+    wider = build_dbsnet("xxs", width=32, hidden=4, dilations=[], depth=0, rounds=0, streams=["motion"])
+    with pytest.raises(ValueError, match="the motion streams do not fit: .*expected .16, .* got .32, "):
+        put_back(plain, wider)
 
 
 def keep_all_but_maps(net: DBSNet, stream: str) -> DBSNet:

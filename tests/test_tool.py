@@ -20,6 +20,7 @@ pytest.importorskip("cv2")
 import tool
 from datasets.synthetic import write_dataset
 from models import build_dbsnet, load_dbsnet
+from models.growth import keep_stream, put_back
 from models.weights import save_weights
 from utils.inference.weights import read_notes
 from utils.report import describe_encoders
@@ -332,6 +333,22 @@ def test_export_without_a_part(weights: Path, tmp_path: Path, capsys: pytest.Cap
     notes = {"size": "32 64", "licence": "x", "average_of": "2", "without": "co_dga"}
     assert read_notes(out) == (notes, (32, 64))
     assert "propagation, refinement, co_dga" in fails(capsys, *words, "--without", "flow")
+
+
+def test_export_with_a_stream_from_elsewhere(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = load_dbsnet(weights)
+    one, out = keep_stream(net, "motion"), tmp_path / "out.safetensors"
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.mul_(1.5)
+    save_weights(tmp_path / "one.safetensors", one)
+    words = ["--tools", "export", "--checkpoint", weights, "--output", out]
+    assert call(*words, "--stream_from", tmp_path / "one.safetensors") == 0
+    expected = put_back(net, one).state_dict()
+    for key, value in load_dbsnet(out).state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
+    message = fails(capsys, *words, "--stream_from", weights)
+    assert "--stream_from" in message and "one stream" in message
 
 
 def test_export_of_a_training_checkpoint(tmp_path: Path, repository: Path) -> None:

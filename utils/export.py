@@ -4,6 +4,7 @@ The result, of one checkpoint or of the mean of several, is one .safetensors in 
 network it is, the input size that it is for, and how it was trained; `models.load_dbsnet` and ``tool.py --checkpoint``
 need nothing else.
 
+``--stream_from FILE`` takes one stream's encoder from a network that has that stream alone (`main.py --keep_stream`).
 ``--without PART`` leaves a part of the network out, as in ``test``; `main.py --finetune` then begins it anew.
 """
 
@@ -11,8 +12,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from models.dbsnet import DBSNet
 
 RESERVED = ("format", "config", "size")  # keys of the metadata that are not notes
 
@@ -27,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="write the mean of --checkpoint's weights and those of these checkpoints of the same network",
+    )
+    group.add_argument(
+        "--stream_from",
+        metavar="FILE",
+        help="write --checkpoint's network with the encoder and lateral convolutions of this one, which has one stream",
     )
     group.add_argument(
         "--note", nargs="+", default=[], metavar="KEY=VALUE", help="facts for its metadata, for instance licence=…"
@@ -86,6 +96,10 @@ def run(args: argparse.Namespace) -> Path:
         average_into(net, others)
     except ValueError as error:
         raise UserError(f"--average: {error}; expected checkpoints of the network of {weights.path}") from None
+    if args.stream_from:
+        net = _with_stream(net, args.stream_from)
+        for key in ("step", "J"):  # of a network that is another now
+            kept.pop(key, None)
     size = tuple(args.size) if args.size else weights.size
     if size is None:
         raise UserError(f"{weights.path}: does not say the input size that it is for; give --size H W")
@@ -95,3 +109,15 @@ def run(args: argparse.Namespace) -> Path:
     facts = ", ".join(f"{key} {value}" for key, value in metadata.items())
     print(f"export: {output}, {output.stat().st_size / 2**20:.1f} MiB; {facts}", flush=True)
     return output
+
+
+def _with_stream(net: DBSNet, path: str) -> DBSNet:
+    """`models.growth.put_back` of the network in a file; raises UserError where the two do not fit."""
+    from models.growth import put_back
+    from utils.inference.weights import load_weights
+
+    one = load_weights(path)
+    try:
+        return put_back(net, one.net)
+    except ValueError as error:
+        raise UserError(f"--stream_from {one.path}: {error}") from None
