@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from models import load_dbsnet
     from utils.benchmark.network import describe_net, make_net
-    from utils.benchmark.propagation import arithmetic_rate, bench_propagation
+    from utils.benchmark.propagation import arithmetic_rates, bench_propagation
     from utils.benchmark.timing import describe_machine
 
     device = _device(args)
@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     nets = [load_dbsnet(args.checkpoint)] if args.checkpoint else [make_net(variant) for variant in args.bench_variants]
 
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": describe_machine(device)}
-    report["machine"]["GMAC_per_second_of_a_matrix_product"] = arithmetic_rate(device) / 1e9
+    for name, rate in arithmetic_rates(device).items():
+        report["machine"][f"GMAC_per_second_of_a_{name.replace(' ', '_')}"] = rate / 1e9
     _print("machine", report["machine"])
     report |= {"amp": args.amp, "results": []}
     path = Path(args.bench_json or Path(args.save_dir) / "benchmark.json")

@@ -74,12 +74,27 @@ def propagation_macs(dense: DenseBiConvLSTM, length: int, size: tuple[int, int],
     return round(batch * length * size[0] * size[1] * (weights + dense.proj.weight.numel()))
 
 
-def arithmetic_rate(device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:
-    """Multiply-accumulates per second of a large matrix product, with the threads and the load of this moment."""
+def arithmetic_rates(device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 5) -> dict[str, float]:
+    """Multiply-accumulates per second of a large matrix product and of a large 3x3 convolution, with the threads and
+    the load of this moment. On a CPU they are the work of two libraries, of which either may know the processor better.
+    """
     side = 1024 if device.type == "cpu" else 8192
     a = torch.randn(side, side, device=device, dtype=dtype)
-    timing = time_calls({"product": lambda: a @ a}, device, repeats)["product"]
-    return side**3 / timing.processor * torch.get_num_threads() if device.type == "cpu" else side**3 / timing.median
+    channels, edge = (256, 32) if device.type == "cpu" else (1024, 64)
+    x = torch.randn(1, channels, edge, edge, device=device, dtype=dtype)
+    weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    with torch.inference_mode():
+        times = time_calls(
+            {"matrix product": lambda: a @ a, "convolution": lambda: F.conv2d(x, weight, padding=1)}, device, repeats
+        )
+    macs = {"matrix product": side**3, "convolution": channels**2 * 9 * edge**2}
+    # On a CPU by the time of the processor, which other work on the machine does not enter.
+    return {
+        name: macs[name] / timing.processor * torch.get_num_threads()
+        if device.type == "cpu"
+        else macs[name] / timing.median
+        for name, timing in times.items()
+    }
 
 
 def bench_propagation(
@@ -92,7 +107,7 @@ def bench_propagation(
         RuntimeError: the two ways disagree by more than rounding.
     """
     results = []
-    rate = arithmetic_rate(device)
+    rate = max(arithmetic_rates(device).values())
     for size in sizes:
         torch.manual_seed(0)
         dense = DenseBiConvLSTM(channels, hidden).to(device)
