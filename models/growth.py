@@ -122,7 +122,7 @@ def add_stream(net: DBSNet, other: DBSNet) -> DBSNet:
         encoder = {item.streams[0]: item.config["encoder"] for item in (net, other)}
     both = build_dbsnet(**{**net.config, "streams": list(STREAMS), "encoder": encoder})
     old, added = net.state_dict(), other.state_dict()
-    theirs = tuple(f"{part}.{other.streams[0]}." for part in ("encoders", "laterals"))
+    theirs = _prefixes(other.streams[0])
     state = {}
     for key, place in both.state_dict().items():
         value = added[key] if key.startswith(theirs) else old[key]
@@ -179,14 +179,19 @@ def put_back(net: DBSNet, one: DBSNet) -> DBSNet:
     if len(one.streams) != 1 or one.streams[0] not in net.streams:
         raise ValueError(f"expected a network of one stream of {list(net.streams)}, got one of {list(one.streams)}")
     (stream,) = one.streams
-    theirs = tuple(f"{part}.{stream}." for part in ("encoders", "laterals"))
-    old, new = ({k: v for k, v in item.state_dict().items() if k.startswith(theirs)} for item in (net, one))
+    own = _prefixes(stream)
+    old, new = ({k: v for k, v in item.state_dict().items() if k.startswith(own)} for item in (net, one))
     problem = describe_mismatch(*({key: value.shape for key, value in state.items()} for state in (old, new)))
     if problem:
         raise ValueError(f"the {stream} streams do not fit: {problem}")
     both = build_dbsnet(**net.config)
     both.load_state_dict({**net.state_dict(), **new})
     return both.to(next(net.parameters()).device).train(net.training)
+
+
+def _prefixes(stream: str) -> tuple[str, ...]:
+    """How the names of the weights begin that a stream has for itself: its encoder's and its lateral convolutions'."""
+    return f"encoders.{stream}.", f"laterals.{stream}."
 
 
 @torch.no_grad()

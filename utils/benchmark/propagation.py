@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convlstm import BiConvLSTM, DenseBiConvLSTM
-from utils.benchmark.timing import time_calls
+from utils.benchmark.timing import Timing, time_calls
 
 
 class PlainCell(nn.Module):
@@ -88,13 +88,12 @@ def arithmetic_rates(device: torch.device, dtype: torch.dtype = torch.float32, r
             {"matrix product": lambda: a @ a, "convolution": lambda: F.conv2d(x, weight, padding=1)}, device, repeats
         )
     macs = {"matrix product": side**3, "convolution": channels**2 * 9 * edge**2}
-    # On a CPU by the time of the processor, which other work on the machine does not enter.
-    return {
-        name: macs[name] / timing.processor * torch.get_num_threads()
-        if device.type == "cpu"
-        else macs[name] / timing.median
-        for name, timing in times.items()
-    }
+    return {name: macs[name] / _seconds(timing, device) for name, timing in times.items()}
+
+
+def _seconds(timing: Timing, device: torch.device) -> float:
+    """Of one call; on a CPU by the time of the processor, which other work on the machine does not enter."""
+    return timing.processor / torch.get_num_threads() if device.type == "cpu" else timing.median
 
 
 def bench_propagation(
@@ -129,18 +128,18 @@ def bench_propagation(
         for name, call, factor in (("forward", infer, 1), ("forward and backward", learn, 3)):
             times = time_calls({"grouped": partial(call, dense), "plain": partial(call, plain)}, device, repeats)
             grouped, baseline = times["grouped"], times["plain"]
-            cpu = device.type == "cpu"
-            seconds = grouped.processor / torch.get_num_threads() if cpu else grouped.median
             results.append(
                 {
                     "size": list(size), "frames": length, "pass": name, "difference": difference,
                     "grouped": grouped.describe(), "plain": baseline.describe(),
                     "speedup": baseline.median / grouped.median,
                     "speedup_least": baseline.least / grouped.least,
-                    "speedup_processor": baseline.processor / grouped.processor if cpu else None,
+                    "speedup_processor": (
+                        baseline.processor / grouped.processor if device.type == "cpu" else None
+                    ),
                     "GMAC": factor * macs / 1e9,
                     "floor_milliseconds": 1e3 * factor * macs / rate,
-                    "ratio_to_floor": seconds * rate / (factor * macs),
+                    "ratio_to_floor": _seconds(grouped, device) * rate / (factor * macs),
                 }
             )  # fmt: skip
     return results
