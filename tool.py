@@ -91,6 +91,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     network.add_argument("--batch_size", type=int, metavar="N", help="frames at once; default: 4 on a CPU, 16 on a GPU")
     network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: full precision")
+    network.add_argument(
+        "--cuda_graphs", action="store_true", help="on a GPU: record the work of a batch once and launch it as a whole"
+    )
 
     parallel.add_arguments(parser)
     for module in (prepare, segment, crf, evaluate, report, demo, bench, export):

@@ -132,15 +132,12 @@ class CoDGA(nn.Module):
             message = message + (part if axis == 0 else part.transpose(1, 5))
             total = total + (mass if axis == 0 else mass.transpose(1, 5))
         message = message / total[..., None]
-        # (B, H, heads, source, target, W, C/heads) -> (B, target, source, heads, C/heads, H, W)
-        message = message.permute(0, 4, 3, 2, 6, 1, 5)
-
+        # (B, H, heads, source, target, W, C/heads) -> S targets of S sources of (B, heads, C/heads, H, W)
+        pairs = [target.unbind(1) for target in message.permute(0, 4, 3, 2, 6, 1, 5).unbind(1)]
         # For each target its own message first, then the other stream's: both targets' weights see the same order.
-        order = [(target + shift) % s for target in range(s) for shift in range(s)]
-        message = message.flatten(3, 4).flatten(1, 2)  # (B, S*S, C, H, W)
-        message = message[:, [i // s * s + source for i, source in enumerate(order)]].view(
-            b, s, s, self.channels, height, width
-        )
+        # Joined rather than indexed by a list, which would be copied to a GPU, and waited for.
+        ordered = [pairs[target][(target + shift) % s] for target in range(s) for shift in range(s)]
+        message = torch.stack(ordered, 1).view(b, s, s, self.channels, height, width)
         nodes = x.view(b, s, 1, self.channels, height, width)
         # (B, S*(1+S)*C, H, W) -> (B, S*C, H, W)
         gate = self.gate(torch.cat([nodes, message], 2).flatten(1, 3)).sigmoid()

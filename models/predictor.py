@@ -14,15 +14,16 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.convlstm import DenseBiConvLSTM
+from models.convlstm import BiConvLSTM, DenseBiConvLSTM
+from models.cuda_graphs import CudaGraphs, Work
 from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
 from models.fold import inference_copy
 from models.refinement import refinement_windows, temporal_windows
@@ -32,6 +33,32 @@ AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Images = Sequence[np.ndarray]  # (H, W, 3) uint8 RGB each
 Size = tuple[int, int]  # height, width
 Window = tuple[int, int, int, int]  # of `models.refinement.temporal_windows`: start, stop, first and last kept
+Run = Callable[..., tuple[Tensor, ...]]  # run(key, work, *inputs): `directly`, or a `CudaGraphs`
+
+
+def directly(key: Hashable, work: Work, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """What `CudaGraphs` does, without a graph."""
+    return work(*inputs)
+
+
+class Pass(NamedTuple):
+    """One of the passes over a video: at one size, mirrored or not."""
+
+    size: Size  # of the network's input
+    flip: bool
+    own: Size  # of the frames
+    net: DBSNet
+    run: Run
+    count: int  # of all passes: they share the memory for features
+
+
+class _Recorded(NamedTuple):
+    """The copy of a network that graphs were recorded with, and what it was made for."""
+
+    state: dict[str, Tensor]
+    sizes: Hashable
+    net: DBSNet
+    graphs: CudaGraphs
 
 
 class FrameStore:
@@ -179,6 +206,9 @@ class Predictor:
         store_dtype: precision of kept features.
         device_memory, host_memory: bytes of features that all passes together (`flip`, `scales`) keep there before the
             next, slower place is used: accelerator, host memory, temporary file.
+        cuda_graphs: on a GPU, record what is done for a batch and replay it for the next ones (`models.cuda_graphs`).
+            Changes speed and memory, not the result. The folded copy is kept from video to video while the weights and
+            the sizes stay the same.
         on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
             pass, before its first result comes. With `clip_len`, results come on the way, and it is not called.
 
@@ -192,7 +222,8 @@ class Predictor:
                  mirror_flow: Callable[[np.ndarray], np.ndarray] | None = None, scales: Sequence[float] = (1.0,),
                  channels_last: bool = True, fold: bool = True, piece: int = 16,
                  store_dtype: torch.dtype = torch.float16, device_memory: int = 4 << 30,
-                 host_memory: int = 1 << 30, on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
+                 host_memory: int = 1 << 30, cuda_graphs: bool = False,
+                 on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
         if amp not in AMP:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
         if clip_len is not None and clip_len < 1:
@@ -204,13 +235,16 @@ class Predictor:
             raise ValueError(
                 f"batch_size and piece must be at least 1 and scales positive, got {batch_size}, {piece} and {scales}"
             )
+        if cuda_graphs and (self.device.type != "cuda" or not fold):
+            raise ValueError(f"cuda_graphs needs a GPU and fold=True, got {self.device} and fold={fold}")
         self.net = net.to(self.device).eval()
         self.size, self.batch_size, self.amp, self.clip_len = size, batch_size, AMP[amp], clip_len
         self.flip, self.mirror_flow, self.scales = flip, mirror_flow, tuple(scales)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.fold, self.piece, self.store_dtype = fold, piece, store_dtype
         self.device_memory, self.host_memory = device_memory, host_memory
-        self.on_encoded = on_encoded
+        self.cuda_graphs, self.on_encoded = cuda_graphs, on_encoded
+        self._recorded: _Recorded | None = None
 
     def __call__(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         if len(frames) != len(flows):
@@ -221,19 +255,31 @@ class Predictor:
         if not len(frames):
             return
         own = tuple(frames[0].shape[:2])
-        passes = [
+        sizes = [
             (self._scaled(own, scale), flip)
             for scale in self.scales
             for flip in ([False, True] if self.flip else [False])
         ]
-        # Folded here and not once, since the network may be trained on between two videos.
-        net = self.net
-        if self.fold:
-            net = inference_copy(net, self.amp, self.memory_format)
-        run = self._clips if self.clip_len else self._whole
-        runs = [hand_out(run(net, frames, flows, own, size, flip, len(passes))) for size, flip in passes]
+        net, run = self._prepared((own, *sizes))
+        process = self._clips if self.clip_len else self._whole
+        runs = [hand_out(process(Pass(size, flip, own, net, run, len(sizes)), frames, flows)) for size, flip in sizes]
         for index, results in enumerate(zip(*runs)):
             yield index, sum(results) / len(results) if len(results) > 1 else results[0]
+
+    def _prepared(self, sizes: Hashable) -> tuple[DBSNet, Run]:
+        """The network to use for a video, and how to run its parts."""
+        if not self.fold:
+            return self.net, directly
+        # Folded for each video and not once, since the network may be trained on between two.
+        if not self.cuda_graphs:
+            return inference_copy(self.net, self.amp, self.memory_format), directly
+        state, kept = self.net.state_dict(), self._recorded
+        if kept is None or kept.sizes != sizes or not _same(kept.state, state):
+            self._recorded = None  # its memory first
+            copied = inference_copy(self.net, self.amp, self.memory_format)
+            state = {name: value.clone() for name, value in state.items()}
+            kept = self._recorded = _Recorded(state, sizes, copied, CudaGraphs(self.device))
+        return kept.net, kept.graphs
 
     def _scaled(self, own: tuple[int, int], scale: float) -> tuple[int, int]:
         height, width = self.size or own
@@ -249,9 +295,12 @@ class Predictor:
         np.stack(arrays, out=stacked.numpy())
         return stacked.permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
 
+    def _on_device(self, images: Tensor) -> Tensor:
+        return images.to(self.device, non_blocking=True)
+
     def _input(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """uint8 (n, 3, H, W) -> float [0, 1] at `size`, padded, on the device."""
-        x = images.to(self.device, non_blocking=True).float().div_(255)
+        """uint8 (n, 3, H, W) -> float [0, 1] at `size`, padded."""
+        x = images.float().div_(255)
         if tuple(x.shape[-2:]) != tuple(size):
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
         return pad_to_multiple(x, self.net.multiple).contiguous(memory_format=self.memory_format)
@@ -268,47 +317,60 @@ class Predictor:
             starts,
         )
 
-    def _finish(self, logits: Tensor, size: Size, own: Size, flip: bool) -> Tensor:
+    def _finish(self, logits: Tensor, way: Pass) -> Tensor:
         """Logits (n, 1, H/4, W/4) of the padded input -> probabilities (n, H, W) at the frames' own size."""
         padded = (logits.shape[-2] * 4, logits.shape[-1] * 4)
-        x = upsample_logits(logits.float(), padded, size)
-        if tuple(size) != tuple(own):
-            x = F.interpolate(x, size=own, mode="bilinear", align_corners=False)
+        x = upsample_logits(logits.float(), padded, way.size)
+        if tuple(way.size) != tuple(way.own):
+            x = F.interpolate(x, size=way.own, mode="bilinear", align_corners=False)
         x = x.sigmoid()
-        return (x.flip(-1) if flip else x)[:, 0]
+        return (x.flip(-1) if way.flip else x)[:, 0]
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+        # A graph must not read what autocast keeps of weights until it ends.
+        return torch.autocast(
+            self.device.type, dtype=self.amp, enabled=self.amp is not None, cache_enabled=not self.cuda_graphs
+        )
 
-    def _clips(
-        self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool, passes: int
-    ) -> Iterator[Tensor]:
+    def _clips(self, way: Pass, frames: Images, flows: Images) -> Iterator[Tensor]:
+        net, size = way.net, way.size
         windows = list(temporal_windows(len(frames), self.clip_len))
         for (start, _, keep, until), (x, y) in zip(
-            windows, self._batches(frames, flows, [w[:2] for w in windows], flip)
+            windows, self._batches(frames, flows, [w[:2] for w in windows], way.flip)
         ):
-            with torch.inference_mode(), self._autocast():
+            kept = slice(keep - start, until - start)
+
+            def clip(x: Tensor, y: Tensor, kept: slice = kept) -> tuple[Tensor]:
                 levels, skip = net.encode(self._input(x, size), self._input(y, size))
-                kept = slice(keep - start, until - start)
                 for index, level in enumerate(levels):
                     levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
-                results = self._finish(net.decode(levels, skip[kept]), size, own, flip)
+                return (self._finish(net.decode(levels, skip[kept]), way),)
+
+            with torch.inference_mode(), self._autocast():
+                key = ("clip", size, way.flip, kept.start, kept.stop)
+                (results,) = way.run(key, clip, self._on_device(x), self._on_device(y))
             yield results
 
-    def _whole(
-        self, net: DBSNet, frames: Images, flows: Images, own: Size, size: Size, flip: bool, passes: int
-    ) -> Iterator[Tensor]:
-        length = len(frames)
+    def _whole(self, way: Pass, frames: Images, flows: Images) -> Iterator[Tensor]:
+        net, size, length = way.net, way.size, len(frames)
+
+        def encode(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            levels, skip = net.encode(self._input(x, size), self._input(y, size))
+            return *levels, skip
+
+        def decode(skip: Tensor, *levels: Tensor) -> tuple[Tensor]:
+            return (self._finish(net.decode(list(levels), skip), way),)
+
         storage = Storage(
-            length, self.device, self.store_dtype, self.device_memory // passes, self.host_memory // passes
+            length, self.device, self.store_dtype, self.device_memory // way.count, self.host_memory // way.count
         )
         try:
             features: list[FrameStore] = []
             spans = [(start, min(start + self.batch_size, length)) for start in range(0, length, self.batch_size)]
-            for (start, _), (x, y) in zip(spans, self._batches(frames, flows, spans, flip)):
+            for (start, _), (x, y) in zip(spans, self._batches(frames, flows, spans, way.flip)):
                 with torch.inference_mode(), self._autocast():
-                    levels, skip = net.encode(self._input(x, size), self._input(y, size))
-                    for index, value in enumerate([*levels, skip]):
+                    maps = way.run(("encode", size), encode, self._on_device(x), self._on_device(y))
+                    for index, value in enumerate(maps):
                         if start == 0:
                             features.append(storage.new(tuple(value.shape[1:])))
                         features[index].write(start, value)
@@ -316,28 +378,33 @@ class Predictor:
                     self.on_encoded(len(x))
             for index, block in enumerate(net.propagation):
                 with torch.inference_mode(), self._autocast():
-                    propagate_store(block, features[index], storage, self.piece, self.device)
+                    propagate_store(block, features[index], storage, self.piece, self.device, way.run, index)
             for windows in batches_of_windows(refinement_windows(length, net.window), self.batch_size):
                 first, last = windows[0][2], windows[-1][3]  # what they keep is without gaps
                 with torch.inference_mode(), self._autocast():
                     levels = [features[0].read(first, last, self.device)]
                     for index in range(1, len(features) - 1):
-                        levels.append(self._refine(net, index, features[index], windows))
+                        levels.append(self._refine(way, index, features[index], windows))
                     skip = features[-1].read(first, last, self.device)
                 for start in range(0, last - first, self.batch_size):
                     part = slice(start, start + self.batch_size)
                     with torch.inference_mode(), self._autocast():
-                        logits = net.decode([level[part] for level in levels], skip[part])
-                        results = self._finish(logits, size, own, flip)
+                        key = ("decode", size, way.flip)
+                        (results,) = way.run(key, decode, skip[part], *(level[part] for level in levels))
                     yield results
         finally:
             storage.close()
 
-    def _refine(self, net: DBSNet, level: int, features: FrameStore, windows: Sequence[Window]) -> Tensor:
+    def _refine(self, way: Pass, level: int, features: FrameStore, windows: Sequence[Window]) -> Tensor:
         """What windows of one length keep of a level's refined maps, joined: (n, S*d, h, w)."""
         x = torch.stack([features.read(start, stop, self.device) for start, stop, _, _ in windows])
-        x = net.refine(level, x)  # (windows, T, S*d, h, w)
+        # (windows, T, S*d, h, w)
+        (x,) = way.run(("refine", level), lambda maps: (way.net.refine(level, maps),), x)
         return torch.cat([y[keep - start : until - start] for y, (start, _, keep, until) in zip(x, windows)])
+
+
+def _same(kept: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
+    return kept.keys() == state.keys() and all(torch.equal(value, state[name]) for name, value in kept.items())
 
 
 def hand_out(batches: Iterator[Tensor]) -> Iterator[np.ndarray]:
@@ -381,12 +448,19 @@ def batches_of_windows(windows: Iterator[Window], frames: int) -> Iterator[list[
 
 
 def propagate_store(
-    block: DenseBiConvLSTM, features: FrameStore, storage: Storage, piece: int, device: torch.device
+    block: DenseBiConvLSTM,
+    features: FrameStore,
+    storage: Storage,
+    piece: int,
+    device: torch.device,
+    run: Run = directly,
+    key: Hashable = None,
 ) -> None:
     """Run a dense bi-ConvLSTM over all frames of a store and put its output in their place.
 
     Layer by layer; step k feeds the forward chain frames k*piece … and the backward chain their mirror image from the
-    end of the video, in one grouped recurrence, so both chains carry their state over the whole video.
+    end of the video, in one grouped recurrence, so both chains carry their state over the whole video. `run` is given
+    each step, `key` says which block this is.
     """
     if not block.layers:
         return
@@ -399,13 +473,20 @@ def propagate_store(
         stores = [features, *(store for pair in hidden for store in pair)]
         return [store.read(start, stop, device).unflatten(1, (s, -1))[None] for store in stores]
 
-    for layer in block.layers:
+    for number, layer in enumerate(block.layers):
+        count = 1 + 2 * number  # of the maps that it reads, for each direction
+
+        def step(*maps: Tensor, layer: BiConvLSTM = layer, count: int = count) -> tuple[Tensor, ...]:
+            first, second, state = layer.chains(maps[:count], maps[count : 2 * count], maps[2 * count :] or None)
+            return first, second, *state
+
         shape = (s * layer.hidden, height, width)
         pair = (storage.new(shape), storage.new(shape))
-        state = None
+        state: Sequence[Tensor] = ()
         for start in range(0, length, piece):
             stop = min(start + piece, length)
-            first, second, state = layer.chains(dense(start, stop), dense(length - stop, length - start), state)
+            maps = (*dense(start, stop), *dense(length - stop, length - start))
+            first, second, *state = run(("propagate", key, number), step, *maps, *state)
             pair[0].write(start, first[0].flatten(1, 2))  # (n, S, h, H, W) -> (n, S*h, H, W)
             pair[1].write(length - stop, second[0].flatten(1, 2))
         hidden.append(pair)

@@ -44,7 +44,9 @@ def refinement_windows(length: int, window: int) -> Iterator[tuple[int, int, int
 
 def time_encoding(length: int, dim: int, like: Tensor) -> Tensor:
     """Sinusoid over time, centred on the clip, so that clips of any length share their middle: (T, dim)."""
-    make = _time_encoding if torch.compiler.is_compiling() else _kept_time_encoding
+    # A recorded graph would not know when a kept one is thrown away.
+    recording = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    make = _time_encoding if recording or torch.compiler.is_compiling() else _kept_time_encoding
     return make(length, dim, like.dtype, like.device)
 
 

@@ -35,6 +35,7 @@ def parse(*words: str, folder: Path) -> argparse.Namespace:
     bench.add_arguments(parser)
     args = parser.parse_args(words)
     shared = {"device": "cpu", "size": None, "checkpoint": None, "amp": "none", "batch_size": 2, "workers": 1,
+              "cuda_graphs": False,
               "datasets": None, "data_dir": "data", "split": None, "save_dir": str(folder)}  # fmt: skip
     for name, value in shared.items():
         setattr(args, name, value)
@@ -182,10 +183,17 @@ def test_against_timm() -> None:
     pytest.importorskip("timm")
     net = build_dbsnet("xxs", **SMALL).eval()
     result = bench_against_encoders(net, CPU, (64, 64), length=2, amp="none", repeats=1)
-    assert result["ratio"] > 0 and result["ratio_plain"] > 0
+    assert set(result["ratios"]) == {"plain", "folded, channels-last"} and min(result["ratios"].values()) > 0
 
 
-@pytest.mark.parametrize("words", ["--bench_clip 0", "--bench_repeats 0", "--bench_threads 0", "--bench_frames -1"])
+def test_graphs_need_a_gpu(tmp_path: Path) -> None:
+    args = parse(folder=tmp_path)
+    args.cuda_graphs = True
+    with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
+        bench.run(args)
+
+
+@pytest.mark.parametrize("words", ["--bench_clip 0", "--bench_repeats 0", "--bench_threads 0", "--bench_frames -1", "--bench_host_memory -1"])
 def test_options_out_of_range(words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words.split()[0]):
         bench.run(parse(*words.split(), folder=tmp_path))

@@ -458,6 +458,7 @@ def test_options_out_of_range(data: Path, weights: Path, capsys: pytest.CaptureF
     words = ["--tools", "test", "--checkpoint", weights, "--data_dir", data, "--datasets", "with-flow"]
     assert "--batch_size 0" in fails(capsys, *words, "--batch_size", 0)
     assert "--clip_len 0" in fails(capsys, *words, "--clip_len", 0)
+    assert "--cuda_graphs needs a GPU" in fails(capsys, *words, "--cuda_graphs", "--device", "cpu")
     assert "--scales" in fails(capsys, *words, "--scales", 0)
     assert "--size 0 64" in fails(capsys, *words, "--size", 0, 64)
     message = fails(capsys, *words, "--sequences", "video-00")

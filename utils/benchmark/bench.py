@@ -30,7 +30,9 @@ VARIANTS = ("s", "xxs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the ``--bench_…`` options; ``--size``, ``--batch_size``, ``--amp`` and ``--workers`` are shared."""
+    """Adds the ``--bench_…`` options; ``--size``, ``--batch_size``, ``--amp``, ``--cuda_graphs`` and ``--workers`` are
+    shared.
+    """
     group = parser.add_argument_group("bench", "weights are random unless --checkpoint is given; speed is the same")
     group.add_argument(
         "--bench_parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART",
@@ -48,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bench_frames", type=int, default=2000, metavar="N",
         help="frames of the video of part long, compared with one of a tenth; default: 2000",
+    )  # fmt: skip
+    group.add_argument(
+        "--bench_device_memory", type=int, metavar="MiB",
+        help="of kept features on a GPU before host memory, part long; default: 4096",
     )  # fmt: skip
     group.add_argument(
         "--bench_host_memory", type=int, metavar="MiB", help="of kept features before a file, part long; default: 1024"
@@ -89,6 +95,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("bench_clip", "bench_frames", "bench_video_frames", "bench_repeats", "bench_processes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if args.cuda_graphs and device.type != "cuda":
+        raise UserError("--cuda_graphs needs a GPU, and the device is the CPU: leave it out")
+    for name in ("bench_device_memory", "bench_host_memory"):
+        if (getattr(args, name) or 0) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: expected 0 or more")
     if args.bench_threads is not None:
         if args.bench_threads < 1:
             raise UserError(f"--bench_threads {args.bench_threads}: expected 1 or more")
@@ -132,19 +143,24 @@ def _measure(
     from utils.benchmark.training import bench_training
 
     clip = {"length": args.bench_clip, "amp": args.amp}
+    graphs = {"cuda_graphs": args.cuda_graphs}
     if part == "network":
-        return bench_clip(net, device, size, repeats=args.bench_repeats, **clip)
+        return bench_clip(net, device, size, repeats=args.bench_repeats, **clip, **graphs)
     if part == "encoders":
-        return bench_against_encoders(net, device, size, repeats=args.bench_repeats, **clip)
+        return bench_against_encoders(net, device, size, repeats=args.bench_repeats, **clip, **graphs)
     if part == "profile":
         return {"operators": profile_clip(net, device, size, **clip)}
-    common = {"amp": args.amp, "batch_size": args.batch_size}
+    common = {"amp": args.amp, "batch_size": args.batch_size, **graphs}
     if part == "video":
         frames = args.bench_video_frames
         return bench_video(net, device, size, length=frames, repeats=args.bench_repeats, **common)
     if part == "long":
-        limit = None if args.bench_host_memory is None else args.bench_host_memory << 20
-        return bench_long(net, device, size, length=args.bench_frames, host_memory=limit, **common)
+        limits = {
+            name: getattr(args, f"bench_{name}") << 20
+            for name in ("device_memory", "host_memory")
+            if getattr(args, f"bench_{name}") is not None
+        }
+        return bench_long(net, device, size, length=args.bench_frames, **limits, **common)
     workers = args.workers if args.workers is not None else default_workers()
     if part == "pipeline":
         with tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder:

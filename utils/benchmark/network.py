@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from models import Predictor, build_dbsnet
 from models.complexity import count_parameters, macs_per_frame
+from models.cuda_graphs import CudaGraphs
 from models.dbsnet import DBSNet
 from models.fold import inference_copy
 from models.predictor import AMP, FrameStore
@@ -37,30 +37,55 @@ class LazyPictures(Sequence[np.ndarray]):
         return np.roll(self.base, index, 1)
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Mixed precision as ``--amp`` says it."""
-    return torch.autocast(device.type, dtype=AMP[amp], enabled=AMP[amp] is not None)
+def autocast(device: torch.device, amp: str, keep_casts: bool = True) -> torch.autocast:
+    """Mixed precision as ``--amp`` says it; a CUDA graph must not read weights that were cast and kept."""
+    return torch.autocast(device.type, dtype=AMP[amp], enabled=AMP[amp] is not None, cache_enabled=keep_casts)
+
+
+def clip_calls(
+    net: DBSNet, frames: torch.Tensor, flows: torch.Tensor, *, amp: str, cuda_graphs: bool
+) -> dict[str, Callable[[], None]]:
+    """One clip through the network: as it is built, as `Predictor` runs it (folded, channels-last), and recorded as a
+    CUDA graph by the second call.
+    """
+    device = frames.device
+    net = net.to(device).eval()
+    folded = inference_copy(net, AMP[amp])
+    first, second = (x[0].contiguous(memory_format=torch.channels_last)[None] for x in (frames, flows))
+    graphs = CudaGraphs(device)
+
+    def whole(work: Callable[[], object], keep_casts: bool = True) -> Callable[[], None]:
+        def call() -> None:
+            with torch.inference_mode(), autocast(device, amp, keep_casts):
+                work()
+
+        return call
+
+    calls = {
+        "plain": whole(lambda: net(frames, flows)),
+        "folded, channels-last": whole(lambda: folded(first, second)),
+    }
+    if cuda_graphs:
+        replay = whole(lambda: graphs("clip", lambda x, y: (folded(x, y),), first, second), keep_casts=False)
+        replay()  # what is timed begins with the recording, as the warm-up
+        calls["CUDA graph"] = replay
+    return calls
 
 
 def bench_clip(
-    net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, repeats: int
+    net: DBSNet,
+    device: torch.device,
+    size: tuple[int, int],
+    *,
+    length: int,
+    amp: str,
+    repeats: int,
+    cuda_graphs: bool = False,
 ) -> dict[str, Any]:
-    """One clip through the network alone: as it is built, and as `Predictor` runs it (folded, channels-last)."""
-    net = net.to(device).eval()
-    folded = inference_copy(net, AMP[amp])
+    """One clip through the network alone, in the ways of `clip_calls`."""
     frames, flows = torch.rand(2, 1, length, 3, *size, device=device)
-    first, second = (x[0].contiguous(memory_format=torch.channels_last)[None] for x in (frames, flows))
-
-    def plain() -> None:
-        with torch.inference_mode(), autocast(device, amp):
-            net(frames, flows)
-
-    def fast() -> None:
-        with torch.inference_mode(), autocast(device, amp):
-            folded(first, second)
-
     with PeakMemory(device) as memory:
-        times = time_calls({"plain": plain, "folded, channels-last": fast}, device, repeats)
+        times = time_calls(clip_calls(net, frames, flows, amp=amp, cuda_graphs=cuda_graphs), device, repeats)
     macs, _ = macs_per_frame(size, length, **net.config)
     return {
         "frames_of_a_clip": length,
@@ -71,7 +96,14 @@ def bench_clip(
 
 
 def bench_against_encoders(
-    net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, repeats: int
+    net: DBSNet,
+    device: torch.device,
+    size: tuple[int, int],
+    *,
+    length: int,
+    amp: str,
+    repeats: int,
+    cuda_graphs: bool = False,
 ) -> dict[str, Any]:
     """The whole network against timm's two encoders of its size alone, eager, in one run.
 
@@ -84,34 +116,22 @@ def bench_against_encoders(
 
     name = f"mobilevit_{net.config['variant']}"
     encoders = [timm.create_model(name, features_only=True, pretrained=False).to(device).eval() for _ in range(2)]
-    net = net.to(device).eval()
-    folded = inference_copy(net, AMP[amp])
     frames = torch.rand(1, length, 3, *size, device=device)
-    reordered = frames[0].contiguous(memory_format=torch.channels_last)[None]
 
     def both() -> None:
         with torch.inference_mode(), autocast(device, amp):
             for encoder in encoders:
                 encoder(frames[0])
 
-    def whole(net: nn.Module, x: torch.Tensor) -> Callable[[], None]:
-        def call() -> None:
-            with torch.inference_mode(), autocast(device, amp):
-                net(x, x)
-
-        return call
-
-    fast = "network, folded, channels-last"
-    calls = {"encoders": both, "network": whole(net, frames), fast: whole(folded, reordered)}
-    times = time_calls(calls, device, repeats)
+    calls = clip_calls(net, frames, frames, amp=amp, cuda_graphs=cuda_graphs)
+    times = time_calls({"encoders": both, **calls}, device, repeats)
     measure = "processor" if device.type == "cpu" else "median"
     base = getattr(times["encoders"], measure)
     return {
         "timm": timm.__version__,
         "frames": length,
         **{name: timing.describe(length) for name, timing in times.items()},
-        "ratio_plain": getattr(times["network"], measure) / base,
-        "ratio": getattr(times[fast], measure) / base,
+        "ratios": {name: getattr(times[name], measure) / base for name in calls},
     }
 
 
@@ -180,29 +200,33 @@ def bench_video(
     amp: str,
     batch_size: int | None,
     repeats: int,
+    cuda_graphs: bool = False,
 ) -> dict[str, Any]:
     """Whole videos through `Predictor`: uint8 pictures in host memory in, probability maps in host memory out."""
-    predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size)
-    with PeakMemory(device) as memory:
-        times = time_calls({"video": lambda: run_video(predictor, length, size)}, device, repeats)
-    return {
-        "frames": length,
-        "batch_size": predictor.batch_size,
-        **times["video"].describe(length),
-        "memory": memory.describe(),
-    }
+
+    def measure(cuda_graphs: bool) -> dict[str, Any]:
+        predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, cuda_graphs=cuda_graphs)
+        with PeakMemory(device) as memory:
+            # What comes once in a video is recorded in the second.
+            warmup = 2 if cuda_graphs else 1
+            times = time_calls({"video": lambda: run_video(predictor, length, size)}, device, repeats, warmup)
+        return {
+            "batch_size": predictor.batch_size, **times["video"].describe(length), "memory": memory.describe(),
+        }  # fmt: skip
+
+    with_graphs = {"CUDA graphs": measure(True)} if cuda_graphs else {}
+    return {"frames": length, **measure(False), **with_graphs}
 
 
 def bench_long(
     net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, batch_size: int | None,
-    host_memory: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A long video against one of a tenth of its length: time per frame, memory, and size of the temporary file.
 
     Args:
-        host_memory: `Predictor`'s; its default by default.
+        options: of `Predictor`, as `host_memory`.
     """
-    options = {} if host_memory is None else {"host_memory": host_memory}
     predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, **options)
     run_video(predictor, min(16, length), size)  # warm-up: libraries allocate once
     spilled = _watch_spill()

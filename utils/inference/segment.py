@@ -37,7 +37,9 @@ WRITERS, WAITING = 2, 32  # threads that write maps, and maps that may wait for 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``test`` alone; ``--size``, ``--batch_size`` and ``--amp`` are shared with ``bench``."""
+    """The options of ``test`` alone; ``--size``, ``--batch_size``, ``--amp`` and ``--cuda_graphs`` are shared with
+    ``bench``.
+    """
     group = parser.add_argument_group("test")
     group.add_argument("--clip_len", type=int, metavar="N", help="overlapping clips of N frames; default: whole video")
     group.add_argument("--flip", action="store_true", help="average with the result on the mirrored video")
@@ -111,6 +113,8 @@ def run(
     from utils.distributed import share_out
 
     settings = settings_from(args, weights)
+    if args.cuda_graphs and processes.device.type != "cuda":
+        raise UserError(f"--cuda_graphs needs a GPU, and the device is {processes.device}: leave it out")
     save_dir = Path(args.save_dir)
 
     def pending(index: int) -> Sequence[str]:
@@ -135,6 +139,7 @@ def run(
         size=tuple(settings["size"]),
         batch_size=args.batch_size,
         amp=args.amp,
+        cuda_graphs=args.cuda_graphs,
         clip_len=args.clip_len,
         flip=args.flip,
         mirror_flow=mirror_flow,

@@ -1,0 +1,223 @@
+"""CUDA graphs: which work is recorded and when, that a video comes out the same, and that nothing in it waits for the
+GPU.
+
+A recording is emulated on the CPU: it computes what a replay would, in the memory where a replay would. The tests
+marked `gpu` record real graphs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import models.convlstm
+from models import Predictor, build_dbsnet
+from models.cuda_graphs import CudaGraphs
+from models.dbsnet import DBSNet
+from tests.test_speed_paths import make_net, predict, video
+
+made: Counter = Counter()  # recordings and replays of the emulation
+
+
+class Emulated:
+    """What `models.cuda_graphs.Recording` does with a GPU."""
+
+    def __init__(self, work: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> None:
+        made["recordings"] += 1
+        self.work, self.inputs = work, [x.clone() for x in inputs]
+        self.results = [torch.full_like(x, float("nan")) for x in work(*self.inputs)]
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        made["replays"] += 1
+        for kept, given in zip(self.inputs, inputs, strict=True):
+            kept.copy_(given)
+        for kept, result in zip(self.results, self.work(*self.inputs), strict=True):
+            kept.copy_(result)  # over what the replay before has left
+        return tuple(self.results)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    monkeypatch.setattr(CudaGraphs, "_record", lambda self, work, inputs: Emulated(work, inputs))
+    made.clear()
+    yield made
+
+
+def with_graphs(net: DBSNet, **options: Any) -> Predictor:
+    predictor = Predictor(net, **options)
+    predictor.cuda_graphs = True
+    return predictor
+
+
+def run(predictor: Predictor, length: int) -> np.ndarray:
+    # Copied, since without a GPU they are the memory of the recording itself.
+    return np.stack([probability.copy() for _, probability in predictor(*video(length))])
+
+
+FINE = {"store_dtype": torch.float32}  # half precision would make rounding in the fifth digit one in the third
+
+
+def check_same(ours: np.ndarray, plain: np.ndarray, tolerance: float = 1e-5) -> None:
+    assert np.abs(plain - plain.mean()).max() > 100 * tolerance
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=tolerance)
+
+
+def test_the_second_call_is_recorded(emulated: Counter) -> None:
+    graphs, calls = CudaGraphs(torch.device("cpu")), []
+
+    def double(x: Tensor) -> tuple[Tensor]:
+        calls.append(tuple(x.shape))
+        return (2 * x,)
+
+    for shape in ((3,), (4,), (3,)):  # seen once, another shape, recorded
+        value = torch.rand(shape)
+        assert torch.equal(graphs("double", double, value)[0], 2 * value)
+    assert emulated == {"recordings": 1, "replays": 1}
+    first = graphs("double", double, torch.ones(3))[0]
+    second = graphs("double", double, torch.zeros(3))[0]
+    assert first is second and not second.any()  # its memory is the recording's
+    graphs("other", double, torch.ones(3))
+    graphs("double", double, torch.ones(3).double())
+    assert emulated == {"recordings": 1, "replays": 3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"flip": True}, {"scales": (1.0, 2.0), "flip": True}, {"clip_len": 4}, {"clip_len": 4, "flip": True},
+     {"batch_size": 2, "piece": 3}, {"host_memory": 200_000}, {"size": (32, 64)}],
+)  # fmt: skip
+def test_a_video_comes_out_the_same(options: dict[str, Any], emulated: Counter) -> None:
+    net, predictor = make_net(), with_graphs(make_net(), **options, **FINE)
+    for length in (19, 19, 12, 1):
+        check_same(run(predictor, length), predict(net, length, **options, **FINE))
+    assert emulated["recordings"] >= 3 and emulated["replays"] > 2 * emulated["recordings"]
+
+
+def test_recordings_stay_from_video_to_video(emulated: Counter) -> None:
+    predictor = with_graphs(make_net())
+    run(predictor, 19)
+    run(predictor, 19)
+    recordings = emulated["recordings"]
+    copied = predictor._recorded.net
+    run(predictor, 19)
+    assert emulated["recordings"] == recordings and predictor._recorded.net is copied
+
+
+def test_frames_of_another_size_at_the_same_size_of_the_network(emulated: Counter) -> None:
+    predictor = with_graphs(make_net(), size=(64, 96), **FINE)
+    run(predictor, 12)
+    run(predictor, 12)
+    frames, flows = ([image[:40, :60] for image in images] for images in video(12))
+    plain = [probability for _, probability in Predictor(make_net(), size=(64, 96), **FINE)(frames, flows)]
+    check_same(np.stack([probability.copy() for _, probability in predictor(frames, flows)]), np.stack(plain))
+
+
+@pytest.mark.parametrize("how", ["in place", "through .data", "buffer", "size"])
+def test_what_changed_is_recorded_anew(how: str, emulated: Counter) -> None:
+    net, predictor = make_net(), with_graphs(make_net(), **FINE)
+    before = run(predictor, 12)
+    run(predictor, 12)
+    with torch.no_grad():
+        for one in (net, predictor.net):
+            if how == "in place":
+                one.decoder.head.bias.add_(1)
+            elif how == "through .data":
+                one.decoder.head.bias.data.add_(1)
+            elif how == "buffer":
+                one.skip.norm.running_mean.add_(1)
+    options = {"size": (32, 64)} if how == "size" else {}
+    predictor.size = options.get("size")
+    after = run(predictor, 12)
+    check_same(after, predict(net, 12, **options, **FINE))
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_it_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="cuda_graphs needs a GPU"):
+        Predictor(make_net(), device="cpu", cuda_graphs=True)
+
+
+# ------------------------------------------------------------------------------------------ what a graph cannot record
+
+
+class Watch(TorchDispatchMode):
+    """Notes operators that read or write host memory, or that hand a number to Python, while the rest is on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.waiting = 0, []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        self.count += 1
+        if any(x.device.type == "cpu" for x in tensors) or "_local_scalar_dense" in str(operator):
+            self.waiting.append(str(operator))
+        return result
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors without numbers, on a GPU that need not be there."""
+
+    def cell(inputs: Tensor, recurrent: Tensor | None, cell: Tensor | None) -> tuple[Tensor, Tensor]:
+        shape = inputs.shape[0] * inputs.shape[1] * 2, inputs[0, 0, 0].numel() // 4
+        return inputs.new_empty(shape), inputs.new_empty(shape)
+
+    monkeypatch.setattr(models.convlstm, "_fused_cell", cell)  # which has no shapes without a GPU
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(), torch.device("cuda"):
+        yield
+
+
+@pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize("encoder", ["mobilevit", {"appearance": "tf_efficientnet_lite2", "motion": "mobilevit"}])
+def test_nothing_in_the_network_waits_for_the_gpu(encoder: Any) -> None:
+    if encoder != "mobilevit":
+        pytest.importorskip("timm")
+    net = build_dbsnet("xxs", encoder=encoder).eval()
+    x = torch.rand(2, 3, 96, 160)
+    with torch.inference_mode(), Watch() as watch:
+        levels, skip = net.encode(x, x)
+        clips = [net.refine(index, level[None]) for index, level in enumerate(levels)]
+        net.decode([clip[0] for clip in clips], skip)
+        layer = net.propagation[0].layers[1]
+        maps = [torch.rand(1, 5, 2, channels, 12, 20) for channels in (net.width, layer.hidden, layer.hidden)]
+        *_, state = layer.chains(maps, list(maps))
+        layer.chains(maps, list(maps), state)
+    assert watch.count > 500 and not watch.waiting
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_what_waits_is_noticed() -> None:
+    x = torch.rand(4, 4)
+    with torch.inference_mode(), Watch() as watch:
+        x[:, [1, 0]]  # the list goes to the GPU first
+    assert watch.waiting
+
+
+# ---------------------------------------------------------------------------------------------------------- real graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"scales": (0.5, 1.0)}, {"clip_len": 4}, {"device_memory": 0}])
+def test_a_video_comes_out_the_same_on_a_gpu(amp: str | None, options: dict[str, Any]) -> None:
+    options = {"device": "cuda", "amp": amp, "batch_size": 4, **options}
+    plain, predictor = Predictor(make_net(), **options), Predictor(make_net(), cuda_graphs=True, **options)
+    tolerance = 1e-3 if amp is None else 2e-2
+    for length in (19, 19, 19, 12):  # noticed, recorded, replayed; another video
+        np.testing.assert_allclose(run(predictor, length), run(plain, length), rtol=0, atol=tolerance)
+    for one in (plain, predictor):
+        with torch.no_grad():
+            one.net.decoder.head.bias.add_(1)
+    np.testing.assert_allclose(run(predictor, 19), run(plain, 19), rtol=0, atol=tolerance)
