@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models import Predictor, build_dbsnet, save_weights
-from models.predictor import FrameStore
+from models.frame_store import FrameStore
 from utils.benchmark import bench
 from utils.benchmark.network import (
     LazyPictures,
@@ -193,7 +193,9 @@ def test_graphs_need_a_gpu(tmp_path: Path) -> None:
         bench.run(args)
 
 
-@pytest.mark.parametrize("words", ["--bench_clip 0", "--bench_repeats 0", "--bench_threads 0", "--bench_frames -1", "--bench_host_memory -1"])
+@pytest.mark.parametrize(
+    "words", ["--bench_clip 0", "--bench_repeats 0", "--bench_threads 0", "--bench_frames -1", "--bench_host_memory -1"]
+)
 def test_options_out_of_range(words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words.split()[0]):
         bench.run(parse(*words.split(), folder=tmp_path))

@@ -15,7 +15,8 @@ from models.complexity import count_parameters, macs_per_frame
 from models.cuda_graphs import CudaGraphs
 from models.dbsnet import DBSNet
 from models.fold import inference_copy
-from models.predictor import AMP, FrameStore
+from models.frame_store import FrameStore
+from models.predictor import AMP
 from utils.benchmark.timing import PeakMemory, synchronise, time_calls
 from utils.errors import UserError
 

@@ -1,0 +1,104 @@
+"""Where the features of a video's frames are kept between the passes of `models.predictor`.
+
+In half precision: on the accelerator while they are few, in host memory up to a limit, and beyond that in a temporary
+file.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class FrameStore:
+    """One tensor of a fixed shape per frame of a video, written and read in ranges; in memory or in a temporary
+    file.
+    """
+
+    def __init__(self, length: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> None:
+        """`device` says where the tensors live; None puts them into a file, which vanishes with the store."""
+        self.shape, self.dtype = shape, dtype
+        self.tensor: Tensor | None = None
+        self.file: BinaryIO | None = None
+        if device is not None:
+            self.tensor = torch.empty((length, *shape), dtype=dtype, device=device)
+        else:
+            self.file = tempfile.TemporaryFile(prefix="dbsnet-features-")
+        self.stride = int(np.prod(shape)) * dtype.itemsize
+
+    def write(self, start: int, value: Tensor) -> None:
+        """Store (n, …) as frames start … start+n-1."""
+        value = value.to(self.dtype)
+        if self.tensor is not None:
+            self.tensor[start : start + len(value)] = value.to(self.tensor.device)
+        else:
+            data = memoryview(value.contiguous().cpu().view(torch.uint8).numpy().reshape(-1))
+            offset = start * self.stride
+            while data:  # one call may write less than asked
+                written = os.pwrite(self.file.fileno(), data, offset)
+                data, offset = data[written:], offset + written
+
+    def read(self, start: int, stop: int, like: torch.device) -> Tensor:
+        """Frames start … stop-1 in float32 on the device `like`: (n, …)."""
+        if self.tensor is not None:
+            return self.tensor[start:stop].to(like).float()
+        raw = torch.empty((stop - start) * self.stride, dtype=torch.uint8)
+        data, offset = memoryview(raw.numpy()), start * self.stride
+        while data:
+            count = os.preadv(self.file.fileno(), [data], offset)
+            if not count:
+                raise OSError(f"the temporary feature file ended at byte {offset}, expected {stop * self.stride}")
+            data, offset = data[count:], offset + count
+        return raw.view(self.dtype).view(stop - start, *self.shape).to(like).float()
+
+    def close(self) -> None:
+        """Free the memory or the file."""
+        self.tensor = None
+        if self.file is not None:
+            self.file.close()
+
+
+class Storage:
+    """Makes the stores of one video and decides where each lives, by what has been handed out already."""
+
+    def __init__(
+        self, length: int, device: torch.device, dtype: torch.dtype, device_memory: int, host_memory: int
+    ) -> None:
+        self.length, self.dtype = length, dtype
+        if device.type == "cuda":  # the network needs room as well, whatever the card
+            device_memory = min(device_memory, torch.cuda.mem_get_info(device)[0] // 4)
+        self.places = [(torch.device("cpu"), host_memory)] if device.type == "cpu" else [
+            (device, device_memory), (torch.device("cpu"), host_memory)]  # fmt: skip
+        self.used = [0] * len(self.places)
+        self.stores: list[tuple[FrameStore, int | None]] = []
+
+    def new(self, shape: tuple[int, ...]) -> FrameStore:
+        size = self.length * int(np.prod(shape)) * self.dtype.itemsize
+        for index, (device, limit) in enumerate(self.places):
+            if self.used[index] + size <= limit:
+                self.used[index] += size
+                store = FrameStore(self.length, shape, self.dtype, device)
+                self.stores.append((store, index))
+                return store
+        store = FrameStore(self.length, shape, self.dtype, None)
+        self.stores.append((store, None))
+        return store
+
+    def free(self, store: FrameStore) -> None:
+        for entry in self.stores:
+            if entry[0] is store:
+                self.stores.remove(entry)
+                if entry[1] is not None:
+                    self.used[entry[1]] -= self.length * store.stride
+                store.close()
+                return
+
+    def close(self) -> None:
+        for store, _ in self.stores:
+            store.close()
+        self.stores.clear()
