@@ -239,6 +239,7 @@ def train_step(
             batch["masks"],
             batch["valid"],
             aux,
+            multiple=run.net.multiple,
             aux_weight=config.aux_weight,
             edge_weight=config.edge_weight,
         )
@@ -402,7 +403,7 @@ def validate_and_save(run: Run) -> bool:
 
 
 def save(run: Run, best: bool = False) -> None:
-    """Writes last.pt; best.pt too if this is the best; and the weights to test with.
+    """Writes best.pt if this is the best, the weights to test with, and last.pt.
 
     Raises:
         UserError: weights that are no numbers any more, in all processes; what is on disk stays as it is.
@@ -427,7 +428,7 @@ def save(run: Run, best: bool = False) -> None:
         "rng": {"seed": run.config.seed, "step": run.step},
         "pending_validation": run.pending_validation,
     }
-    save_checkpoint(run.folder / "last.pt", checkpoint)
+    # last.pt is the last: whoever dies in between goes on from the one before, and validates again.
     if best:
         save_checkpoint(run.folder / "best.pt", checkpoint)
     if best or run.best is None:  # without validation the last weights are the ones to test
@@ -437,6 +438,7 @@ def save(run: Run, best: bool = False) -> None:
             "size": " ".join(map(str, run.config.size)),  # what tool.py tests at unless told otherwise
         }
         save_weights(run.folder / "weights.safetensors", run.tested_net, metadata=facts)
+    save_checkpoint(run.folder / "last.pt", checkpoint)
 
 
 def position(run: Run) -> dict[str, int]:

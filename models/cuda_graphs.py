@@ -7,6 +7,7 @@ are where they were at the recording.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 
 import torch
@@ -16,15 +17,16 @@ Work = Callable[..., tuple[Tensor, ...]]  # of tensors on one device
 
 
 class CudaGraphs:
-    """Functions of tensors, each recorded for each shape that comes more than once.
+    """Functions of tensors, each recorded for the shapes that come often.
 
-    ``graphs(key, work, *inputs)`` is ``work(*inputs)``. The first call with a key and these shapes runs `work` as it
-    is, in which libraries choose their algorithms and caches are filled; the second records it; from then on it is
-    replayed. So what comes once costs nothing.
+    ``graphs(key, work, *inputs)`` is ``work(*inputs)``. The first two calls with a key and these shapes, counted from
+    `begin`, run `work` as it is; the third records it, which costs as much as several calls, and from then on it is
+    replayed. So nothing is recorded for the shorter batch at the end of a video.
 
     The same key must mean the same work: what `work` reads beside its inputs (weights, numbers) is what it read when it
-    was recorded, and the tensors among it must stay where they are. Use a result before the next call with its key and
-    shapes, which overwrites it. Not for `work` that waits for the device, or that makes random numbers.
+    was recorded, and the tensors among it must stay where they are. **Use a result before any other call**: recordings
+    work in one memory, and a result is safe from the work of others only as long as nothing else is replayed. Not for
+    `work` that waits for the device or makes random numbers, and not from several threads at once.
 
     Args:
         device: the GPU that all inputs are on.
@@ -32,27 +34,42 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._recorded: dict[Hashable, Recording | None] = {}  # None: seen once
+        self._seen: Counter = Counter()
+        self._recorded: dict[Hashable, Recording] = {}
         self._pool: tuple[int, int] | None = None  # of the memory that all recordings work in
+        # One for good: what cuBLAS works in is kept for each stream, and a new stream each time would keep more of it.
         self._stream: torch.cuda.Stream | None = None
+
+    def begin(self) -> None:
+        """Another video: count from nought what has not been recorded."""
+        self._seen.clear()
+
+    def clear(self) -> None:
+        """Forget all recordings, and free their memory. All at once, since they share it."""
+        self._seen.clear()
+        self._recorded.clear()
+        self._pool = None
 
     def __call__(self, key: Hashable, work: Work, *inputs: Tensor) -> tuple[Tensor, ...]:
         signature = (key, *((tuple(x.shape), x.dtype) for x in inputs))
-        if signature not in self._recorded:
-            self._recorded[signature] = None
-            return work(*inputs)
-        recording = self._recorded[signature]
+        recording = self._recorded.get(signature)
         if recording is None:
+            self._seen[signature] += 1
+            if self._seen[signature] < 3:
+                return work(*inputs)
             recording = self._recorded[signature] = self._record(work, inputs)
         return recording(*inputs)
 
     def _record(self, work: Work, inputs: tuple[Tensor, ...]) -> Recording:
-        if self._pool is None:
-            # One pool for all: results are kept for as long as their recording, so that no other gets their memory,
-            # and what lies between inputs and results is of no use to anyone once a replay is done.
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
-        return Recording(work, inputs, self._pool, self._stream)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            return Recording(work, inputs, self._pool, self._stream)
+        except BaseException:
+            self.clear()  # a recording cut short leaves the memory of all in no known state
+            raise
 
 
 class Recording:
@@ -62,11 +79,17 @@ class Recording:
         self, work: Work, inputs: tuple[Tensor, ...], pool: tuple[int, int], stream: torch.cuda.Stream
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
+        work(*self.inputs)  # libraries prepare themselves for each thread, which they must not do while recording
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads go on, and what they ask of CUDA (pinned memory for the next frames) must not end
-        # the recording.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.results = work(*self.inputs)
+        before = torch.cuda.current_stream(stream.device)
+        try:
+            # thread_local: other threads go on, and what they ask of CUDA (pinned memory for the next frames) must not
+            # end the recording.
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.results = work(*self.inputs)
+        except BaseException:
+            torch.cuda.set_stream(before)  # where the recording fails at its end, PyTorch does not go back by itself
+            raise
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for kept, given in zip(self.inputs, inputs):

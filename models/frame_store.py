@@ -37,7 +37,8 @@ class FrameStore:
         if self.tensor is not None:
             self.tensor[start : start + len(value)] = value.to(self.tensor.device)
         else:
-            data = memoryview(value.contiguous().cpu().view(torch.uint8).numpy().reshape(-1))
+            # Flat first: maps of 1×1 can have any strides and still count as contiguous.
+            data = memoryview(value.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
             offset = start * self.stride
             while data:  # one call may write less than asked
                 written = os.pwrite(self.file.fileno(), data, offset)
@@ -71,7 +72,8 @@ class Storage:
     ) -> None:
         self.length, self.dtype = length, dtype
         if device.type == "cuda":  # the network needs room as well, whatever the card
-            device_memory = min(device_memory, torch.cuda.mem_get_info(device)[0] // 4)
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, free as well
+            device_memory = min(device_memory, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
         self.places = [(torch.device("cpu"), host_memory)] if device.type == "cpu" else [
             (device, device_memory), (torch.device("cpu"), host_memory)]  # fmt: skip
         self.used = [0] * len(self.places)

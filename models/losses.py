@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.dbsnet import pad_to_multiple
+
 EDGE_WINDOW = 31
 """Side in pixels of the window over which `edge_weights` averages: that of F3Net (arXiv:1911.11445) at 352x352."""
 
@@ -53,22 +55,8 @@ def _bce_and_iou(
     return (bce * valid).sum() / count, (iou * valid).sum() / count
 
 
-def _pad_like(masks: Tensor, coarse: Tensor) -> Tensor:
-    """Replicate the border of masks (N, 1, H, W) on the right and at the bottom, as the network has padded its input.
-
-    The stride of `coarse`, a power of two, is the smallest that covers the masks; without this, masks of a size that is
-    no multiple would be stretched against the auxiliary logits.
-    """
-    (height, width), (h, w) = masks.shape[-2:], coarse.shape[-2:]
-    stride = 1
-    while h * stride < height or w * stride < width:
-        stride *= 2
-    pad = (0, w * stride - width, 0, h * stride - height)
-    return F.pad(masks, pad, mode="replicate") if any(pad) else masks
-
-
 def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None, aux: Sequence[Tensor] = (), *,
-                      aux_weight: float = 0.4, edge_weight: float = 0.0,
+                      multiple: int = 1, aux_weight: float = 0.4, edge_weight: float = 0.0,
                       epsilon: float = 1.0) -> dict[str, Tensor]:  # fmt: skip
     """BCE + soft IoU, plus `aux_weight` times the mean of the same on the auxiliary logits.
 
@@ -77,10 +65,11 @@ def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
         masks: (B, T, 1, H, W), 0 or 1, any dtype.
         valid: (B, T); frames without a label carry no loss. A batch without any label has loss 0. None: all are valid.
         aux: logits (B, T, 1, h, w) at coarser strides; the masks are averaged down to them.
+        multiple: what the network has padded its input to (`DBSNet.multiple`), and with it the auxiliary logits.
         edge_weight: of `edge_weights`, which then weigh both terms on `logits`; 0: every pixel counts alike.
         epsilon: pixels added to intersection and union.
 
-    Returns scalars ``total``, ``bce``, ``iou`` and ``aux``.
+    Returns scalars ``total``, ``bce``, ``iou`` and ``aux``. Raises ValueError for shapes that do not fit.
     """
     if logits.shape != masks.shape:
         raise ValueError(f"logits and masks must have one shape, got {tuple(logits.shape)} and {tuple(masks.shape)}")
@@ -88,10 +77,14 @@ def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
     valid = torch.ones(logits.shape[:2], device=logits.device) if valid is None else valid.to(logits.dtype)
     bce, iou = _bce_and_iou(logits, masks, valid, epsilon, edge_weight)
     auxiliary = logits.new_zeros(())
+    padded = pad_to_multiple(masks.flatten(0, 1), multiple) if aux else masks  # (B, T, 1, H, W) -> (B*T, 1, H, W)
     for coarse in aux:
-        # (B*T, …) -> (B, T, …)
-        small = F.adaptive_avg_pool2d(_pad_like(masks.flatten(0, 1), coarse), coarse.shape[-2:])
-        small = small.view(coarse.shape)  # (B*T, 1, h, w) -> (B, T, 1, h, w)
+        if any(side % part for side, part in zip(padded.shape[-2:], coarse.shape[-2:])):
+            raise ValueError(
+                f"auxiliary logits of {tuple(coarse.shape[-2:])} do not divide masks of {tuple(padded.shape[-2:])}, "
+                f"padded to multiples of {multiple}"
+            )
+        small = F.adaptive_avg_pool2d(padded, coarse.shape[-2:]).view(coarse.shape)  # -> (B, T, 1, h, w)
         auxiliary = auxiliary + sum(_bce_and_iou(coarse.float(), small, valid, epsilon)) / len(aux)
     return {"total": bce + iou + aux_weight * auxiliary, "bce": bce, "iou": iou, "aux": auxiliary}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,9 +55,8 @@ class _Recorded(NamedTuple):
     """The copy of a network that graphs were recorded with, and what it was made for."""
 
     state: dict[str, Tensor]
-    sizes: Hashable
+    settings: Hashable
     net: DBSNet
-    graphs: CudaGraphs
 
 
 def read_ahead(make: Callable[[Any], Any], starts: Sequence[Any], depth: int = 2) -> Iterator[Any]:
@@ -116,8 +116,8 @@ class Predictor:
         device_memory, host_memory: bytes of features that all passes together (`flip`, `scales`) keep there before the
             next, slower place is used: accelerator, host memory, temporary file.
         cuda_graphs: on a GPU, record what is done for a batch and replay it for the next ones (`models.cuda_graphs`).
-            Changes speed and memory, not the result. The folded copy is kept from video to video while the weights and
-            the sizes stay the same.
+            Changes speed and memory, not the result. Recordings are kept from video to video while the weights and the
+            sizes stay the same; one predictor's videos come one after the other then (RuntimeError in turns).
         on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
             pass, before its first result comes. With `clip_len`, results come on the way, and it is not called.
 
@@ -153,7 +153,9 @@ class Predictor:
         self.fold, self.piece, self.store_dtype = fold, piece, store_dtype
         self.device_memory, self.host_memory = device_memory, host_memory
         self.cuda_graphs, self.on_encoded = cuda_graphs, on_encoded
+        self._graphs = CudaGraphs(self.device)
         self._recorded: _Recorded | None = None
+        self._busy = False
 
     def __call__(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         if len(frames) != len(flows):
@@ -169,11 +171,31 @@ class Predictor:
             for scale in self.scales
             for flip in ([False, True] if self.flip else [False])
         ]
-        net, run = self._prepared((own, *sizes))
-        process = self._clips if self.clip_len else self._whole
-        runs = [hand_out(process(Pass(size, flip, own, net, run, len(sizes)), frames, flows)) for size, flip in sizes]
-        for index, results in enumerate(zip(*runs)):
-            yield index, sum(results) / len(results) if len(results) > 1 else results[0]
+        with self._alone():
+            net, run = self._prepared((own, *sizes))
+            process = self._clips if self.clip_len else self._whole
+            runs = [
+                hand_out(process(Pass(size, flip, own, net, run, len(sizes)), frames, flows)) for size, flip in sizes
+            ]
+            for index, results in enumerate(zip(*runs)):
+                yield index, sum(results) / len(results) if len(results) > 1 else results[0]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other video meanwhile where recordings are used: it would find those of this one, or clear them."""
+        if not self.cuda_graphs:
+            yield
+            return
+        if self._busy:
+            raise RuntimeError(
+                "with cuda_graphs a predictor's videos come one after the other: finish or close the one before, or "
+                "use a predictor for each"
+            )
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
 
     def _prepared(self, sizes: Hashable) -> tuple[DBSNet, Run]:
         """The network to use for a video, and how to run its parts."""
@@ -182,13 +204,15 @@ class Predictor:
         # Folded for each video and not once, since the network may be trained on between two.
         if not self.cuda_graphs:
             return inference_copy(self.net, self.amp, self.memory_format), directly
-        state, kept = self.net.state_dict(), self._recorded
-        if kept is None or kept.sizes != sizes or not _same(kept.state, state):
-            self._recorded = None  # its memory first
+        self._graphs.begin()
+        state, kept, settings = self.net.state_dict(), self._recorded, (sizes, self.amp, self.memory_format)
+        if kept is None or kept.settings != settings or not _same(kept.state, state):
+            self._recorded = None  # their memory first
+            self._graphs.clear()
             copied = inference_copy(self.net, self.amp, self.memory_format)
             state = {name: value.clone() for name, value in state.items()}
-            kept = self._recorded = _Recorded(state, sizes, copied, CudaGraphs(self.device))
-        return kept.net, kept.graphs
+            kept = self._recorded = _Recorded(state, settings, copied)
+        return kept.net, self._graphs
 
     def _scaled(self, own: tuple[int, int], scale: float) -> tuple[int, int]:
         height, width = self.size or own
@@ -341,7 +365,7 @@ def hand_out(batches: Iterator[Tensor]) -> Iterator[np.ndarray]:
 
 def _landed(host: Tensor, copied: torch.cuda.Event) -> Iterator[np.ndarray]:
     copied.synchronize()
-    yield from host.numpy()
+    yield from host.clone().numpy()  # whoever keeps them must not keep page-locked memory, which is scarce
 
 
 def batches_of_windows(windows: Iterator[Window], frames: int) -> Iterator[list[Window]]:

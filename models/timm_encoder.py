@@ -1,7 +1,7 @@
 """An encoder of timm in the place of MobileViT. Not of the paper.
 
 Where ImageNet-trained MobileViT weights are not at hand, those of some other network may be, and such a start is worth
-more than the kind of encoder: the default weights have an EfficientNet-Lite0 for appearance (MODEL_CARD.md). A network
+more than the kind of encoder: the default weights have an EfficientNet-Lite2 for appearance (MODEL_CARD.md). A network
 with such encoders can also teach one with MobileViT (`main.py --teacher`).
 """
 

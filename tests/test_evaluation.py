@@ -17,6 +17,7 @@ pytest.importorskip("py_sod_metrics")
 pytest.importorskip("cv2")
 
 from datasets.errors import DataError
+from datasets.layouts import DAVIS_2016
 from datasets.sequences import VideoSequence
 from utils.errors import UserError
 from utils.evaluation import dataset_scores, evaluate, tables
@@ -436,11 +437,13 @@ def test_comparison_of_several_folders(tmp_path):
 
 
 def test_published_rows_come_unasked_only_where_they_compare(tmp_path):
-    sequences = [make_sequence(tmp_path, f"v{i}", 3) for i in range(20)]
-    for sequence in sequences:
+    names = {"val": DAVIS_2016["val"], "others": DAVIS_2016["train"][:20]}
+    sequences = {part: [make_sequence(tmp_path, name, 3) for name in names[part]] for part in names}
+    for sequence in (*sequences["val"], *sequences["others"]):
         write_maps(tmp_path / "m", sequence)
-    for count, line, expected in ((20, (), True), (19, (), False), (20, ("--no-skip_last",), False)):
-        score(tmp_path / "m", sequences[:count], "--metrics", "uvos", *line, table_dir=tmp_path / "out")
+    cases = (("val", 20, (), True), ("val", 19, (), False), ("val", 20, ("--no-skip_last",), False))
+    for part, count, line, expected in (*cases, ("others", 20, (), False)):
+        score(tmp_path / "m", sequences[part][:count], "--metrics", "uvos", *line, table_dir=tmp_path / "out")
         text = (tmp_path / "out" / "comparison.md").read_text()
         assert ("MATNet (published)" in text) is expected
         assert ("left out" in text.replace("none left out", "")) is not expected

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models import build_dbsnet
 from models.losses import distillation_loss, edge_weights, segmentation_loss
 
 
@@ -62,8 +63,27 @@ def test_masks_of_any_size_meet_the_auxiliary_logits_of_the_padded_input() -> No
         padded[16:32, 40:] = 1
         cells = padded.unfold(0, stride, stride).unfold(1, stride, stride).mean((-1, -2))
         coarse = torch.randn(cells.shape, generator=torch.Generator().manual_seed(stride))
-        loss = segmentation_loss(logits, masks, aux=[coarse[None, None, None]])["aux"].item()
+        loss = segmentation_loss(logits, masks, aux=[coarse[None, None, None]], multiple=32)["aux"].item()
         assert loss == pytest.approx(sum(plain_frame(coarse, cells, 1.0)), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (31, 70), (64, 96)])
+@pytest.mark.parametrize("flavour", ["reference", "wilile"])  # padded to multiples of 32 and of 64
+def test_masks_meet_the_auxiliary_logits_of_a_network(flavour: str, size: tuple[int, int]) -> None:
+    """Of masks of one kind everywhere in a cell, logits that say the same are at no distance."""
+    net = build_dbsnet("xxs", flavour, dilations=(), depth=0, rounds=0).eval()
+    masks = torch.zeros(1, 1, 1, *size)
+    masks[..., size[1] // 2 // 16 * 16 :] = 1  # its border lies between cells of strides 8 and 16
+    frames = torch.rand(1, 1, 3, *size)
+    with torch.no_grad():
+        logits, aux = net(frames, frames, return_aux=True)
+    for coarse, stride in zip(aux[:2], (8, 16)):
+        ideal = torch.full_like(coarse, -30.0)
+        ideal[..., size[1] // 2 // 16 * 16 // stride :] = 30.0
+        loss = segmentation_loss(logits, masks, aux=[ideal], multiple=net.multiple)["aux"].item()
+        assert loss == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ValueError, match="do not divide"):
+        segmentation_loss(logits, masks, aux=[torch.zeros(1, 1, 1, 5, 7)], multiple=net.multiple)
 
 
 def test_edge_weight_equals_the_plain_loop() -> None:

@@ -16,6 +16,7 @@ import torch
 
 import models.convlstm
 from models import DBSNet, Predictor, build_dbsnet
+from models.frame_store import FrameStore
 from models.predictor import batches_of_windows
 from models.refinement import refinement_windows
 
@@ -315,3 +316,11 @@ def test_host_memory_does_not_grow_with_the_video(repository: Path) -> None:
 
     short, long = peak(60), peak(600)
     assert long - short < 40, f"{short} MB for 60 frames, {long} MB for 600"
+
+
+def test_maps_of_one_pixel_go_to_the_file() -> None:
+    value = torch.randn(2, 6, 1, 1).contiguous(memory_format=torch.channels_last)
+    store = FrameStore(3, (6, 1, 1), torch.float32, None)
+    store.write(1, value)
+    assert torch.equal(store.read(1, 3, torch.device("cpu")), value)
+    store.close()

@@ -162,6 +162,9 @@ def test_the_page_is_not_of_other_maps_than_its_figures(
     folder = shutil.copytree(results / "results", tmp_path / "r")
     words = ["--tools", "report", "--save_dir", folder, "--data_dir", results / "data", "--datasets", "DAVIS-2016"]
     assert call(*words) == 0
+    (folder / "evaluation.json").rename(tmp_path / "kept")
+    assert "run --tools eval" in fails(capsys, *words)
+    (tmp_path / "kept").rename(folder / "evaluation.json")
     later = (folder / "evaluation.json").stat().st_mtime_ns + 10**9
     os.utime(folder / "test.json", ns=(later, later))
     assert "--tools eval again" in fails(capsys, *words)

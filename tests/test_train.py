@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import main
 from datasets.scenes import SceneOptions
 from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, load_dbsnet, save_weights
 from utils.errors import UserError
+from utils.training.checkpoint import save_checkpoint
 from utils.training.config import TrainConfig, load_config, parse_args
 from utils.training.data import build_scene, build_sequences
 
@@ -230,6 +232,32 @@ def test_validation_keeps_the_best(videos: Path, tmp_path: Path) -> None:
             union = np.count_nonzero(mask | truth)
             found.append(np.count_nonzero(mask & truth) / union if union else 1.0)
         assert best["sequences"][name] == pytest.approx(np.mean(found[1:-1]), abs=1e-6)
+
+
+@pytest.mark.parametrize("broken", ["best.pt", "last.pt"])
+def test_who_dies_between_two_files_validates_again(
+    broken: str, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full for one file of a validation that improved: what goes on must not lose the best weights."""
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    data = ["--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    command = [*TINY, *data, "--val_every", "2", "--save_dir", str(tmp_path)]
+    scores = iter((0.1, 0.9, 0.9))  # of steps 2, 4 and 4 again
+    monkeypatch.setattr(main, "validate", lambda run: {name: next(scores)})
+
+    def full(path: Path, checkpoint: dict) -> None:
+        if path.name == broken and checkpoint["best"] == {"J": 0.9, "step": 4}:
+            raise OSError(28, "No space left on device", str(path))
+        save_checkpoint(path, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "save_checkpoint", full)
+        with pytest.raises(SystemExit):
+            main.main(command)
+    assert main.main(command) == 0
+    assert read(tmp_path)["best"] == {"J": 0.9, "step": 4} and read(tmp_path, "best.pt")["step"] == 4
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        assert file.metadata()["J"] == "0.9000"
 
 
 def load_image(path: Path) -> np.ndarray:

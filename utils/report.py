@@ -48,9 +48,10 @@ def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[Vi
     """
     save_dir = Path(args.save_dir)
     record = _json(save_dir / RECORD) if (save_dir / RECORD).is_file() else {}
-    if record and (save_dir / RECORD).stat().st_mtime_ns > (save_dir / "evaluation.json").stat().st_mtime_ns:
+    scores = save_dir / "evaluation.json"
+    if record and scores.is_file() and (save_dir / RECORD).stat().st_mtime_ns > scores.stat().st_mtime_ns:
         raise UserError(
-            f"{save_dir / 'evaluation.json'}: older than the maps that {RECORD} tells of, so its figures may be of "
+            f"{scores}: older than the maps that {RECORD} tells of, so its figures may be of "
             "others; run --tools eval again, with the same --save_dir"
         )
     log = Path(args.log) if args.log else Path(record.get("checkpoint", save_dir / "none")).parent / "log.jsonl"

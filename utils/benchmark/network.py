@@ -47,7 +47,7 @@ def clip_calls(
     net: DBSNet, frames: torch.Tensor, flows: torch.Tensor, *, amp: str, cuda_graphs: bool
 ) -> dict[str, Callable[[], None]]:
     """One clip through the network: as it is built, as `Predictor` runs it (folded, channels-last), and recorded as a
-    CUDA graph by the second call.
+    CUDA graph.
     """
     device = frames.device
     net = net.to(device).eval()
@@ -68,7 +68,8 @@ def clip_calls(
     }
     if cuda_graphs:
         replay = whole(lambda: graphs("clip", lambda x, y: (folded(x, y),), first, second), keep_casts=False)
-        replay()  # what is timed begins with the recording, as the warm-up
+        for _ in range(2):  # the third call records, which is the warm-up of what is timed
+            replay()
         calls["CUDA graph"] = replay
     return calls
 
@@ -208,9 +209,7 @@ def bench_video(
     def measure(cuda_graphs: bool) -> dict[str, Any]:
         predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, cuda_graphs=cuda_graphs)
         with PeakMemory(device) as memory:
-            # What comes once in a video is recorded in the second.
-            warmup = 2 if cuda_graphs else 1
-            times = time_calls({"video": lambda: run_video(predictor, length, size)}, device, repeats, warmup)
+            times = time_calls({"video": lambda: run_video(predictor, length, size)}, device, repeats)
         return {
             "batch_size": predictor.batch_size, **times["video"].describe(length), "memory": memory.describe(),
         }  # fmt: skip

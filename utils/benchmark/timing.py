@@ -89,11 +89,12 @@ class PeakMemory:
     Attributes, in bytes:
         host: the most beyond what the process had at the start, sampled every 10 ms.
         device: the most that tensors took on the GPU; 0 on a CPU.
+        reserved: the most that PyTorch held of the GPU for them, with what CUDA graphs work in.
     """
 
     def __init__(self, device: torch.device, interval: float = 0.01) -> None:
         self.where, self.interval = device, interval
-        self.host = self.device = 0
+        self.host = self.device = self.reserved = 0
         self._ended = threading.Event()
 
     def __enter__(self) -> PeakMemory:
@@ -114,9 +115,11 @@ class PeakMemory:
         self.host = max(self.host, resident_memory() - self._start)
         if self.where.type == "cuda":
             self.device = torch.cuda.max_memory_allocated(self.where)
+            self.reserved = torch.cuda.max_memory_reserved(self.where)
 
     def describe(self) -> dict[str, float]:
-        return {"host_MiB_beyond_start": self.host / 2**20, "device_MiB": self.device / 2**20}
+        sizes = {"host_MiB_beyond_start": self.host, "device_MiB": self.device, "device_MiB_reserved": self.reserved}
+        return {name: size / 2**20 for name, size in sizes.items()}
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

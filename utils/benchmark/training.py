@@ -35,7 +35,7 @@ class Step:
         half = torch.float16 if self.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype=half, enabled=self.amp != "none"):
             logits, aux = self.model(clips["frames"], clips["flows"], return_aux=True)
-        segmentation_loss(logits, clips["masks"], clips["valid"], aux)["total"].backward()
+        segmentation_loss(logits, clips["masks"], clips["valid"], aux, multiple=self.net.multiple)["total"].backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
