@@ -457,7 +457,7 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
             while (folder / f"previous-{number}").exists():
                 number += 1
             (folder / f"previous-{number}").mkdir()
-            for path in old:
+            for path in [*old, *folder.glob("events.out.tfevents.*")]:
                 os.replace(path, folder / f"previous-{number}" / path.name)
         return None
     path = config.resume_path
@@ -474,12 +474,14 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
                 f"{path} is of a run that started from {started_from or 'no other weights'}, not from {asked} "
                 f"({key}); give another --save_dir, or --resume none to start anew"
             )
+        setattr(config, key, started_from)  # how the run began, whether or not this call says it again
     before = checkpoint["config"].get("keep_stream")
     if config.keep_stream and config.keep_stream != before:
         raise UserError(
             f"{path} is of a run that started with keep_stream {before or 'none'}, not {config.keep_stream}; give "
             "another --save_dir, or --resume none to start anew"
         )
+    config.keep_stream = before
     return checkpoint
 
 
@@ -614,7 +616,8 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
         return
     config, processes = run.config, run.processes
     text = config.to_yaml()
-    write_text(run.folder / "config.yaml", text)
+    if run.step < run.total_steps or not (run.folder / "config.yaml").exists():  # else it is that of the run, not ours
+        write_text(run.folder / "config.yaml", text)
     run.log.say(text.rstrip())
     parameters = sum(parameter.numel() for parameter in run.net.parameters())
     machine = f"CPU with {torch.get_num_threads()} threads"
@@ -637,6 +640,9 @@ def finish(run: Run, finished: bool) -> int:
     """Says how it ended, saves if it ended early; returns the exit code."""
     if finished:
         weights = run.folder / "weights.safetensors"
+        if run.first_step == run.step and not weights.exists():
+            run.log.say(f"{run.config.resume_path} has its {run.step} steps already; nothing was done or written here")
+            return 0
         score = f", best J {run.best['J']:.4f} at step {run.best['step']}" if run.best else ""
         run.log.say(f"done: {run.total_steps} steps{score}; weights to test with: {weights}")
         return 0

@@ -165,6 +165,11 @@ class Predictor:
             )
         if not len(frames):
             return
+        for name, images in (("frames", frames), ("flow images", flows)):
+            image = images[0]
+            if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                described = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
+                raise ValueError(f"{name}: expected arrays (H, W, 3) of uint8, RGB, got {described}")
         own = tuple(frames[0].shape[:2])
         sizes = [
             (self._scaled(own, scale), flip)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 pytest.importorskip("py_sod_metrics")
 pytest.importorskip("cv2")
@@ -406,6 +406,25 @@ def test_several_data_sets_are_keyed_by_name(tmp_path):
     assert document["datasets"] == ["DAVIS-2016", "FBMS"]
     assert document["overall"]["FBMS"]["uvos_frames"] == 6 and document["overall"]["DAVIS-2016"]["uvos_frames"] == 4
     assert "cat" in document["sequences"]["FBMS"]
+
+
+def test_maps_of_two_crfs_are_not_one_row(tmp_path):
+    sequence, own = make_sequence(tmp_path, "cat"), tmp_path / "own"
+    for kind, field, makings in (("probability", "dbsnet-test", (3, 3)), ("crf", "dbsnet-crf", (5, 10))):
+        for t, stem in enumerate(sequence.stems):
+            path = own / kind / "DAVIS-2016" / "cat" / f"{stem}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = PngImagePlugin.PngInfo()
+            # The first frame is not scored: what made it does not matter. The size is turned for upright videos.
+            text.add_text(
+                field, json.dumps({"iters": makings[t > 1] if t else 99, "size": [2, 4] if t % 2 else [4, 2]})
+            )
+            Image.fromarray(grey(t)).save(path, pnginfo=text)
+    with pytest.raises(
+        DataError, match=r"own \+ CRF, DAVIS-2016: .* cat/00001 and cat/00002 .* crf iters 5 and 10.*crf"
+    ):
+        score(own, [sequence], table_dir=tmp_path / "out")
+    assert score(own, [sequence], "--eval_folder", "probability", table_dir=tmp_path / "out")
 
 
 def test_comparison_of_several_folders(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,40 @@ def test_it_goes_on_where_it_stopped(data: Path, weights: Path, tmp_path: Path) 
     call(tmp_path / "other.safetensors", tmp_path / "r", *words, "--sequences", "video-000", "--overwrite")
     assert not times()["video-000"] & third["video-000"]
     assert not list((tmp_path / "r").rglob("*.tmp"))
+
+
+def test_maps_of_other_flow_are_made_again_also_where_it_is_older(data: Path, weights: Path, tmp_path: Path) -> None:
+    """As when folders of flow are swapped: mv, rsync and unzip keep the dates of files."""
+    root = shutil.copytree(data, tmp_path / "data")
+    flows = sorted((root / "DAVIS" / "Flows").rglob("video-001/*.png"))
+    call(weights, tmp_path / "r", "--data_dir", root)
+    before = maps(tmp_path / "r")
+    for path in flows:
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+        os.utime(path, (1e9, 1e9))
+    call(weights, tmp_path / "r", "--data_dir", root)
+    after = maps(tmp_path / "r")
+    assert {Path(name).parent.name for name in before if (before[name] != after[name]).any()} == {"video-001"}
+
+
+def test_a_mixture_of_maps_is_not_scored(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was stopped leaves those of the run before it, and their mean is nobody's score."""
+    score = ["--tools", "eval", "--save_dir", tmp_path / "r", "--data_dir", data, "--datasets", "DAVIS-2016"]
+    score = [str(word) for word in (*score, "--metrics", "uvos")]
+    words = ["--data_dir", data]
+    call(weights, tmp_path / "r", *words)
+    assert tool.main(score) == 0
+    call(weights, tmp_path / "r", *words, "--flip", "--sequences", "video-001")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        tool.main(score)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "flip False and True" in said and "--tools test again" in said
+    assert tool.main([*score, "--sequences", "video-001"]) == 0
+    call(weights, tmp_path / "r", *words, "--flip")
+    assert tool.main(score) == 0
 
 
 def test_maps_older_than_their_flow_are_made_again(data: Path, weights: Path, tmp_path: Path) -> None:

@@ -293,6 +293,7 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for key, value in before.items():
         assert torch.allclose(value.float(), after[key].float(), rtol=1e-3, atol=1e-6), key
     assert call(*words, "--size", 64, 96) == 0 and read_notes(out)[1] == (64, 96)
+    assert "--size 0 -4: expected a height and a width" in fails(capsys, *words, "--size", 0, -4)
     assert "KEY=VALUE" in fails(capsys, *words, "--note", "licence")
     assert "--size" in fails(capsys, *words, "--note", "size=3")
     assert ".safetensors" in fails(capsys, "--tools", "export", "--checkpoint", weights, "--output", "out.pt")

@@ -184,12 +184,21 @@ def test_a_run_begun_on_a_gpu_goes_on_without_one(finished: Path, tmp_path: Path
         assert torch.equal(read(tmp_path)["model"][name], value), name
 
 
+def test_a_finished_run_has_no_weights_to_offer_elsewhere(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*TINY, "--resume", str(finished / "last.pt"), "--save_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "has its 4 steps already" in said and "weights to test with" not in said
+
+
 def test_resume_none_starts_anew_and_keeps_the_old_run(tmp_path: Path) -> None:
-    arguments = [*TINY, "--save_dir", str(tmp_path), "--max_steps", "1"]
+    arguments = [*TINY, "--save_dir", str(tmp_path), "--max_steps", "1", "--tensorboard"]
     assert main.main(arguments) == 0
     first = (tmp_path / "last.pt").read_bytes()
     assert main.main([*arguments, "--resume", "none", "--seed", "5"]) == 0
     assert (tmp_path / "previous-1" / "last.pt").read_bytes() == first
+    assert len(list((tmp_path / "previous-1").glob("events*"))) == len(list(tmp_path.glob("events*"))) == 1
     assert len(lines(tmp_path)) == 1
     new, old = (read(folder)["model"] for folder in (tmp_path, tmp_path / "previous-1"))
     assert any(not torch.equal(new[name], old[name]) for name in new)
@@ -301,9 +310,16 @@ def test_finetune_starts_from_the_weights(finished: Path, tmp_path: Path, capsys
         frozen = [*arguments, "--lr", "0", "--bn", "frozen", "--ema", "0", "--max_steps", "1"]
         assert main.main(frozen) == 0
         equal(read(folder)["model"], expected)
-    # The same command resumes; from other weights it is another run.
-    assert main.main(frozen) == 0
+    # The same command resumes, and so does one that does not say again what the run began from; it stays on record.
+    frozen += ["--max_steps", "2"]
+    assert main.main([word for word in frozen if word not in ("--finetune", str(finished / weights))]) == 0
     assert "resuming" in capsys.readouterr().out
+    assert read(folder)["config"]["finetune"] == str(finished / weights)
+    kept = (folder / "config.yaml").read_text()
+    assert f"finetune: {finished / weights}" in kept
+    assert main.main([*frozen, "--lr", "0.5"]) == 0  # nothing left to do, nothing to put on record
+    assert (folder / "config.yaml").read_text() == kept
+    # From other weights it is another run.
     other = fails([*frozen, "--finetune", str(finished / "last.pt")], capsys)
     assert "--resume none" in other and str(finished / "weights.safetensors") in other
 

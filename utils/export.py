@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> Path:
         for key in ("step", "J"):  # of a network that is another now
             kept.pop(key, None)
     size = tuple(args.size) if args.size else weights.size
+    if size is not None and min(size) < 1:
+        raise UserError(f"--size {size[0]} {size[1]}: expected a height and a width above 0")
     if size is None:
         raise UserError(f"{weights.path}: does not say the input size that it is for; give --size H W")
     metadata = {**kept, **notes, "size": f"{size[0]} {size[1]}"}

@@ -5,14 +5,20 @@ Maps are paired by sequence and frame name, never by position. Result folders ar
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets.errors import DataError
 from datasets.sequences import VideoSequence
+from utils.crf import FIELD as CRF_FIELD
 from utils.errors import UserError
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.scoring import FrameJob
+from utils.inference.maps import FIELD as TEST_FIELD
+from utils.inference.maps import made_with
 
 KINDS = ("binary", "crf", "probability")
 
@@ -119,7 +125,50 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
         problems = list(dict.fromkeys(problems))
         more = f"\n… and {len(problems) - 5} more sequences" if len(problems) > 5 else ""
         raise DataError("maps are missing:\n" + "\n".join(problems[:5]) + more)
+    if is_own(unit.results):
+        _require_one_making(unit, jobs)
     return jobs
+
+
+def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]]) -> None:
+    """Our own maps of one row must be of one network with the same options, and of one CRF.
+
+    A run that was stopped leaves those of the run before it in place, and their scores together mean nothing.
+    """
+    makings: dict[str, tuple[str, dict[str, Any]]] = {}  # as text -> the first frame that has it, and what it is
+    for name, frames in jobs.items():
+        for frame in frames:
+            making = {key: value for key, value in _making(unit, name, frame.stem)}
+            makings.setdefault(json.dumps(making, sort_keys=True), (f"{name}/{frame.stem}", making))
+    if len(makings) < 2:
+        return
+    (first, one), (second, other), *_ = makings.values()
+    differing = [key for key in (*one, *other) if one.get(key) != other.get(key)]
+    words = ", ".join(f"{key} {_short(one.get(key))} and {_short(other.get(key))}" for key in dict.fromkeys(differing))
+    tool = "crf" if all(key.startswith("crf ") for key in differing) else "test"
+    raise DataError(
+        f"{unit.name}, {unit.dataset}: the maps are of different runs: {first} and {second} differ in {words}. A run "
+        f"that was stopped leaves such a mixture: run --tools {tool} again with the options that are wanted (it keeps "
+        "the maps that are right)"
+    )
+
+
+def _making(unit: Unit, sequence: str, stem: str) -> Iterator[tuple[str, Any]]:
+    """What `test` and the CRF wrote into their maps of a frame about how they were made."""
+    place = Path(unit.dataset, sequence, f"{stem}.png")
+    settings = made_with(unit.results / "probability" / place, TEST_FIELD) or {}
+    for key, value in settings.items():
+        if key == "size":  # turned for upright videos
+            value = sorted(value)
+        if key != "sources":  # of each video its own
+            yield key, value
+    if unit.folders.get("uvos", Path()).parent.name == "crf":
+        for key, value in (made_with(unit.results / "crf" / place, CRF_FIELD) or {}).items():
+            yield f"crf {key}", value
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def _list_maps(folder: Path) -> dict[str, Path]:

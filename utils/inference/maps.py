@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +44,33 @@ def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray,
 
 
 def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
-    """Whether all maps of a video are there, were made with these settings, and of the frames and flow of now."""
-    newest = max((path.stat().st_mtime_ns for path in video.sources if path.exists()), default=0)
+    """Whether all maps of a video are there and were made with these settings, the files of frames and flow
+    (`fingerprint`) among them.
+    """
 
     def current(stem: str) -> bool:
         path = video.probability(save_dir, stem)
-        return (
-            video.binary(save_dir, stem).is_file()
-            and path.is_file()
-            and path.stat().st_mtime_ns >= newest
-            and made_with(path) == settings
-        )
+        return video.binary(save_dir, stem).is_file() and path.is_file() and made_with(path) == settings
 
     return all(current(stem) for stem in video.stems)
 
 
-def made_with(path: Path) -> dict[str, Any] | None:
-    """The settings that a probability map was made with; None where there is no such file, or it does not say."""
+def fingerprint(paths: Sequence[Path]) -> str:
+    """Of files, by their names, sizes and times: another file under the same name gives another, older or newer."""
+    known = hashlib.sha256()
+    for path in paths:
+        if path.exists():
+            status = path.stat()
+            known.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return known.hexdigest()[:16]
+
+
+def made_with(path: Path, field: str = FIELD) -> dict[str, Any] | None:
+    """The settings that a map was made with; None where there is no such file, or it does not say."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return json.loads(image.info[FIELD])
+            return json.loads(image.info[field])
     except (OSError, SyntaxError, ValueError, KeyError):
         return None

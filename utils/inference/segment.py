@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.files import write_json
-from utils.inference.maps import is_current, write_maps
+from utils.inference.maps import fingerprint, is_current, write_maps
 from utils.inference.videos import BLANKS, Blank, Video
 from utils.inference.weights import PARTS, Weights, without_part
 from utils.progress import progress_bar
@@ -64,7 +65,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         raise UserError(f"--batch_size {args.batch_size}: expected 1 or more")
     if args.clip_len is not None and args.clip_len < 1:
         raise UserError(f"--clip_len {args.clip_len}: expected 1 or more")
-    if min(args.scales) <= 0:
+    if not all(0 < scale < math.inf for scale in args.scales):
         raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0")
     if args.size is not None and min(args.size) < 1:
         raise UserError(f"--size {args.size[0]} {args.size[1]}: expected a height and a width above 0")
@@ -81,13 +82,12 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
 
 
 def settings_of(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The settings for one video: a size that nobody gave is turned where the video is upright and the size is not, or
-    the other way about, rather than squeezing it into the wrong shape.
+    """The settings for one video: which files it is of, and a size that nobody gave is turned where the video is
+    upright and the size is not, or the other way about, rather than squeezing it into the wrong shape.
     """
     (height, width), (h, w) = video.frames[0].shape[:2], settings["size"]
-    if args.size is None and (height - width) * (h - w) < 0:
-        return {**settings, "size": [w, h]}
-    return settings
+    turned = args.size is None and (height - width) * (h - w) < 0
+    return {**settings, "size": [w, h] if turned else [h, w], "sources": fingerprint(video.sources)}
 
 
 def run(
@@ -99,7 +99,7 @@ def run(
 ) -> int:
     """``--tools test``: the maps that are missing, of the videos that are this process's; returns how many.
 
-    A video all of whose maps are there, made with the same weights and settings and not older than its frames and
+    A video all of whose maps are there, made with the same weights and settings of the same files of frames and
     flow, is kept, unless ``--overwrite``. A size that is the checkpoint's rather than ``--size``'s is turned for videos
     of the other orientation.
 
@@ -131,7 +131,8 @@ def run(
     if processes.is_main:
         kept = f"; {len(videos) - count} of {len(videos)} videos are there already" if count < len(videos) else ""
         others = f", {total} of them here" if processes.world_size > 1 else ""
-        size = "×".join(map(str, settings["size"]))
+        sizes = dict.fromkeys("×".join(map(str, each["size"])) for each in own.values())
+        size = " and ".join(sizes) or "×".join(map(str, settings["size"]))
         print(f"test: {weights.path} at {size}, {frames} frames to do{others}{kept}", flush=True)
     predictor = Predictor(
         without_part(weights, args.without) if args.without in PARTS else weights.net,

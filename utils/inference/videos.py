@@ -42,7 +42,7 @@ class Video:
     stems: tuple[str, ...]
     frames: Sequence[np.ndarray]
     flows: Sequence[np.ndarray]
-    sources: tuple[Path, ...] = ()  # files of frames and flow, which maps must not be older than
+    sources: tuple[Path, ...] = ()  # files of frames and flow: the maps of other ones are made anew
 
     def probability(self, save_dir: Path, stem: str) -> Path:
         return save_dir / "probability" / self.place / f"{stem}.png"
