@@ -165,12 +165,7 @@ class Predictor:
             )
         if not len(frames):
             return
-        for name, images in (("frames", frames), ("flow images", flows)):
-            image = images[0]
-            if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                described = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
-                raise ValueError(f"{name}: expected arrays (H, W, 3) of uint8, RGB, got {described}")
-        own = tuple(frames[0].shape[:2])
+        own = _picture(frames[0]).shape[:2]
         sizes = [
             (self._scaled(own, scale), flip)
             for scale in self.scales
@@ -228,7 +223,9 @@ class Predictor:
 
     def _load(self, images: Sequence[np.ndarray], start: int, stop: int, mirror: Callable | None) -> Tensor:
         """Images start … stop-1 as a (n, 3, H, W) uint8 tensor, pinned for a GPU; `mirror` is applied to each."""
-        arrays = [images[i] if mirror is None else mirror(images[i]) for i in range(start, stop)]
+        arrays = [_picture(images[i]) for i in range(start, stop)]
+        if mirror is not None:
+            arrays = [mirror(array) for array in arrays]
         stacked = torch.empty((len(arrays), *arrays[0].shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         np.stack(arrays, out=stacked.numpy())
         return stacked.permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
@@ -339,6 +336,13 @@ class Predictor:
         # (windows, T, S*d, h, w)
         (x,) = way.run(("refine", level), lambda maps: (way.net.refine(level, maps),), x)
         return torch.cat([y[keep - start : until - start] for y, (start, _, keep, until) in zip(x, windows)])
+
+
+def _picture(image: np.ndarray) -> np.ndarray:
+    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        described = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
+        raise ValueError(f"frames and flow images are arrays (H, W, 3) of uint8, RGB, got {described}")
+    return image
 
 
 def _same(kept: dict[str, Tensor], state: dict[str, Tensor]) -> bool:

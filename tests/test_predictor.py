@@ -272,9 +272,9 @@ def test_bad_arguments(net: DBSNet, video: tuple) -> None:
         next(iter(Predictor(net)(video[0], video[1][:-1])))
     for broken, words in (((8, 9), r"uint8 \(8, 9\)"), ((8, 9, 4), r"uint8 \(8, 9, 4\)")):
         image = np.zeros(broken, np.uint8)
-        with pytest.raises(ValueError, match=rf"frames: expected arrays \(H, W, 3\) of uint8, RGB, got {words}"):
+        with pytest.raises(ValueError, match=rf"arrays \(H, W, 3\) of uint8, RGB, got {words}"):
             next(Predictor(net)([image], [image]))
-    with pytest.raises(ValueError, match="flow images: .* got float32"):
+    with pytest.raises(ValueError, match="got float32"):
         next(Predictor(net)(video[0][:1], [video[1][0].astype(np.float32)]))
     with pytest.raises(ValueError, match="amp"):
         Predictor(net, amp="fp8")

@@ -122,7 +122,7 @@ class TrainConfig:
     max_minutes: float = _option(0.0, "stop with a checkpoint after this wall time of this call; 0: never", low=0)
 
     # Optimisation
-    lr: float = _option(1e-4, "highest learning rate", low=0, high=1e3)
+    lr: float = _option(1e-4, "highest learning rate", low=0)
     backbone_lr_factor: float = _option(1.0, "the encoders' learning rate as a multiple of lr", low=0)
     freeze_stride: int = _option(
         0, "encoder layers at this stride or a finer one keep their weights (detectors' FREEZE_AT 2: 4); 0: all train",
