@@ -90,19 +90,27 @@ def check_sequences(
                 continue
             looks = pool.map(lambda frame, sequence=sequence: _look(sequence, frame, decode), sequence.frames)
             sizes: dict[tuple[int, int], str] = {}
+            flow_sizes: dict[tuple[int, int], str] = {}
             foreground = []
             for stem, look in zip(sequence.stems, looks, strict=True):
                 problems += look.problems
                 if look.size is not None:
                     sizes.setdefault(look.size, stem)
+                if look.flow_size is not None:
+                    flow_sizes.setdefault(look.flow_size, stem)
                 if look.foreground is not None:
                     foreground.append(look.foreground)
                 if progress is not None:
                     progress(1)
             if len(sizes) > 1:
-                listed = ", ".join(f"{width}×{height} at {stem}" for (height, width), stem in sizes.items())
-                message = f"{sequence.frames[0].parent}: frames of {len(sizes)} sizes ({listed}); expected one size"
+                message = f"{sequence.frames[0].parent}: frames of {_listed(sizes)}; expected one size"
                 problems.append(_problem(sequence, "frame", message))
+            if len(flow_sizes) > 1:  # which `test` would stop at, see `datasets.images.LazyImages`
+                message = (
+                    f"{sequence.flow_dir}: flow images of {_listed(flow_sizes)}; expected one size within a video. "
+                    "Those of another size than the first are wrong, or all"
+                )
+                problems.append(_problem(sequence, "flow", message))
             if foreground and not any(foreground):
                 message = f"{next(iter(sequence.masks.values())).parent}: no mask of this sequence has any foreground"
                 problems.append(_problem(sequence, "mask values", message, fatal=False))
@@ -220,7 +228,14 @@ class _Look:
 
     problems: list[Problem]
     size: tuple[int, int] | None  # (height, width) of the frame, None where it cannot be read
+    flow_size: tuple[int, int] | None  # of its flow, None where there is none or something is wrong with it already
     foreground: bool | None  # whether the mask has any, None where there is no mask that can be read
+
+
+def _listed(sizes: dict[tuple[int, int], str]) -> str:
+    """Sizes (height, width), each with the first frame that has it, in words."""
+    found = ", ".join(f"{width}×{height} at {stem}" for (height, width), stem in sizes.items())
+    return f"{len(sizes)} sizes ({found})"
 
 
 def _problem(sequence: VideoSequence, kind: str, message: str, fatal: bool = True) -> Problem:
@@ -265,6 +280,7 @@ def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
             return None
 
     size = attempt("frame", lambda: load_frame(frame).shape[:2] if decode else image_size(frame))
+    flow_size = None
     if stem in sequence.flows:
         flow = sequence.flows[stem]
         flow_size = attempt("flow", lambda: load_flow_image(flow).shape[:2] if decode else image_size(flow))
@@ -274,6 +290,7 @@ def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
                 f"{size[1]}×{size[0]} of {frame}; it was made from other frames, or padded"
             )
             problems.append(_problem(sequence, "flow", message))
+            flow_size = None
     foreground = None
     if stem in sequence.masks:
         mask = sequence.masks[stem]
@@ -289,7 +306,7 @@ def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
             doubt = _doubtful_values(mask, sequence.mask_rule)
             if doubt is not None:
                 problems.append(_problem(sequence, "mask values", *doubt))
-    return _Look(problems, size, foreground)
+    return _Look(problems, size, flow_size, foreground)
 
 
 def _doubtful_values(mask: Path, rule: str) -> tuple[str, bool] | None:

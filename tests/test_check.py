@@ -128,6 +128,18 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     assert "python tool.py --tools flow" in text
 
 
+def test_flow_of_two_sizes_in_one_video(tmp_path):
+    """Of one aspect, so that each goes with its frame; `test` reads the flow of a video as of one size."""
+    root = davis(tmp_path / "DAVIS", ["bear", "bus"])
+    save(root / "Flows" / "480p" / "bear" / "00002.jpg", noise(HEIGHT, WIDTH))
+    for file in (root / "Flows" / "480p" / "bus").iterdir():
+        save(file, noise(HEIGHT, WIDTH))  # another size than bear's is nothing wrong
+    for decode in (True, False):
+        (problem,) = check_sequences(read_dataset("DAVIS-2016", tmp_path), decode=decode)
+        assert (problem.kind, problem.sequence, problem.fatal) == ("flow", "bear", True)
+        assert "20×12 at 00000, 40×24 at 00002" in problem.message and "Flows/480p/bear" in problem.message
+
+
 def test_what_is_not_required_is_no_problem(tmp_path):
     root = davis(tmp_path / "DAVIS", ["bear"])
     for folder in ("Flows", "Annotations"):
