@@ -19,7 +19,7 @@ from datasets.errors import DataError
 from datasets.images import image_size, load_flow_image, load_frame, load_mask, load_mask_values, require_size
 from datasets.layouts import DAVIS_2016
 from datasets.sequences import canonical_name, find_root, read_dataset
-from datasets.video_sequence import VideoSequence
+from datasets.video_sequence import VideoSequence, flow_command
 from datasets.vsod_layouts import FBMS_59
 
 ASPECT_TOLERANCE = 0.02  # a flow image of 512×288 for a frame of 854×480 differs by 0.001
@@ -34,10 +34,10 @@ _COMPLETE.update({("FBMS", split): names for split, names in FBMS_59.items()})
 
 _HINTS = {
     "layout": "unpack the data set again, or correct its list",
-    "no flow": "python tool.py --tools flow makes what is missing",
+    "no flow": "{flow_command} makes what is missing",
     "no mask": "unpack the annotations",
     "frame": "copy or unpack these files again",
-    "flow": "remove these files, then python tool.py --tools flow",
+    "flow": "remove these files, then {flow_command}",
     "mask": "unpack the annotations again, of the resolution of the frames",
     "mask values": "see whether these are annotations and not pictures or results",
     "incomplete": "nothing to do, if it is meant",
@@ -107,8 +107,8 @@ def check_sequences(
                 problems.append(_problem(sequence, "frame", message))
             if len(flow_sizes) > 1:  # which `test` would stop at, see `datasets.images.LazyImages`
                 message = (
-                    f"{sequence.flow_dir}: flow images of {_listed(flow_sizes)}; expected one size within a video. "
-                    "Those of another size than the first are wrong, or all"
+                    f"{sequence.flow_dir}: flow images of {_listed(flow_sizes)}; expected one size within a "
+                    "video, and test stops at the first of another"
                 )
                 problems.append(_problem(sequence, "flow", message))
             if foreground and not any(foreground):
@@ -192,14 +192,20 @@ def run(
                     checked[split] = (sequences, notes)
         for split, (sequences, problems) in checked.items():
             fatal += sum(problem.fatal for problem in problems)
-            for line in _report(name, data_dir, split, sequences, problems, examples):
+            for line in _report(name, data_dir, split, sequences, problems, examples, flow_root):
                 print(line, file=out)
     print("check: no problem" if fatal == 0 else f"check: {fatal} problem{'s' if fatal > 1 else ''}", file=out)
     return fatal
 
 
 def _report(
-    name: str, data_dir: Path | str, split: str, sequences: list[VideoSequence], problems: list[Problem], examples: int
+    name: str,
+    data_dir: Path | str,
+    split: str,
+    sequences: list[VideoSequence],
+    problems: list[Problem],
+    examples: int,
+    flow_root: Path | str | None,
 ) -> Iterator[str]:
     where = f" in {find_root(name, data_dir)}" if sequences else ""
     frames = sum(len(sequence.frames) for sequence in sequences)
@@ -207,14 +213,15 @@ def _report(
     masks = sum(len(sequence.masks) for sequence in sequences)
     counts = f"{len(sequences)} sequences, {frames} frames, {flows} with flow, {masks} with a mask"
     yield f"{canonical_name(name)} {split}{where}: {counts}"
-    for kind in _HINTS:
+    command = flow_command(canonical_name(name), data_dir, split, flow_root)
+    for kind, hint in _HINTS.items():
         group = [problem for problem in problems if problem.kind == kind]
         if not group:
             continue
         count = len({problem.sequence for problem in group if problem.sequence})
         within = f" in {count} sequence{'s' if count > 1 else ''}" if count else ""
         note = "" if any(problem.fatal for problem in group) else " (a note)"
-        yield f"  {kind}: {len(group)}{within}{note}; {_HINTS[kind]}"
+        yield f"  {kind}: {len(group)}{within}{note}; {hint.replace('{flow_command}', command)}"
         shown = group if examples == 0 else group[:examples]
         for problem in shown:
             yield f"    {problem.message}"

@@ -295,8 +295,8 @@ class VideoClips(ClipDataset):
         if abs(math.log(flow_size[0] * full_size[1] / (flow_size[1] * full_size[0]))) > 0.05:
             raise DataError(
                 f"{flow_path}: {flow_size[1]}x{flow_size[0]} pixels, not the shape of its frame {path} "
-                f"({full_size[1]}x{full_size[0]}); make the flow again: python tool.py --tools flow "
-                f"--datasets {sequence.dataset}"
+                f"({full_size[1]}x{full_size[0]}); remove it and make it again: "
+                f"{sequence.flow_command}"
             )
         stack = np.zeros((7, height, width), dtype=np.uint8)
         stack[:3] = np.asarray(frame).transpose(2, 0, 1)

@@ -15,6 +15,7 @@ from datasets.video_sequence import (
     Report,
     VideoSequence,
     by_stem,
+    flow_command,
     list_files,
     list_folders,
     raise_problem,
@@ -200,6 +201,8 @@ def read_dataset(
         if on_problem is None:
             raise
         on_problem("", error)
+    command = flow_command(canonical_name(name), data_dir, split, flow_root)
+    sequences = [replace(sequence, flow_command=command) for sequence in sequences]
     if flow_root is None:
         return sequences
     return [_with_flow_elsewhere(sequence, root, Path(flow_root), report) for sequence in sequences]

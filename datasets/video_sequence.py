@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets.errors import DataError
@@ -35,6 +36,7 @@ class VideoSequence:
         masks: annotation by frame stem; only those that exist (FBMS, MCL and YouTube-VOS annotate some frames only).
         mask_rule: how `datasets.images.load_mask` reads them: "nonzero", "above_128" or "fbms".
         flow_dir: folder where the flow images are, or where `tool.py --tools flow` writes them.
+        flow_command: the command that makes its flow, for errors; `read_dataset` fills in where the data lie.
     """
 
     name: str
@@ -44,6 +46,7 @@ class VideoSequence:
     masks: dict[str, Path]
     mask_rule: str
     flow_dir: Path
+    flow_command: str = field(default="python tool.py --tools flow", compare=False)
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -64,7 +67,7 @@ class VideoSequence:
             return self.flows[stem]
         raise DataError(
             f"{self.dataset}/{self.name}: frame {stem} has no flow image; expected {self.flow_dir / stem}.png "
-            f"or .jpg. Make the flow first: python tool.py --tools flow --datasets {self.dataset} --data_dir DATA_DIR"
+            f"or .jpg. Make the flow first: {self.flow_command}"
         )
 
     def mask_path(self, stem: str) -> Path:
@@ -75,6 +78,16 @@ class VideoSequence:
             f"{self.dataset}/{self.name}: frame {stem} has no mask; {len(self.masks)} of its {len(self.frames)} frames "
             "have one"
         )
+
+
+def flow_command(dataset: str, data_dir: Path | str, split: str, flow_root: Path | str | None = None) -> str:
+    """The command that makes the flow of a split of a data set, of the arguments of `datasets.read_dataset`."""
+    words = ["python", "tool.py", "--tools", "flow", "--datasets", dataset, "--data_dir", str(data_dir)]
+    if split != "val":  # which the tools take by default
+        words += ["--split", split]
+    if flow_root is not None:
+        words += ["--flow_dir", str(flow_root)]
+    return shlex.join(words)
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

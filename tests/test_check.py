@@ -125,7 +125,8 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     count, text = report(tmp_path, ["DAVIS-2016"], splits=["val"])
     assert count == 14 and "check: 14 problems" in text
     assert "  layout: 4 in 4 sequences; " in text and "  flow: 2 in 1 sequence; " in text
-    assert "python tool.py --tools flow" in text
+    command = f"python tool.py --tools flow --datasets DAVIS-2016 --data_dir {tmp_path}"
+    assert f"; {command} makes what is missing\n" in text and f"; remove these files, then {command}\n" in text
 
 
 def test_flow_of_two_sizes_in_one_video(tmp_path):

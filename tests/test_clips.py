@@ -340,6 +340,14 @@ def test_missing_flow(broken: VideoSequence) -> None:
         VideoClips([replace(broken, flows=flows)], 2, SIZE)
 
 
+def test_flow_of_another_shape_names_the_command_that_makes_it(broken: VideoSequence) -> None:
+    wrong = broken.flows["00002"]
+    Image.new("RGB", (31, 64)).save(wrong)
+    broken = replace(broken, flow_command="python tool.py --tools flow --split train")
+    with pytest.raises(DataError, match=r"00002.*remove it and make it again: python tool\.py.* --split train$"):
+        VideoClips([broken], 7, SIZE, strides=(1,))[0]
+
+
 def test_no_masks(broken: VideoSequence) -> None:
     with pytest.raises(DataError, match="no masks"):
         VideoClips([replace(broken, masks={})], 2, SIZE)

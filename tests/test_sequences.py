@@ -232,6 +232,25 @@ def test_missing_flow_is_an_error_only_when_asked_for(tmp_path):
         bear.mask_path("00009")
 
 
+def test_missing_flow_names_the_command_that_makes_it(tmp_path):
+    """Of the split and the folders it was read with: without them the command would make that of val, elsewhere."""
+    data, flow = tmp_path / "my data", tmp_path / "flow"
+    root = listed(data, ["bear"])
+    (root / "ImageSets" / "2016" / "train.txt").write_text("bear\n")
+    for file in list((root / "Flows").rglob("*.jpg")):
+        file.unlink()
+    command = f"python tool.py --tools flow --datasets DAVIS-2016 --data_dir '{data}'"
+    for split, flow_root, options in (
+        ("val", None, ""),
+        ("train", None, " --split train"),
+        ("train", flow, f" --split train --flow_dir {flow}"),
+    ):
+        (bear,) = read_dataset("DAVIS", data, split, flow_root=flow_root)
+        with pytest.raises(DataError) as caught:
+            bear.flow_path("00001")
+        assert str(caught.value).endswith(f"Make the flow first: {command}{options}")
+
+
 def test_missing_data_and_unknown_names(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         read_dataset("DAVIS-2016", tmp_path / "nowhere")
