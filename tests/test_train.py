@@ -443,6 +443,19 @@ def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "DUTS-TR" in fails([*arguments, "--datasets", "DUTS-TR"], capsys)
 
 
+@pytest.mark.parametrize("name", ["synthetic", "DUTS-TR"])
+def test_data_of_validation_alone_that_is_not_there(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default config validates on DAVIS, also where it is not trained on: the message says how to do without."""
+    arguments = ["--datasets", name, "--data_dir", str(tmp_path), "--save_dir", str(tmp_path / "run")]
+    message = fails([*TINY[2:], *arguments], capsys)
+    for part in (str(tmp_path), "val_datasets", "dance-jump", "--val_sequences none", "DAVIS-2016 is not trained on"):
+        assert part in message
+    training, validation = build_sequences(parse_args([*arguments, "--val_sequences", "none"])[0])
+    assert not training and not validation
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_broken_frame_is_named(workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_dataset(tmp_path, videos=1, frames=2, size=(32, 64))

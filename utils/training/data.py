@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
+from datasets.errors import DataError
 from datasets.scenes import SceneOptions
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.stills import read_stills
@@ -19,8 +20,9 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
     """Sequences of the video data sets to train on, by data set, and those held out for validation.
 
     Raises:
-        DataError: a data set that is not there.
-        UserError: a validation sequence that no data set has, or nothing left to train on.
+        DataError: a data set to train on that is not there.
+        UserError: one to validate on that is not there, a validation sequence that no data set has, or nothing left to
+            train on.
     """
     data_dir = Path(config.data_dir)
     held_out = set(config.val_sequences)
@@ -30,7 +32,19 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
     sources = (config.val_datasets or names) if held_out else []
     known: set[str] = set()
     for name in dict.fromkeys([*names, *sources]):
-        sequences = read_dataset(name, data_dir, split="train", num_frames=config.num_frames, flow_root=config.flow_dir)
+        try:
+            sequences = read_dataset(
+                name, data_dir, split="train", num_frames=config.num_frames, flow_root=config.flow_dir
+            )
+        except DataError as error:
+            if name in names:
+                raise
+            # Often a config's and not the user's own wish, who has named other data to train on.
+            raise UserError(
+                f"val_datasets: {error}. {name} is not trained on; it is read for validation on val_sequences "
+                f"({', '.join(config.val_sequences)}). Put it there, give --val_datasets and --val_sequences of data "
+                "that is there, or train without validation: --val_sequences none"
+            ) from error
         if name in sources:
             known.update(sequence.name for sequence in sequences)
             validation += [sequence for sequence in sequences if sequence.name in held_out]
