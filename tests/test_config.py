@@ -100,6 +100,8 @@ def test_local_rank_of_old_and_new_launchers(words: list[str], monkeypatch: pyte
         ("datasets: [1, [2]]", ["datasets", "names to numbers"]),
         ("datasets: {DAVIS-2016: 0}", ["datasets", "above 0"]),
         ("datasets: {}", ["datasets", "--datasets"]),
+        ("datasets: {DAVIS: 1, FBMS: 1, DAVIS-2016: 2}", ["datasets", "DAVIS and DAVIS-2016", "one data set"]),
+        ("val_datasets: [FBMS-59, FBMS]", ["val_datasets", "FBMS-59 and FBMS", "one data set"]),
         ("scale: [1, 0.5]", ["scale", "smaller number first"]),
         ("lr: 1\nlr: 2", ["lr", "twice"]),
         ("- lr", ["expected a mapping"]),

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from datasets.sequences import canonical_name
 from utils.errors import UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -397,6 +398,12 @@ def _check(config: TrainConfig) -> None:
     bad = {name: weight for name, weight in config.datasets.items() if not 0 < weight < math.inf}
     if bad:
         raise UserError(f"datasets: expected weights above 0, got {bad}; leave out what is not wanted")
+    for key in ("datasets", "val_datasets"):
+        first: dict[str, str] = {}
+        for name in getattr(config, key):
+            other = first.setdefault(canonical_name(name), name)
+            if other != name:
+                raise UserError(f"{key}: {other} and {name} are two names of one data set; give one of them")
     for name in ("scale", "aspect"):
         low, high = getattr(config, name)
         if low > high:
