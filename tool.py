@@ -131,6 +131,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def run_check(args: argparse.Namespace, processes: Processes) -> int:
     from datasets import check
+    from utils.progress import progress_bar
 
     if not processes.is_main:
         return 0
@@ -142,6 +143,8 @@ def run_check(args: argparse.Namespace, processes: Processes) -> int:
         flow_root=args.flow_dir,
         require_flow="flow" not in args.tools,  # it is about to be made
         workers=args.workers,
+        only=args.sequences,
+        bar=progress_bar,
     )
     return 1 if problems else 0
 

@@ -5,13 +5,15 @@ The check reads each data set as training and evaluation do, then opens every fi
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -130,6 +132,15 @@ def check_dataset(
     flow_root: Path | str | None = None,
 ) -> tuple[list[VideoSequence], list[Problem]]:
     """Read a data set, its problems gathered, and check what could be read. Returns the sequences and all problems."""
+    sequences, problems = _read(name, data_dir, split, num_frames, flow_root)
+    problems += check_sequences(sequences, require_flow, require_masks, decode, workers, progress)
+    return sequences, problems
+
+
+def _read(
+    name: str, data_dir: Path | str, split: str, num_frames: int, flow_root: Path | str | None
+) -> tuple[list[VideoSequence], list[Problem]]:
+    """What could be read of a split of a data set, and what is wrong with it before any file is opened."""
     dataset = canonical_name(name)
     problems: list[Problem] = []
 
@@ -147,7 +158,6 @@ def check_dataset(
     if absent and sequences:
         message = f"{len(absent)} of the {len(known)} sequences of {split} are not here: {', '.join(absent)}"
         problems.append(Problem(dataset, "incomplete", "", message, fatal=False))
-    problems += check_sequences(sequences, require_flow, require_masks, decode, workers, progress)
     return sequences, problems
 
 
@@ -163,6 +173,8 @@ def run(
     examples: int = 5,
     file: TextIO | None = None,
     flow_root: Path | str | None = None,
+    only: Sequence[str] | None = None,
+    bar: Callable[..., Any] | None = None,
 ) -> int:
     """Check data sets and print a report, the problems grouped by set, split and kind.
 
@@ -172,30 +184,72 @@ def run(
             that it has: one of the two may be absent.
         examples: how many problems of a group are printed; 0 prints all.
         file: where to print; the standard output by default.
+        only: names of the sequences to check; all by default.
+        bar: makes the progress bar of a data set from tqdm's options; none is shown by default.
 
     Returns:
         The number of problems, those aside that may be meant.
+
+    Raises:
+        DataError: a name of `only` that no data set has.
     """
     out = file if file is not None else sys.stdout
-    fatal = 0
+    read = {}
     for name in datasets:
-        checked = {
-            split: check_dataset(
-                name, data_dir, split, num_frames, require_flow, require_masks, decode, workers, flow_root=flow_root
-            )
-            for split in (splits or ("train", "val"))
-        }
-        if splits is None and any(sequences for sequences, _ in checked.values()):
-            for split, (sequences, problems) in checked.items():
+        parts = {split: _read(name, data_dir, split, num_frames, flow_root) for split in (splits or ("train", "val"))}
+        if splits is None and any(sequences for sequences, _ in parts.values()):
+            for split, (sequences, problems) in parts.items():
                 if not sequences and all(problem.sequence == "" for problem in problems):
                     notes = [replace(problem, kind="incomplete", fatal=False) for problem in problems]
-                    checked[split] = (sequences, notes)
-        for split, (sequences, problems) in checked.items():
+                    parts[split] = (sequences, notes)
+        read[name] = parts
+    if only is not None:
+        read = _restricted(read, only)
+    fatal = 0
+    for name, parts in read.items():
+        frames = sum(len(sequence.frames) for sequences, _ in parts.values() for sequence in sequences)
+        shown = bar(total=frames, desc=f"check {name}", unit="frame") if bar and frames else nullcontext()
+        with shown as counting:
+            progress = None if counting is None else counting.update
+            for sequences, problems in parts.values():
+                problems.extend(check_sequences(sequences, require_flow, require_masks, decode, workers, progress))
+        for split, (sequences, problems) in parts.items():
             fatal += sum(problem.fatal for problem in problems)
             for line in _report(name, data_dir, split, sequences, problems, examples, flow_root):
                 print(line, file=out)
     print("check: no problem" if fatal == 0 else f"check: {fatal} problem{'s' if fatal > 1 else ''}", file=out)
     return fatal
+
+
+_Parts = dict[str, tuple[list[VideoSequence], list[Problem]]]  # by split
+
+
+def _restricted(read: dict[str, _Parts], only: Sequence[str]) -> dict[str, _Parts]:
+    """What was read, of the sequences in `only`, and what else is wrong with a set or split of which nothing was.
+
+    Raises DataError for a name that is nowhere, unless nothing could be read at all.
+    """
+    known = [
+        name
+        for parts in read.values()
+        for sequences, problems in parts.values()
+        for name in [*(sequence.name for sequence in sequences), *(problem.sequence for problem in problems)]
+        if name
+    ]
+    unknown = [name for name in only if name not in known]
+    if known and unknown:
+        near = difflib.get_close_matches(unknown[0], known, cutoff=0.5) or known
+        names = ", ".join(dict.fromkeys(near))
+        raise DataError(f"--sequences {unknown[0]}: not in {', '.join(read)}; expected names such as {names}")
+    kept: dict[str, _Parts] = {}
+    for dataset, parts in read.items():
+        for split, (sequences, problems) in parts.items():
+            chosen = [sequence for sequence in sequences if sequence.name in only]
+            wanted = [*only] if sequences else [*only, ""]
+            left = [problem for problem in problems if problem.sequence in wanted]
+            if chosen or any(problem.fatal for problem in left):
+                kept.setdefault(dataset, {})[split] = (chosen, left)
+    return kept
 
 
 def _report(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from datasets.check import check_dataset, check_sequences, run
+from datasets.errors import DataError
 from datasets.sequences import read_dataset
 
 HEIGHT, WIDTH = 24, 40
@@ -222,6 +225,35 @@ def test_the_report_shortens_long_groups(tmp_path):
     assert count == 8 and "  no flow: 8 in 1 sequence; " in text and "… and 5 more" in text
     assert text.count("no flow image") == 3
     assert report(tmp_path, ["DAVIS-2016"], splits=["val"], examples=0)[1].count("no flow image") == 8
+
+
+def test_only_the_sequences_asked_for_are_checked(tmp_path):
+    root = davis(tmp_path / "DAVIS", ["bear", "bus", "cows"])
+    for name in ("bus", "cows"):
+        truncate(root / "JPEGImages" / "480p" / name / "00001.jpg")
+    (root / "ImageSets" / "2016" / "val.txt").write_text("bear\nbus\ncows\nabsent")
+    (root / "ImageSets" / "2016" / "train.txt").write_text("cows")
+    assert report(tmp_path, ["DAVIS-2016"])[0] == 4
+    count, text = report(tmp_path, ["DAVIS-2016"], only=["bear"])
+    assert count == 0 and "DAVIS-2016 val in" in text and "1 sequences, 4 frames" in text
+    assert "train" not in text and "incomplete" not in text
+    count, text = report(tmp_path, ["DAVIS-2016"], only=["bus", "absent"])
+    assert count == 2 and "bus/00001.jpg" in text and "absent" in text and "cows" not in text
+    with pytest.raises(DataError, match="--sequences buss: not in DAVIS-2016; .* bus"):
+        report(tmp_path, ["DAVIS-2016"], only=["bear", "buss"])
+    # Of a set that is not there no name is known: that is the problem.
+    count, text = report(tmp_path, ["FBMS"], only=["bear"])
+    assert count == 2 and "FBMS is not under" in text
+    count, text = report(tmp_path, ["DAVIS-2016", "FBMS"], only=["bear"])
+    assert count == 2 and "FBMS is not under" in text
+
+
+def test_a_bar_counts_the_frames_of_a_set(tmp_path):
+    davis(tmp_path / "DAVIS", ["bear", "bus"])
+    screen, out = io.StringIO(), io.StringIO()
+    assert run(tmp_path, ["DAVIS-2016"], file=out, bar=partial(tqdm, file=screen)) == 0
+    assert "check DAVIS-2016: 100%" in screen.getvalue() and "8/8" in screen.getvalue()
+    assert "%" not in out.getvalue()
 
 
 @pytest.mark.data

@@ -274,6 +274,17 @@ def test_check_before_flow_does_not_ask_for_flow(data: Path, capsys: pytest.Capt
     shutil.rmtree(data / "DAVIS" / "Flows")
 
 
+def test_check_of_some_sequences(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tools", "check", "flow", "--data_dir", data, "--datasets", "DAVIS-2016", "--flow_method", "dis"]
+    message = fails(capsys, *words, "--sequences", "video-004")
+    assert "--sequences video-004: not in DAVIS-2016" in message and "video-003" in message
+    assert call("--tools", "check", *words[3:-2], "--sequences", "video-002") == 1  # there is no flow
+    shown = capsys.readouterr()
+    assert "DAVIS-2016 val in" in shown.out and f"1 sequences, {FRAMES} frames" in shown.out
+    assert "video-003" not in shown.out and "train" not in shown.out
+    assert f"{FRAMES}/{FRAMES}" in shown.err and "check DAVIS-2016" in shown.err  # the progress bar
+
+
 def test_tools_stop_after_a_check_with_problems(data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["--data_dir", data, "--datasets", "DAVIS-2016", "--save_dir", tmp_path / "r"]
     assert call("--tools", "check", "test", *words) == 1
