@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +22,8 @@ from datasets.errors import DataError
 from datasets.images import image_size, load_flow_image, load_frame, load_mask, load_mask_values, require_size
 from datasets.layouts import DAVIS_2016
 from datasets.sequences import canonical_name, find_root, read_dataset
-from datasets.video_sequence import VideoSequence, flow_command
+from datasets.stills import STILL_SETS, StillImage, open_mask, read_stills
+from datasets.video_sequence import MASK_SUFFIXES, VideoSequence, flow_command, list_files
 from datasets.vsod_layouts import FBMS_59
 
 ASPECT_TOLERANCE = 0.02  # a flow image of 512×288 for a frame of 854×480 differs by 0.001
@@ -51,7 +53,8 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        dataset, sequence: where; sequence is "" for what concerns a whole set.
+        dataset, sequence: where; sequence is the name of a still in a set of stills, and "" for what concerns a whole
+            set.
         kind: group in the report, a key of `_HINTS`.
         message: what is wrong, with the file.
         fatal: False for what may be meant, such as an incomplete download.
@@ -62,6 +65,10 @@ class Problem:
     sequence: str
     message: str
     fatal: bool = True
+
+
+_Items = list[VideoSequence] | list[StillImage]
+_Parts = dict[str, tuple[_Items, list[Problem]]]  # what was read and what is wrong with it, by split
 
 
 def check_sequences(
@@ -119,6 +126,23 @@ def check_sequences(
     return problems
 
 
+def check_stills(
+    stills: Sequence[StillImage],
+    dataset: str = "DUTS-TR",
+    decode: bool = True,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Problem]:
+    """Look at every still image and its mask as training reads them; arguments as of `check_sequences`."""
+    problems: list[Problem] = []
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        for found in pool.map(lambda still: _look_at_still(still, dataset, decode), stills):
+            problems += found
+            if progress is not None:
+                progress(1)
+    return problems
+
+
 def check_dataset(
     name: str,
     data_dir: Path | str,
@@ -130,16 +154,33 @@ def check_dataset(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
     flow_root: Path | str | None = None,
-) -> tuple[list[VideoSequence], list[Problem]]:
-    """Read a data set, its problems gathered, and check what could be read. Returns the sequences and all problems."""
-    sequences, problems = _read(name, data_dir, split, num_frames, flow_root)
-    problems += check_sequences(sequences, require_flow, require_masks, decode, workers, progress)
-    return sequences, problems
+) -> tuple[_Items, list[Problem]]:
+    """Read a data set, its problems gathered, and check what could be read.
+
+    Returns the sequences, or the stills of a set of stills, and all problems.
+    """
+    items, problems = _read(name, data_dir, split, num_frames, flow_root)
+    problems += _look_at_all(items, name, require_flow, require_masks, decode, workers, progress)
+    return items, problems
+
+
+def _look_at_all(
+    items: _Items,
+    name: str,
+    require_flow: bool,
+    require_masks: bool | None,
+    decode: bool,
+    workers: int | None,
+    progress: Callable[[int], None] | None,
+) -> list[Problem]:
+    if name in STILL_SETS:
+        return check_stills(items, name, decode, workers, progress)
+    return check_sequences(items, require_flow, require_masks, decode, workers, progress)
 
 
 def _read(
     name: str, data_dir: Path | str, split: str, num_frames: int, flow_root: Path | str | None
-) -> tuple[list[VideoSequence], list[Problem]]:
+) -> tuple[_Items, list[Problem]]:
     """What could be read of a split of a data set, and what is wrong with it before any file is opened."""
     dataset = canonical_name(name)
     problems: list[Problem] = []
@@ -148,6 +189,17 @@ def _read(
         problems.append(Problem(dataset, "layout", sequence, str(error)))
 
     try:
+        if dataset in STILL_SETS:
+            if split != "train":
+                raise DataError(f"{dataset}: no split {split!r}; its stills are for training, expected the split train")
+            stills = read_stills(data_dir, dataset, gather)
+            paired = {still.mask for still in stills}
+            folders = {still.mask.parent for still in stills}
+            alone = [file for folder in folders for file in list_files(folder, MASK_SUFFIXES) if file not in paired]
+            if alone:
+                message = f"{len(alone)} masks have no image of the same stem and are not used; the first is {alone[0]}"
+                problems.append(Problem(dataset, "incomplete", "", message, fatal=False))
+            return stills, problems
         sequences = read_dataset(name, data_dir, split, num_frames, on_problem=gather, flow_root=flow_root)
     except DataError as error:  # the set itself was not found
         gather("", error)
@@ -176,7 +228,7 @@ def run(
     only: Sequence[str] | None = None,
     bar: Callable[..., Any] | None = None,
 ) -> int:
-    """Check data sets and print a report, the problems grouped by set, split and kind.
+    """Check data sets, of videos or of stills, and print a report, the problems grouped by set, split and kind.
 
     Args:
         data_dir, datasets, num_frames, flow_root: as in `datasets.read_dataset`.
@@ -184,7 +236,7 @@ def run(
             that it has: one of the two may be absent.
         examples: how many problems of a group are printed; 0 prints all.
         file: where to print; the standard output by default.
-        only: names of the sequences to check; all by default.
+        only: names of the sequences (or stills) to check; all by default.
         bar: makes the progress bar of a data set from tqdm's options; none is shown by default.
 
     Returns:
@@ -196,7 +248,8 @@ def run(
     out = file if file is not None else sys.stdout
     read = {}
     for name in datasets:
-        parts = {split: _read(name, data_dir, split, num_frames, flow_root) for split in (splits or ("train", "val"))}
+        usual = ("train",) if name in STILL_SETS else ("train", "val")
+        parts = {split: _read(name, data_dir, split, num_frames, flow_root) for split in (splits or usual)}
         if splits is None and any(sequences for sequences, _ in parts.values()):
             for split, (sequences, problems) in parts.items():
                 if not sequences and all(problem.sequence == "" for problem in problems):
@@ -207,21 +260,19 @@ def run(
         read = _restricted(read, only)
     fatal = 0
     for name, parts in read.items():
-        frames = sum(len(sequence.frames) for sequences, _ in parts.values() for sequence in sequences)
-        shown = bar(total=frames, desc=f"check {name}", unit="frame") if bar and frames else nullcontext()
+        unit = "still" if name in STILL_SETS else "frame"
+        total = sum(1 if unit == "still" else len(item.frames) for items, _ in parts.values() for item in items)
+        shown = bar(total=total, desc=f"check {name}", unit=unit) if bar and total else nullcontext()
         with shown as counting:
             progress = None if counting is None else counting.update
-            for sequences, problems in parts.values():
-                problems.extend(check_sequences(sequences, require_flow, require_masks, decode, workers, progress))
+            for items, problems in parts.values():
+                problems += _look_at_all(items, name, require_flow, require_masks, decode, workers, progress)
         for split, (sequences, problems) in parts.items():
             fatal += sum(problem.fatal for problem in problems)
             for line in _report(name, data_dir, split, sequences, problems, examples, flow_root):
                 print(line, file=out)
     print("check: no problem" if fatal == 0 else f"check: {fatal} problem{'s' if fatal > 1 else ''}", file=out)
     return fatal
-
-
-_Parts = dict[str, tuple[list[VideoSequence], list[Problem]]]  # by split
 
 
 def _restricted(read: dict[str, _Parts], only: Sequence[str]) -> dict[str, _Parts]:
@@ -238,7 +289,7 @@ def _restricted(read: dict[str, _Parts], only: Sequence[str]) -> dict[str, _Part
     ]
     unknown = [name for name in only if name not in known]
     if known and unknown:
-        near = difflib.get_close_matches(unknown[0], known, cutoff=0.5) or known
+        near = difflib.get_close_matches(unknown[0], known, cutoff=0.5) or known[:30]  # there are thousands of stills
         names = ", ".join(dict.fromkeys(near))
         raise DataError(f"--sequences {unknown[0]}: not in {', '.join(read)}; expected names such as {names}")
     kept: dict[str, _Parts] = {}
@@ -256,16 +307,19 @@ def _report(
     name: str,
     data_dir: Path | str,
     split: str,
-    sequences: list[VideoSequence],
+    items: _Items,
     problems: list[Problem],
     examples: int,
     flow_root: Path | str | None,
 ) -> Iterator[str]:
-    where = f" in {find_root(name, data_dir)}" if sequences else ""
-    frames = sum(len(sequence.frames) for sequence in sequences)
-    flows = sum(len(sequence.flows) for sequence in sequences)
-    masks = sum(len(sequence.masks) for sequence in sequences)
-    counts = f"{len(sequences)} sequences, {frames} frames, {flows} with flow, {masks} with a mask"
+    unit, where = "sequence", ""
+    if name in STILL_SETS:
+        unit, counts = "still", f"{len(items)} stills with a mask"
+        where = f" in {items[0].image.parent.parent}" if items else ""
+    else:
+        where = f" in {find_root(name, data_dir)}" if items else ""
+        frames, flows, masks = (sum(len(getattr(s, kind)) for s in items) for kind in ("frames", "flows", "masks"))
+        counts = f"{len(items)} sequences, {frames} frames, {flows} with flow, {masks} with a mask"
     yield f"{canonical_name(name)} {split}{where}: {counts}"
     command = flow_command(canonical_name(name), data_dir, split, flow_root)
     for kind, hint in _HINTS.items():
@@ -273,7 +327,7 @@ def _report(
         if not group:
             continue
         count = len({problem.sequence for problem in group if problem.sequence})
-        within = f" in {count} sequence{'s' if count > 1 else ''}" if count else ""
+        within = f" in {count} {unit}{'s' if count > 1 else ''}" if count else ""
         note = "" if any(problem.fatal for problem in group) else " (a note)"
         yield f"  {kind}: {len(group)}{within}{note}; {hint.replace('{flow_command}', command)}"
         shown = group if examples == 0 else group[:examples]
@@ -329,17 +383,40 @@ def _check_presence(sequence: VideoSequence, require_flow: bool, require_masks: 
     return problems
 
 
+def _attempt(problems: list[Problem], dataset: str, name: str, kind: str, read: Callable[[], Any]) -> Any:
+    """What `read` returns; where it raises DataError, None, and a problem more."""
+    try:
+        return read()
+    except DataError as error:
+        problems.append(Problem(dataset, kind, name, str(error)))
+        return None
+
+
+def _look_at_still(still: StillImage, dataset: str, decode: bool) -> list[Problem]:
+    problems: list[Problem] = []
+    attempt = partial(_attempt, problems, dataset, still.name)
+    size = attempt("frame", lambda: load_frame(still.image).shape[:2] if decode else image_size(still.image))
+    mask = None
+    if decode:
+        mask = attempt("mask", lambda: np.asarray(open_mask(still)))  # (H, W)
+        mask_size = None if mask is None else mask.shape
+    else:
+        mask_size = attempt("mask", lambda: image_size(still.mask))
+    if size and mask_size:
+        attempt("mask", lambda: require_size(still.mask, mask_size, size, still.image))
+    if mask is not None and not (mask >= 128).any():
+        message = (
+            f"{still.mask}: no pixel of the mask is brighter than 127, so there is no object; training stops at this "
+            f"still when it draws it. Remove it and {still.image.name}"
+        )
+        problems.append(Problem(dataset, "mask values", still.name, message, fatal=False))
+    return problems
+
+
 def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
     problems: list[Problem] = []
     stem = frame.stem
-
-    def attempt(kind: str, read: Callable):
-        try:
-            return read()
-        except DataError as error:
-            problems.append(_problem(sequence, kind, str(error)))
-            return None
-
+    attempt = partial(_attempt, problems, sequence.dataset, sequence.name)
     size = attempt("frame", lambda: load_frame(frame).shape[:2] if decode else image_size(frame))
     flow_size = None
     if stem in sequence.flows:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from datasets.errors import DataError
-from datasets.stills import StillImage
+from datasets.stills import StillImage, open_mask
 
 
 def smooth_noise(
@@ -118,18 +118,9 @@ def _extent(mask: torch.Tensor) -> tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def _open_mask(still: StillImage) -> Image.Image:
-    """The mask of a still as a grey picture, of its own size."""
-    try:
-        with Image.open(still.mask) as mask:
-            return mask.convert("L")
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{still.mask}: cannot be read as an image ({error}); replace or remove it") from error
-
-
 def object_share(still: StillImage, size: tuple[int, int]) -> float:
     """How much of the largest centred view of a still with the shape of `size` (H, W) its object covers, in [0, 1]."""
-    mask = _open_mask(still)
+    mask = open_mask(still)
     scale = min(mask.width / size[1], mask.height / size[0])
     # Rounding must not bring the view, which touches two sides, beyond them.
     margin_x, margin_y = (max(0.0, (side - scale * n) / 2) for side, n in zip(mask.size, size[::-1]))
@@ -148,7 +139,7 @@ def load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor, 
             picture = picture.convert("RGB")
     except (OSError, SyntaxError) as error:
         raise DataError(f"{still.image}: cannot be read as an image ({error}); replace or remove it") from error
-    mask = _open_mask(still)
+    mask = open_mask(still)
     if full_size != mask.size:
         raise DataError(
             f"{still.mask}: the mask is {mask.width}x{mask.height}, its image {still.image} is "

@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets import layouts, vsod_layouts
 from datasets.errors import DataError
 from datasets.layouts import read_folder
+from datasets.stills import STILL_SETS
 from datasets.video_sequence import (
     FLOW_SUFFIXES,
     Report,
@@ -122,6 +123,11 @@ def canonical_name(name: str) -> str:
 
 
 def _find(name: str, data_dir: Path) -> tuple[Path, _Layout]:
+    if name in STILL_SETS:
+        raise DataError(
+            f"{name} holds still images and no videos: main.py trains on clips made of them and --tools check looks at "
+            f"them, but nothing else takes them; expected a data set of videos, such as {', '.join(_SOURCES)}"
+        )
     known = _SOURCES.get(canonical_name(name))
     source = known or _Source((name,), _ANY_LAYOUTS)
     if not data_dir.is_dir():

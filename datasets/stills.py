@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from datasets.errors import DataError
+from datasets.video_sequence import Report, raise_problem
+
+STILL_SETS = ("DUTS-TR",)
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
@@ -19,12 +24,12 @@ class StillImage:
     mask: Path
 
 
-def read_stills(data_dir: str | Path, name: str = "DUTS-TR") -> list[StillImage]:
+def read_stills(data_dir: str | Path, name: str = "DUTS-TR", report: Report = raise_problem) -> list[StillImage]:
     """Pairs of a still-image set in its native layout: `<name>/<name>-Image/*.jpg`, `<name>/<name>-Mask/*.png`.
 
     data_dir: a folder that holds `<name>`, or (as the official archive also unpacks) `DUTS/<name>`, or that is the set
-    itself. Pairs by file stem, sorted. Nothing is decoded. Raises DataError where the folders are not found, where an
-    image has no mask, or where there is no pair at all.
+    itself. Pairs by file stem, sorted. Nothing is decoded. Raises DataError where the folders are not found or hold no
+    image. `report` is told where images have no mask, and raises by default; if it returns, they are left out.
     """
     root = Path(data_dir)
     candidates = [root / name, root / "DUTS" / name, root]
@@ -39,10 +44,20 @@ def read_stills(data_dir: str | Path, name: str = "DUTS-TR") -> list[StillImage]
     images = sorted(p for p in image_dir.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES and p.name[0] != ".")
     without = [p for p in images if p.stem not in masks]
     if without:
-        raise DataError(
+        message = (
             f"{name}: {len(without)} of {len(images)} images have no mask of the same stem in {mask_dir}; "
             f"the first is {without[0]}"
         )
+        report("", DataError(message))
     if not images:
         raise DataError(f"{name}: no images in {image_dir}")
-    return [StillImage(p.stem, p, masks[p.stem]) for p in images]
+    return [StillImage(p.stem, p, masks[p.stem]) for p in images if p.stem in masks]
+
+
+def open_mask(still: StillImage) -> Image.Image:
+    """The mask of a still as a grey picture, of its own size; what is at least 128 is the object. Raises DataError."""
+    try:
+        with Image.open(still.mask) as mask:
+            return mask.convert("L")
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{still.mask}: cannot be read as an image ({error}); replace or remove it") from error

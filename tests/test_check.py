@@ -248,12 +248,68 @@ def test_only_the_sequences_asked_for_are_checked(tmp_path):
     assert count == 2 and "FBMS is not under" in text
 
 
+def stills(root: Path, names: list[str]) -> Path:
+    for name in names:
+        save(root / "DUTS-TR" / "DUTS-TR-Image" / f"{name}.jpg", noise())
+        save(root / "DUTS-TR" / "DUTS-TR-Mask" / f"{name}.png", SHAPE)
+    return root / "DUTS-TR"
+
+
+def test_a_sound_set_of_stills(tmp_path):
+    root = stills(tmp_path, ["s0", "s1"])
+    save(root / "DUTS-TR-Image" / "s2.jpg", noise(30, 30))  # stills are of many sizes
+    save(root / "DUTS-TR-Mask" / "s2.png", np.full((30, 30), 255, dtype=np.uint8))
+    screen = io.StringIO()
+    for decode in (True, False):
+        count, text = report(tmp_path, ["DUTS-TR"], decode=decode, bar=partial(tqdm, file=screen))
+        assert count == 0 and text == f"DUTS-TR train in {root}: 3 stills with a mask\ncheck: no problem\n"
+    assert "3/3" in screen.getvalue()
+    count, text = report(tmp_path, ["DUTS-TR"], splits=["val"])
+    assert count == 1 and "no split 'val'" in text and "expected the split train" in text
+
+
+def test_everything_wrong_with_stills_is_reported_at_once(tmp_path):
+    root = stills(tmp_path, ["alone", "bad", "empty", "image", "lost", "sizes", "sound"])
+    (root / "DUTS-TR-Image" / "alone.jpg").unlink()
+    (root / "DUTS-TR-Mask" / "bad.png").write_bytes(b"no image")
+    save(root / "DUTS-TR-Mask" / "empty.png", SHAPE // 255)  # 0 and 1, of which training would see no object
+    truncate(root / "DUTS-TR-Image" / "image.jpg")
+    (root / "DUTS-TR-Mask" / "lost.png").unlink()
+    save(root / "DUTS-TR-Mask" / "sizes.png", SHAPE[:-2])
+    found, problems = check_dataset("DUTS-TR", tmp_path, "train")
+    assert [still.name for still in found] == ["bad", "empty", "image", "sizes", "sound"]
+    assert sorted(fatal(problems)) == [("frame", "image"), ("layout", ""), ("mask", "bad"), ("mask", "sizes")]
+    notes = [problem.message for problem in problems if not problem.fatal]
+    assert len(notes) == 2 and "alone.png" in notes[0] and "empty.png: no pixel" in notes[1]
+    count, text = report(tmp_path, ["DUTS-TR"])
+    assert count == 4 and "check: 4 problems" in text and "  mask: 2 in 2 stills; " in text
+    assert "1 of 6 images have no mask" in text and "lost.jpg" in text
+    count, text = report(tmp_path, ["DUTS-TR"], only=["bad", "sound"])
+    assert count == 1 and "2 stills with a mask" in text
+    with pytest.raises(DataError, match="--sequences sond: not in DUTS-TR; .* sound"):
+        report(tmp_path, ["DUTS-TR"], only=["sond"])
+    count, text = report(tmp_path / "DUTS-TR" / "DUTS-TR-Mask", ["DUTS-TR"])
+    assert count == 1 and "no image folder" in text
+
+
+def test_other_tools_say_that_stills_are_no_videos(tmp_path):
+    stills(tmp_path, ["s0"])
+    with pytest.raises(DataError, match="DUTS-TR holds still images and no videos.*--tools check.*DAVIS-2016"):
+        read_dataset("DUTS-TR", tmp_path)
+
+
 def test_a_bar_counts_the_frames_of_a_set(tmp_path):
     davis(tmp_path / "DAVIS", ["bear", "bus"])
     screen, out = io.StringIO(), io.StringIO()
     assert run(tmp_path, ["DAVIS-2016"], file=out, bar=partial(tqdm, file=screen)) == 0
     assert "check DAVIS-2016: 100%" in screen.getvalue() and "8/8" in screen.getvalue()
     assert "%" not in out.getvalue()
+
+
+@pytest.mark.data
+def test_real_stills_are_sound(real_data):
+    found, problems = check_dataset("DUTS-TR", real_data, "train", decode=False)
+    assert len(found) > 1000 and problems == []
 
 
 @pytest.mark.data
