@@ -312,24 +312,33 @@ def _report(
     examples: int,
     flow_root: Path | str | None,
 ) -> Iterator[str]:
-    unit, where = "sequence", ""
+    root = None
     if name in STILL_SETS:
         unit, counts = "still", f"{len(items)} stills with a mask"
-        where = f" in {items[0].image.parent.parent}" if items else ""
+        if items:
+            root = items[0].image.parent.parent
     else:
-        where = f" in {find_root(name, data_dir)}" if items else ""
+        unit = "sequence"
+        if items:
+            root = find_root(name, data_dir)
         frames, flows, masks = (sum(len(getattr(s, kind)) for s in items) for kind in ("frames", "flows", "masks"))
         counts = f"{len(items)} sequences, {frames} frames, {flows} with flow, {masks} with a mask"
-    yield f"{canonical_name(name)} {split}{where}: {counts}"
+    yield f"{canonical_name(name)} {split}{f' in {root}' if root else ''}: {counts}"
+    hints = dict(_HINTS)
     command = flow_command(canonical_name(name), data_dir, split, flow_root)
-    for kind, hint in _HINTS.items():
+    for kind in ("no flow", "flow"):
+        hints[kind] = hints[kind].format(flow_command=command)
+    if root and (root / "Annotations_unsupervised").is_dir() and not (root / "Annotations").exists():
+        unread = root / "Annotations_unsupervised"
+        hints["no mask"] = f"masks lie in {unread}, which is not read: rename it, or link it, to Annotations"
+    for kind, hint in hints.items():
         group = [problem for problem in problems if problem.kind == kind]
         if not group:
             continue
         count = len({problem.sequence for problem in group if problem.sequence})
         within = f" in {count} {unit}{'s' if count > 1 else ''}" if count else ""
         note = "" if any(problem.fatal for problem in group) else " (a note)"
-        yield f"  {kind}: {len(group)}{within}{note}; {hint.replace('{flow_command}', command)}"
+        yield f"  {kind}: {len(group)}{within}{note}; {hint}"
         shown = group if examples == 0 else group[:examples]
         for problem in shown:
             yield f"    {problem.message}"

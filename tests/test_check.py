@@ -144,6 +144,17 @@ def test_flow_of_two_sizes_in_one_video(tmp_path):
         assert "20×12 at 00000, 40×24 at 00002" in problem.message and "Flows/480p/bear" in problem.message
 
 
+def test_masks_under_the_name_of_the_unsupervised_release(tmp_path):
+    root = davis(tmp_path / "DAVIS", ["bear", "bus"])
+    unread = (root / "Annotations").rename(root / "Annotations_unsupervised")
+    count, text = report(tmp_path, ["DAVIS-2016"], splits=["val"])
+    assert count == 2 and text.count(f"; masks lie in {unread}, which is not read") == 1
+    assert "rename it, or link it, to Annotations\n" in text
+    (root / "Annotations").symlink_to(unread.name)
+    count, text = report(tmp_path, ["DAVIS-2016"], splits=["val"])
+    assert count == 0 and "masks lie in" not in text
+
+
 def test_what_is_not_required_is_no_problem(tmp_path):
     root = davis(tmp_path / "DAVIS", ["bear"])
     for folder in ("Flows", "Annotations"):
