@@ -418,7 +418,7 @@ def _look_at_still(still: StillImage, dataset: str, decode: bool) -> list[Proble
             f"{still.mask}: no pixel of the mask is brighter than 127, so there is no object; training stops at this "
             f"still when it draws it. Remove it and {still.image.name}"
         )
-        problems.append(Problem(dataset, "mask values", still.name, message, fatal=False))
+        problems.append(Problem(dataset, "mask values", still.name, message))
     return problems
 
 

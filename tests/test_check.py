@@ -289,11 +289,12 @@ def test_everything_wrong_with_stills_is_reported_at_once(tmp_path):
     save(root / "DUTS-TR-Mask" / "sizes.png", SHAPE[:-2])
     found, problems = check_dataset("DUTS-TR", tmp_path, "train")
     assert [still.name for still in found] == ["bad", "empty", "image", "sizes", "sound"]
-    assert sorted(fatal(problems)) == [("frame", "image"), ("layout", ""), ("mask", "bad"), ("mask", "sizes")]
-    notes = [problem.message for problem in problems if not problem.fatal]
-    assert len(notes) == 2 and "alone.png" in notes[0] and "empty.png: no pixel" in notes[1]
+    wrong = [("frame", "image"), ("layout", ""), ("mask", "bad"), ("mask", "sizes"), ("mask values", "empty")]
+    assert sorted(fatal(problems)) == wrong
+    (note,) = [problem.message for problem in problems if not problem.fatal]
+    assert "alone.png" in note
     count, text = report(tmp_path, ["DUTS-TR"])
-    assert count == 4 and "check: 4 problems" in text and "  mask: 2 in 2 stills; " in text
+    assert count == 5 and "check: 5 problems" in text and "  mask: 2 in 2 stills; " in text
     assert "1 of 6 images have no mask" in text and "lost.jpg" in text
     count, text = report(tmp_path, ["DUTS-TR"], only=["bad", "sound"])
     assert count == 1 and "2 stills with a mask" in text
