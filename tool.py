@@ -326,19 +326,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tools; returns the exit code."""
     from utils.distributed import start_processes, stop_processes
     from utils.errors import exit_on_user_error
+    from utils.parallel import end_workers
+    from utils.stopping import Terminated, sigterm_raises
 
     with exit_on_user_error():
         args = parse_args(arguments)
         processes = start_processes(args.device, args.local_rank)
         try:
-            for tool in args.tools:
-                code = TOOLS[tool](args, processes)
-                if code:
-                    return code
+            with sigterm_raises():
+                for tool in args.tools:
+                    code = TOOLS[tool](args, processes)
+                    if code:
+                        return code
             return 0
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            return 130
+        except KeyboardInterrupt as stop:
+            end_workers()
+            terminated = isinstance(stop, Terminated)
+            print(
+                f"{'ended by SIGTERM' if terminated else 'interrupted'}; the same command goes on from here",
+                file=sys.stderr,
+            )
+            return Terminated.exit_code if terminated else 130
         finally:
             stop_processes()
 

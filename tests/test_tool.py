@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -495,3 +497,75 @@ def test_as_a_program(repository: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *words], cwd=repository, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+def alive(session: int) -> list[str]:
+    """The processes of a session, the tool's and whichever it started, that have not ended."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "stat").read_text().rsplit(")", 1)[1].split() if folder.name.isdigit() else []
+            if words and int(words[3]) == session and words[0] != "Z":
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it has just ended
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("number", "to_group", "code"),
+    # As docker stop sends it, as SLURM and timeout do, as a terminal does, and as the kernel does for want of memory.
+    [
+        (signal.SIGTERM, False, 143),
+        (signal.SIGTERM, True, 143),
+        (signal.SIGINT, True, 130),
+        (signal.SIGKILL, False, -signal.SIGKILL),
+    ],
+    ids=["SIGTERM", "SIGTERM to all", "SIGINT to all", "SIGKILL"],
+)
+def test_a_signal_leaves_no_process_behind(
+    number: signal.Signals, to_group: bool, code: int, repository: Path, tmp_path: Path
+) -> None:
+    frames = tmp_path / "clip"
+    frames.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (240, 432, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(frames / "0000.jpg")
+    for t in range(1, 1000):
+        os.link(frames / "0000.jpg", frames / f"{t:04d}.jpg")
+    words = ["--tools", "flow", "--flow_method", "dis", "--frames", frames, "--save_dir", tmp_path, "--workers", 2]
+    process = subprocess.Popen(
+        [sys.executable, "tool.py", *map(str, words)],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("flow/clip/*.png")):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.02)
+        assert len(alive(process.pid)) >= 3
+        (os.killpg if to_group else os.kill)(process.pid, number)
+        _, err = process.communicate(timeout=30)  # ends when nobody holds the pipe any more
+        deadline = time.monotonic() + 10
+        while alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert alive(process.pid) == []
+    finally:
+        if alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.tmp"))
+    made = list(tmp_path.glob("flow/clip/*.png"))
+    assert len(made) < 1000
+    for path in made:
+        with Image.open(path) as image:
+            image.load()
+    assert number == signal.SIGKILL or "the same command goes on from here" in err

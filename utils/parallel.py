@@ -6,14 +6,17 @@ import argparse
 import importlib.util
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from utils.progress import progress_bar
 
@@ -55,6 +58,10 @@ def start_worker(niceness: int = 0) -> None:
 
     niceness: by how much they step back behind a network that computes on the same processors.
     """
+    # Ctrl-C reaches all processes, and what to do then is the parent's to say. SIGTERM comes from it, or as Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     if niceness and hasattr(os, "nice"):
         os.nice(niceness)
     # glibc gives blocks above a threshold back to the system at once, and fetching them anew for every image costs a
@@ -68,6 +75,45 @@ def start_worker(niceness: int = 0) -> None:
         import cv2
 
         cv2.setNumThreads(1)
+
+
+class _Job:
+    """What a worker process is at; it ends after its job, not in the midst of a file."""
+
+    running = False
+    last = False
+
+
+def _run_job(function: Callable[..., Any], *task: Any) -> Any:
+    _Job.running = True
+    try:
+        return function(*task)
+    finally:
+        _Job.running = False
+        if _Job.last:
+            _end()
+
+
+def _leave(*_: object) -> None:
+    _Job.last = True
+    if not _Job.running:
+        _end()
+
+
+def _leave_with_parent() -> None:
+    """A parent that was killed outright tells nobody, and its workers would wait for jobs for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    _leave()
+
+
+def _end() -> NoReturn:
+    os._exit(128 + signal.SIGTERM)  # at once: the pool's loop would catch an exception of a job and go on
+
+
+def end_workers() -> None:
+    """Ends the worker processes that an interruption has left: one that came while a pool was starting them."""
+    for process in multiprocessing.active_children():
+        process.terminate()
 
 
 def start_pool(workers: int, niceness: int = 0) -> ProcessPoolExecutor:
@@ -113,7 +159,7 @@ def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: 
     waiting: deque[Future] = deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(function, *task))
+            waiting.append(pool.submit(_run_job, function, *task))
             if len(waiting) >= IN_FLIGHT_PER_WORKER * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -144,7 +190,7 @@ class Background:
         try:
             while self._waiting and self._waiting[0].done():
                 self._waiting.popleft().result()
-            self._waiting.append(self._pool.submit(self.function, *task))
+            self._waiting.append(self._pool.submit(_run_job, self.function, *task))
         except BrokenProcessPool:
             raise _killed(self.workers) from None
 

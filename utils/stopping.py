@@ -6,7 +6,9 @@ import math
 import signal
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 
 class StopRequest:
@@ -42,3 +44,30 @@ class StopRequest:
     def wanted(self) -> bool:
         """True from the moment that somebody, or the clock, asks to stop."""
         return self.signal is not None or time.monotonic() >= self.deadline
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, the stop of SLURM, ``timeout`` and ``docker stop``, raised as Ctrl-C raises `KeyboardInterrupt`."""
+
+    exit_code = 128 + signal.SIGTERM  # as shells have it
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises `Terminated` in the block, so that what it began is put away; else Python would end on the spot
+    and leave its worker processes behind. Outside the main thread, where Python has no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        # Senders repeat themselves (`timeout` signals its child and then the whole group); once is enough.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
