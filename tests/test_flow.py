@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import urllib.error
 from pathlib import Path
 
@@ -400,6 +401,59 @@ def test_supplied_images_count_whatever_their_format_and_overwrite_leaves_one_im
     assert prepare.run(dis(), [sequence], ALONE) == 0
     assert prepare.run(dis("--overwrite"), [sequence], ALONE) == 3
     assert sorted(p.name for p in sequence.flow_dir.iterdir()) == ["00000.png", "00001.png", "00002.png", "flow.json"]
+
+
+def test_the_record_does_not_claim_supplied_flow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sequence = make_sequence(tmp_path, count=4)
+    sequence.flow_dir.mkdir(parents=True)
+    for stem in sequence.stems[:3]:  # as many sets of flow come: the last frame has none
+        Image.new("RGB", (56, 40)).save(sequence.flow_dir / f"{stem}.png")
+    before = contents(sequence.flow_dir)
+    assert prepare.run(dis(), [sequence], ALONE) == 1
+    out = capsys.readouterr().out
+    assert f"warning: {sequence.flow_dir}: 3 flow images there are of unknown making" in out
+    assert "--flow_dir DIR" in out and "--overwrite" in out
+
+    def record() -> dict[str, object]:
+        return json.loads((sequence.flow_dir / "flow.json").read_text())
+
+    assert record()["supplied"] == ["00000", "00001", "00002"] and record()["method"] == "dis"
+    assert contents(sequence.flow_dir).items() >= before.items()
+    # One that is damaged is made here, and no longer supplied; the others still are.
+    (sequence.flow_dir / "00001.png").write_bytes(b"no picture")
+    assert prepare.run(dis(), [sequence], ALONE) == 1
+    assert record()["supplied"] == ["00000", "00002"]
+    with pytest.raises(UserError, match="other settings"):  # two images are DIS's
+        prepare.run(dis("--flow_size", "20", "30"), [sequence], ALONE)
+    # What is there is supplied only, so the record tells of nothing.
+    (sequence.flow_dir / "00001.png").unlink()
+    (sequence.flow_dir / "00003.png").unlink()
+    assert prepare.run(dis("--flow_size", "20", "30"), [sequence], ALONE) == 2
+    assert record()["size"] == [20, 30] and record()["supplied"] == ["00000", "00002"]
+    capsys.readouterr()
+    assert prepare.run(dis("--overwrite"), [sequence], ALONE) == 4
+    assert "supplied" not in record() and "warning" not in capsys.readouterr().out
+
+
+def test_a_run_that_failed_does_not_lock_the_folder(tmp_path: Path):
+    sequence = make_sequence(tmp_path)
+    weights = tmp_path / "w.pth"
+    torch.save(raft_small(weights=None).state_dict(), weights)
+    raft = ("--flow_method", "raft_small", "--flow_weights", str(weights), "--workers", "0")
+    with pytest.raises(UserError, match="--flow_batch 0"):
+        prepare.run(arguments(*raft, "--flow_batch", "0"), [sequence], ALONE)
+    task = FlowTask([texture(40, 56)] * 3, sequence.stems, sequence.flow_dir, [0])
+    with pytest.raises(UserError, match="--flow_batch 0"):
+        list(write_flows([task], FlowSettings("raft_small", str(weights)), batch_size=0, workers=0))
+    assert not sequence.flow_dir.exists()
+    # A frame that cannot be read fails later, after the record.
+    good = sequence.frames[1].read_bytes()
+    sequence.frames[1].write_bytes(b"not an image")
+    with pytest.raises(DataError):
+        prepare.run(dis("--flow_size", "20", "30"), [sequence], ALONE)
+    assert sorted(path.name for path in sequence.flow_dir.iterdir()) == ["flow.json"]
+    sequence.frames[1].write_bytes(good)
+    assert prepare.run(dis(), [sequence], ALONE) == 3
 
 
 def test_other_settings_are_not_mixed_in(tmp_path: Path):

@@ -175,6 +175,12 @@ def frame_pairs(
         yield t, held[t], held[partner]
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raises UserError for a number of pairs that RAFT cannot take at once."""
+    if batch_size < 1:
+        raise UserError(f"--flow_batch {batch_size}: expected 1 or more")
+
+
 def compute_flows(
     frames: Sequence[np.ndarray],
     method: str = "raft",
@@ -198,8 +204,7 @@ def compute_flows(
     Raises:
         UserError, CheckpointError: as `load_raft`. DataError: frames of different sizes, or flow that is not finite.
     """
-    if batch_size < 1:
-        raise UserError(f"--flow_batch {batch_size}: expected 1 or more")
+    check_batch_size(batch_size)
     if estimator is None:
         estimator = FlowEstimator(FlowSettings(method, weights, size, iters), device)
     batch: list[tuple[int, np.ndarray, np.ndarray]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from datasets.errors import DataError
 from datasets.flow_colour import flow_to_image
 from datasets.images import load_flow_image
-from datasets.video_sequence import FLOW_SUFFIXES
+from datasets.video_sequence import FLOW_SUFFIXES, list_files
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
 
@@ -24,6 +24,7 @@ RAW_FORMATS = ("npz", "flo")
 JPEG_QUALITY = 95
 # Beside the images, what they were made with: going on with other settings would mix two kinds of flow in one video.
 RECORD = "flow.json"
+SUPPLIED = "supplied"  # in it, the stems of the images that it does not tell of
 RETRY = "--overwrite makes the flow again"
 
 
@@ -115,33 +116,56 @@ def read_raw_flow(path: str | Path) -> np.ndarray:
 
 
 def begin_flow(flow_dir: Path, stems: Sequence[str], record: dict[str, Any]) -> None:
-    """Says in `RECORD` how the flow of these frames is being made. Flow that was made otherwise (``--overwrite``) goes
-    first: after an interruption it would pass for the new.
+    """Says in `RECORD` how the flow of these frames is being made, and which images beside it were supplied. Flow that
+    was made otherwise (``--overwrite``) goes first: after an interruption it would pass for the new.
     """
     path = flow_dir / RECORD
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = None  # flow of unknown making
-    if before != record:
+    supplied = supplied_flow(flow_dir, stems)
+    before = _read_record(flow_dir)  # None: flow of unknown making
+    if before is None or {key: value for key, value in before.items() if key != SUPPLIED} != record:
         for stem in stems:
             for suffix in (*FLOW_SUFFIXES, *(f".{raw}" for raw in RAW_FORMATS)):
                 (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
-    write_json(path, record)
+    write_json(path, {**record, SUPPLIED: supplied} if supplied else record)
+
+
+def supplied_flow(flow_dir: Path, stems: Collection[str] = ()) -> list[str]:
+    """The flow images in a folder, by stem, that came from elsewhere and are of unknown making; without those of
+    ``stems``, which are to be made.
+    """
+    there, record = _flow_stems(flow_dir), _read_record(flow_dir)
+    return sorted((there if record is None else there & set(record.get(SUPPLIED, ()))) - set(stems))
 
 
 def check_record(flow_dir: Path, wanted: dict[str, Any]) -> None:
-    path = flow_dir / RECORD
-    if not path.is_file():
-        return
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it, or {RETRY}") from error
+    """Refuses a folder whose flow was made otherwise.
+
+    Raises:
+        UserError: `RECORD` says so of flow that is there and was not supplied, or cannot be read.
+    """
+    path, there = flow_dir / RECORD, _flow_stems(flow_dir)
+    if not path.is_file() or not there:
+        return  # a run that failed before its first flow leaves its record alone
+    made = _read_record(flow_dir)
+    if made is None:
+        raise UserError(f"{path}: not a record of flow in JSON; remove it, or {RETRY}")
     differing = [key for key in wanted if made.get(key) != wanted[key]]
-    if differing:
+    if differing and there - set(made.get(SUPPLIED, ())):
         raise UserError(
             f"{flow_dir}: holds flow made with other settings or of another video ("
             + ", ".join(f"{key} {made.get(key)}, now {wanted[key]}" for key in differing)
             + f"); give the same options to go on with it, choose another folder, or {RETRY}"
         )
+
+
+def _flow_stems(flow_dir: Path) -> set[str]:
+    return {path.stem for path in list_files(flow_dir, FLOW_SUFFIXES)}
+
+
+def _read_record(flow_dir: Path) -> dict[str, Any] | None:
+    """None where there is none, or none that can be read."""
+    try:
+        record = json.loads((flow_dir / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None

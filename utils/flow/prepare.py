@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
-from utils.flow.estimation import METHODS, FlowEstimator, FlowSettings, compute_flows, dis_flow, frame_pairs
-from utils.flow.files import FORMATS, RAW_FORMATS, FlowFiles, begin_flow, check_record
+from utils.flow.estimation import (
+    METHODS,
+    FlowEstimator,
+    FlowSettings,
+    check_batch_size,
+    compute_flows,
+    dis_flow,
+    frame_pairs,
+)
+from utils.flow.files import FORMATS, RAW_FORMATS, FlowFiles, begin_flow, check_record, supplied_flow
 from utils.flow.raft import DEFAULT_WEIGHTS
 from utils.parallel import parallel_map, share_of_workers
 from utils.progress import progress_bar
@@ -81,8 +89,9 @@ def write_flows(
     read here, in order, so a video of any length is never in memory.
 
     Raises:
-        As `compute_flows`, before anything is written if the weights are missing.
+        As `compute_flows`, before anything is written if the weights are missing or the batch size is wrong.
     """
+    check_batch_size(batch_size)
     files = files or FlowFiles()
     estimator = FlowEstimator(settings, device)
 
@@ -159,11 +168,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_from(args: argparse.Namespace) -> FlowSettings:
-    """The settings that the ``--flow_…`` options say."""
-    return FlowSettings(
-        args.flow_method, args.flow_weights, tuple(args.flow_size) if args.flow_size else None, args.flow_iters
-    )
+def settings_from(args: argparse.Namespace) -> tuple[FlowSettings, FlowFiles]:
+    """What the ``--flow_…`` options say: how flow is computed, and how it is stored.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    check_batch_size(args.flow_batch)
+    size = tuple(args.flow_size) if args.flow_size else None
+    settings = FlowSettings(args.flow_method, args.flow_weights, size, args.flow_iters)
+    return settings, FlowFiles(args.flow_format, args.flow_raw)
 
 
 def run(
@@ -185,8 +199,7 @@ def run(
     """
     from utils.distributed import share_out
 
-    settings = settings_from(args)
-    files = FlowFiles(args.flow_format, args.flow_raw)
+    settings, files = settings_from(args)
     # By folder, since two data sets can share videos, as DAVIS-2016 and DAVIS-2017 do.
     videos: dict[Path, list[VideoSequence]] = {}
     for sequence in sequences:
@@ -207,6 +220,10 @@ def run(
     if processes.is_main:
         others = f", {total} of them here" if processes.world_size > 1 else ""
         print(f"flow: {everywhere} frames to do{others}, by {settings.method}", flush=True)
+    mixed = [(flow_dir, len(supplied_flow(flow_dir, stems))) for flow_dir, stems in pending.items()]
+    mixed = [found for part in processes.gather(mixed) for found in part]
+    if processes.is_main:
+        warn_of_mixture(mixed, settings.method, "--flow_dir DIR")
     workers = args.workers if processes.world_size == 1 else share_of_workers(args.workers, processes.world_size)
 
     def tasks() -> Iterator[FlowTask]:
@@ -230,6 +247,25 @@ def run(
     return total
 
 
+def warn_of_mixture(supplied: Iterable[tuple[Path, int]], method: str, elsewhere: str) -> None:
+    """Says where flow of two kinds comes to lie in one folder, since a network takes them for one.
+
+    Args:
+        supplied: folders in which flow is made, and how many images of unknown making each one has.
+        elsewhere: the option that puts all flow into another place.
+    """
+    mixed = [(flow_dir, count) for flow_dir, count in supplied if count]
+    if not mixed:
+        return
+    others = f" and {len(mixed) - 1} more folders" if len(mixed) > 1 else ""
+    print(
+        f"warning: {mixed[0][0]}{others}: {sum(count for _, count in mixed)} flow images there are of unknown making "
+        f"(supplied, not made here), and those that are missing are made by {method}: two kinds of flow in one video. "
+        f"For one kind, {elsewhere} makes all flow in another place, --overwrite makes it again here",
+        flush=True,
+    )
+
+
 def video_flows(
     args: argparse.Namespace, frames: LazyFrames, flow_dir: str | Path, device: str | torch.device = "cpu"
 ) -> FolderFrames:
@@ -242,8 +278,7 @@ def video_flows(
     Raises:
         UserError: ``flow_dir`` belongs to another video, or as `write_flows`. DataError, CheckpointError: likewise.
     """
-    settings = settings_from(args)
-    files = FlowFiles(args.flow_format, args.flow_raw)
+    settings, files = settings_from(args)
     flow_dir = Path(flow_dir)
     first = frames.files[0]
     source = {
@@ -252,6 +287,9 @@ def video_flows(
         "bytes": sum(path.stat().st_size for path in frames.files),
     }
     pending = pending_frames(frames.stems, flow_dir, settings, files, args.overwrite, source)
+    if pending:
+        supplied = supplied_flow(flow_dir, [frames.stems[t] for t in pending])
+        warn_of_mixture([(flow_dir, len(supplied))], settings.method, "--save_dir DIR")
     task = FlowTask(frames, frames.stems, flow_dir, pending, source)
     written = write_flows([task], settings, files, device=device, batch_size=args.flow_batch, workers=args.workers)
     for _ in progress_bar(written, total=len(pending), desc=f"flow ({settings.method})", unit="frame"):
