@@ -109,11 +109,19 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> None:
     """What one option alone cannot tell, and what is cheaper to say now than after an hour of the first tool."""
+    from models.errors import CheckpointError
+    from utils import crf
     from utils.errors import UserError
+    from utils.flow import prepare
+    from utils.inference import segment
+    from utils.inference.weights import Weights, find_checkpoint
 
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers {args.workers}: expected 0 (no extra process) or more")
+    own = args.video or args.frames
     if args.video and args.frames:
         raise UserError("--video and --frames: give one of them")
-    if args.video or args.frames:
+    if own:
         unable = [tool for tool in args.tools if tool not in ("flow", "test", "crf")]
         if unable:
             raise UserError(
@@ -124,6 +132,27 @@ def _check(args: argparse.Namespace) -> None:
         # The user of a single video has most likely no weights of RAFT, and a download must not come unasked.
         if isinstance(args.flow_method, _Unsaid) and args.flow_weights is None:
             args.flow_method = "dis"
+    if "flow" in args.tools or (own and "test" in args.tools):
+        prepare.settings_from(args)
+    if "test" in args.tools:
+        segment.settings_from(args, Weights(None, Path(), ""))  # none are needed for what is checked
+    if "crf" in args.tools:
+        crf.check(args)
+    for tool in ("test", "bench", "export"):
+        # The demo makes a checkpoint; bench can do without one, and export says itself that it needs one.
+        if tool not in args.tools or _follows(args, tool, "demo") or (tool != "test" and not args.checkpoint):
+            continue
+        path = find_checkpoint(args.checkpoint)
+        if not path.is_file():
+            raise CheckpointError(f"--checkpoint {path}: no such file; give a .safetensors, .pt, .pth or .pth.tar file")
+
+
+def _check_device(args: argparse.Namespace, processes: Processes) -> None:
+    """What an option wants of a device that is known only now."""
+    from utils.errors import UserError
+
+    if args.cuda_graphs and processes.device.type != "cuda" and {"test", "bench"} & set(args.tools):
+        raise UserError(f"--cuda_graphs needs a GPU, and the device is {processes.device}: leave it out")
 
 
 # ------------------------------------------------------------------------------------------------------------- tools
@@ -327,12 +356,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.distributed import start_processes, stop_processes
     from utils.errors import exit_on_user_error
     from utils.parallel import end_workers
-    from utils.stopping import Terminated, sigterm_raises
+    from utils.stopping import INTERRUPTED, Terminated, sigterm_raises
 
     with exit_on_user_error():
         args = parse_args(arguments)
         processes = start_processes(args.device, args.local_rank)
         try:
+            _check_device(args, processes)
             with sigterm_raises():
                 for tool in args.tools:
                     code = TOOLS[tool](args, processes)
@@ -346,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{'ended by SIGTERM' if terminated else 'interrupted'}; the same command goes on from here",
                 file=sys.stderr,
             )
-            return Terminated.exit_code if terminated else 130
+            return Terminated.exit_code if terminated else INTERRUPTED
         finally:
             stop_processes()
 

@@ -483,6 +483,43 @@ def test_options_out_of_range(data: Path, weights: Path, capsys: pytest.CaptureF
     assert "--num_frames 0" in fails(capsys, *words, "--num_frames", 0)
 
 
+CRF = ["--tools", "flow", "test", "crf"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--checkpoint", "/nope"], "--checkpoint /nope: no such file"),
+        (["--size", 0, 5], "--size 0 5"),
+        (["--batch_size", 0], "--batch_size 0"),
+        (["--scales", 0], "--scales 0"),
+        (["--clip_len", 0], "--clip_len 0"),
+        (["--cuda_graphs"], "--cuda_graphs needs a GPU"),
+        ([*CRF, "--crf_iters", 0], "--crf_iters 0"),
+        ([*CRF, "--crf_scale", "nan"], "--crf_scale nan"),
+        (["--flow_batch", 0], "--flow_batch 0"),
+        (["--workers", -1], "--workers -1"),
+        (["--tools", "check", "--workers", -1], "--workers -1"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_wrong_options_of_later_tools_are_told_before_the_first(
+    words: list[object], said: str, data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if "crf" in words:
+        pytest.importorskip("pydensecrf.densecrf")
+    ran = []
+    monkeypatch.setattr(tool, "TOOLS", {name: lambda *_: ran.append("a tool") for name in tool.TOOLS})
+    row = ["--tools", "flow", "test", "--checkpoint", weights, "--flow_method", "dis", "--data_dir", data]
+    assert said in fails(capsys, *row, *words)
+    assert ran == []
+    assert call(*row) == 0 and len(ran) == 2
+    # Of a tool that is not asked for, nothing is demanded; and the demo makes a checkpoint for those after it.
+    assert call("--tools", "eval", "--checkpoint", "/nope", "--scales", 0, "--crf_iters", 0, "--cuda_graphs") == 0
+    assert call("--tools", "demo", "test", "--checkpoint", "demo/trained/weights.safetensors") == 0
+
+
 def test_steps_out_of_order(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data_dir", data, "--datasets", "DAVIS-2016", "--save_dir", tmp_path / "r"]
     assert "--tools eval" in fails(capsys, "--tools", "report", *words)

@@ -195,6 +195,16 @@ def settings_from(args: argparse.Namespace) -> CrfSettings:
     return CrfSettings(**{field.name: getattr(args, f"crf_{field.name}") for field in fields(CrfSettings)})
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses what `run` would refuse before it looks at a map, for whoever has much to do before.
+
+    Raises:
+        UserError: pydensecrf is not installed, or an option is out of range.
+    """
+    _import_densecrf()
+    settings_from(args)
+
+
 @dataclass(frozen=True)
 class Refinable:
     """The frames of one video: where its maps are (below ``probability/`` and ``crf/``), and the pictures.

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
 
 class StopRequest:
     """Ctrl-C, SIGTERM or the end of the time given: noticed at once, obeyed where the run looks at ``wanted``.
