@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,44 @@ def test_it_starts_from_the_published_weights(
     assert f"--finetune {weights}" in capsys.readouterr().out
     assert "the published weights" in (tmp_path / "d" / "report.html").read_text()
     assert load_dbsnet(tmp_path / "d/finetuned/weights.safetensors").config["depth"] == 1
+
+
+def test_other_steps_name_the_options_of_the_demo(
+    short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu", "--demo_scratch", "--demo_steps"]
+    assert tool.main([*words, "1"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*")}
+    for steps, advice in (("2", ("--demo_steps 1", "--demo_dir DIR", "--overwrite")), ("0", ("--demo_steps 0",))):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            tool.main([*words, steps])
+        assert caught.value.code == 2
+        shown = capsys.readouterr()
+        assert all(part in shown.err for part in advice) and "--finetune" not in shown.err + shown.out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*")} == before
+    assert tool.main([*words, "2", "--overwrite"]) == 0
+    assert "1 -> 2" not in capsys.readouterr().out  # trained anew, not gone on with
+    assert (tmp_path / "d/trained/previous-1/last.pt").is_file()
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_keeps_its_exit_code(
+    sent: signal.Signals, code: int, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A command of the demo says by its exit code that it was stopped; main.py answers 130 to either signal."""
+    monkeypatch.setattr(demo, "write_dataset", lambda *_, **__: None)
+    for answer in {130, code}:
+        monkeypatch.setitem(tool.TOOLS, "flow", lambda *_, answer=answer: answer)
+        assert tool.main(["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu"]) == answer
+        shown = capsys.readouterr()
+        assert "the same command goes on from here" in shown.err and "error" not in shown.err
+    # The signal itself, in the midst of a command.
+    monkeypatch.setitem(tool.TOOLS, "flow", lambda *_: signal.raise_signal(sent))
+    before = signal.getsignal(signal.SIGTERM)
+    assert tool.main(["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu"]) == code
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow

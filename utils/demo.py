@@ -22,7 +22,8 @@ from utils.errors import UserError
 from utils.inference import weights
 from utils.parallel import cpu_seconds
 from utils.report import write_report
-from utils.training.config import CONFIGS
+from utils.stopping import INTERRUPTED, Terminated
+from utils.training.config import CONFIGS, load_config
 
 Command = Callable[[Sequence[str]], int]
 
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
         ``cpu_seconds`` and ``page``.
 
     Raises:
-        UserError: OpenCV is not installed, or one of the commands failed.
+        UserError: OpenCV is not installed, ``--demo_steps`` is wrong or not that of the demo there, a command failed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, also where the command that it stopped took it for itself.
     """
     if importlib.util.find_spec("cv2") is None:
         raise UserError(
@@ -77,6 +79,13 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
     folder = Path(args.demo_dir)
     published = weights.PUBLISHED_WEIGHTS.is_file() and not args.demo_scratch
     data, trained, results = folder / "data", folder / ("finetuned" if published else "trained"), folder / "results"
+    steps = args.demo_steps
+    if steps is not None and steps < 1:
+        raise UserError(f"--demo_steps {steps}: expected 1 or more")
+    if published and steps is None:
+        steps = FINETUNE_STEPS
+    if not args.overwrite:
+        _check_steps(folder, trained, steps)
 
     # 1. Videos: many short ones to learn from, and a few longer ones, drawn with another seed, to test on.
     count = TRAIN_VIDEOS["videos"] + VAL_VIDEOS["videos"]
@@ -94,11 +103,9 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
         _run("tool.py", tool, [*options, *shared])
     options = ["--config", str(CONFIGS / "demo.yaml"), "--datasets", TRAIN, "--data_dir", str(data)]
     options += ["--save_dir", str(trained), "--device", args.device, "--resume", "none" if args.overwrite else "auto"]
-    steps = args.demo_steps
     if published:
         options += ["--finetune", str(weights.PUBLISHED_WEIGHTS), "--lr", FINETUNE_LR]
-        steps = steps or FINETUNE_STEPS
-    if steps:
+    if steps is not None:
         options += ["--max_steps", str(steps), "--steps_per_epoch", str(steps)]
     _run("main.py", train, options)
     tools = ["test", "crf", "eval"] if has_crf else ["test", "eval"]
@@ -137,11 +144,30 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
     return {**scores, "seconds": seconds, "cpu_seconds": used, "page": page}
 
 
+def _check_steps(folder: Path, trained: Path, steps: int | None) -> None:
+    """A training run goes on only over the steps that it began with; it would say so itself, but by its own options."""
+    from models.state_dicts import read_checkpoint
+
+    if not (trained / "last.pt").is_file():
+        return
+    before = read_checkpoint(trained / "last.pt")["scheduler"]["steps_per_epoch"]
+    now = load_config(CONFIGS / "demo.yaml").steps_per_epoch if steps is None else steps
+    if before != now:
+        raise UserError(
+            f"--demo_dir {folder}: the demo there trains for {before} steps, this one for {now}. Give --demo_steps "
+            f"{before} to go on with it, another --demo_dir DIR for a new one, or --overwrite to make this one anew"
+        )
+
+
 def _run(program: str, command: Command, arguments: list[str]) -> None:
     """One command, as a user would type it."""
     line = shlex.join(["python", program, *arguments])
     print(f"\n$ {line}", flush=True)
     code = command(arguments)
+    if code == Terminated.exit_code:
+        raise Terminated
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     if code:
         raise UserError(f"the demo stops: exit code {code} of {line}")
 
