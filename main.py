@@ -49,7 +49,7 @@ from utils.distributed import (
 from utils.errors import UserError, exit_on_user_error
 from utils.evaluation.metrics import jaccard
 from utils.files import write_text
-from utils.stopping import StopRequest
+from utils.stopping import INTERRUPTED, StopRequest
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.config import TrainConfig, parse_args
 from utils.training.data import build_clips, build_sequences
@@ -58,7 +58,6 @@ from utils.training.loading import ClipOrder, build_loader, read_batches, rescal
 from utils.training.network import build_network, load_teacher
 from utils.training.runlog import RunLog
 
-INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM, as shells have it
 RUN_FILES = ("last.pt", "best.pt", "weights.safetensors", "log.jsonl", "config.yaml")
 # Options that say how this call runs, not what is trained: a resumed run may change them without a word.
 CALL_OPTIONS = ("resume", "save_dir", "stop_after", "max_minutes", "workers", "cache", "device", "log_every")

@@ -114,7 +114,7 @@ def _check(args: argparse.Namespace) -> None:
     from utils.errors import UserError
     from utils.flow import prepare
     from utils.inference import segment
-    from utils.inference.weights import Weights, find_checkpoint
+    from utils.inference.weights import find_checkpoint
 
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected 0 (no extra process) or more")
@@ -135,7 +135,7 @@ def _check(args: argparse.Namespace) -> None:
     if "flow" in args.tools or (own and "test" in args.tools):
         prepare.settings_from(args)
     if "test" in args.tools:
-        segment.settings_from(args, Weights(None, Path(), ""))  # none are needed for what is checked
+        segment.check(args)
     if "crf" in args.tools:
         crf.check(args)
     for tool in ("test", "bench", "export"):

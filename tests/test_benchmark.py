@@ -186,13 +186,6 @@ def test_against_timm() -> None:
     assert set(result["ratios"]) == {"plain", "folded, channels-last"} and min(result["ratios"].values()) > 0
 
 
-def test_graphs_need_a_gpu(tmp_path: Path) -> None:
-    args = parse(folder=tmp_path)
-    args.cuda_graphs = True
-    with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
-        bench.run(args)
-
-
 @pytest.mark.parametrize(
     "words", ["--bench_clip 0", "--bench_repeats 0", "--bench_threads 0", "--bench_frames -1", "--bench_host_memory -1"]
 )

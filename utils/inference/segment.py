@@ -55,12 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
-    """What the maps depend on. Not the batch size, nor the device, which change them by rounding alone.
-
-    Raises:
-        UserError: an option out of range.
-    """
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for an option of ``test`` that is out of range."""
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size}: expected 1 or more")
     if args.clip_len is not None and args.clip_len < 1:
@@ -69,6 +65,15 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0")
     if args.size is not None and min(args.size) < 1:
         raise UserError(f"--size {args.size[0]} {args.size[1]}: expected a height and a width above 0")
+
+
+def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
+    """What the maps depend on. Not the batch size, nor the device, which change them by rounding alone.
+
+    Raises:
+        As `check`.
+    """
+    check(args)
     return {
         "weights": weights.sha256,
         "size": list(args.size or weights.size or DEFAULT_SIZE),
@@ -113,8 +118,6 @@ def run(
     from utils.distributed import share_out
 
     settings = settings_from(args, weights)
-    if args.cuda_graphs and processes.device.type != "cuda":
-        raise UserError(f"--cuda_graphs needs a GPU, and the device is {processes.device}: leave it out")
     save_dir = Path(args.save_dir)
 
     def pending(index: int) -> Sequence[str]:
