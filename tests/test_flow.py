@@ -544,3 +544,15 @@ def test_files_settings_are_checked():
         FlowFiles("gif")
     with pytest.raises(UserError, match="--flow_raw txt"):
         FlowFiles("png", "txt")
+
+
+def test_raw_flow_does_not_replace_supplied_images(tmp_path: Path) -> None:
+    sequence = make_sequence(tmp_path)
+    prepare.run(dis(), [sequence], ALONE)
+    (sequence.flow_dir / "flow.json").unlink()  # from elsewhere
+    before = contents(sequence.flow_dir)
+    with pytest.raises(UserError, match=r"--flow_raw npz: 3 flow images in .* came from elsewhere.*--overwrite"):
+        prepare.run(dis("--flow_raw"), [sequence], ALONE)
+    assert contents(sequence.flow_dir) == before
+    assert prepare.run(dis("--flow_raw", "--overwrite"), [sequence], ALONE) == 3
+    assert len(list(sequence.flow_dir.glob("*.npz"))) == 3

@@ -138,7 +138,7 @@ def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]]) -> None:
     makings: dict[str, tuple[str, dict[str, Any]]] = {}  # as text -> the first frame that has it, and what it is
     for name, frames in jobs.items():
         for frame in frames:
-            making = {key: value for key, value in _making(unit, name, frame.stem)}
+            making = dict(_making(unit, name, frame.stem))
             makings.setdefault(json.dumps(making, sort_keys=True), (f"{name}/{frame.stem}", making))
     if len(makings) < 2:
         return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
+from utils.errors import UserError
 from utils.flow.estimation import (
     METHODS,
     FlowEstimator,
@@ -23,7 +24,7 @@ from utils.flow.estimation import (
     dis_flow,
     frame_pairs,
 )
-from utils.flow.files import FORMATS, RAW_FORMATS, FlowFiles, begin_flow, check_record, supplied_flow
+from utils.flow.files import FORMATS, RAW_FORMATS, RETRY, FlowFiles, begin_flow, check_record, supplied_flow
 from utils.flow.raft import DEFAULT_WEIGHTS
 from utils.parallel import parallel_map, share_of_workers
 from utils.progress import progress_bar
@@ -66,12 +67,22 @@ def pending_frames(
     """Indices of the frames that have no readable flow yet; all of them if ``overwrite``.
 
     Raises:
-        UserError: ``flow_dir`` holds flow made with other settings or of another source, and ``overwrite`` is False.
+        UserError: ``flow_dir`` holds flow made with other settings or of another source, or images from elsewhere that
+            the making of raw flow would replace, and ``overwrite`` is False.
     """
     if overwrite:
         return list(range(len(stems)))
     check_record(flow_dir, settings.record() | (source or {}))
-    return [t for t, stem in enumerate(stems) if not files.complete(flow_dir, stem)]
+    pending = [t for t, stem in enumerate(stems) if not files.complete(flow_dir, stem)]
+    if files.raw_format is not None:
+        images, supplied = FlowFiles(files.image_format), set(supplied_flow(flow_dir))
+        count = sum(stems[t] in supplied and images.complete(flow_dir, stems[t]) for t in pending)
+        if count:
+            raise UserError(
+                f"--flow_raw {files.raw_format}: {count} flow images in {flow_dir} came from elsewhere, and raw flow "
+                f"cannot be had of images; leave it out, make all flow elsewhere (--flow_dir DIR), or {RETRY}"
+            )
+    return pending
 
 
 def write_flows(
