@@ -137,7 +137,7 @@ class CoDGA(nn.Module):
         # For each target its own message first, then the other stream's: both targets' weights see the same order.
         # Joined rather than indexed by a list, which would be copied to a GPU, and waited for.
         ordered = [pairs[target][(target + shift) % s] for target in range(s) for shift in range(s)]
-        message = torch.stack(ordered, 1).view(b, s, s, self.channels, height, width)
+        message = torch.stack(ordered, 1).reshape(b, s, s, self.channels, height, width)
         nodes = x.view(b, s, 1, self.channels, height, width)
         # (B, S*(1+S)*C, H, W) -> (B, S*C, H, W)
         gate = self.gate(torch.cat([nodes, message], 2).flatten(1, 3)).sigmoid()
