@@ -20,11 +20,9 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.images import image_size, load_flow_image, load_frame, load_mask, load_mask_values, require_size
-from datasets.layouts import DAVIS_2016
-from datasets.sequences import canonical_name, find_root, read_dataset
+from datasets.sequences import SEQUENCE_NAMES, canonical_name, find_root, read_dataset
 from datasets.stills import STILL_SETS, StillImage, open_mask, read_stills
 from datasets.video_sequence import MASK_SUFFIXES, VideoSequence, flow_command, list_files
-from datasets.vsod_layouts import FBMS_59
 
 ASPECT_TOLERANCE = 0.02  # a flow image of 512×288 for a frame of 854×480 differs by 0.001
 
@@ -33,8 +31,6 @@ MANY_OBJECTS = 32
 
 # Sets whose release annotates every frame; in the others some frames have no mask.
 _DENSE = ("DAVIS-2016", "DAVIS-2017")
-_COMPLETE = {("DAVIS-2016", split): names for split, names in DAVIS_2016.items()}
-_COMPLETE.update({("FBMS", split): names for split, names in FBMS_59.items()})
 
 _HINTS = {
     "layout": "unpack the data set again, or correct its list",
@@ -204,7 +200,7 @@ def _read(
     except DataError as error:  # the set itself was not found
         gather("", error)
         return [], problems
-    known = _COMPLETE.get((dataset, split), ())
+    known = SEQUENCE_NAMES.get(dataset, {}).get(split, ())
     accounted = {sequence.name for sequence in sequences} | {problem.sequence for problem in problems}
     absent = [sequence for sequence in known if sequence not in accounted]
     if absent and sequences:

@@ -117,6 +117,10 @@ _ANY_LAYOUTS = (
 DATASETS: tuple[str, ...] = (*_SOURCES, *_ALIASES)
 
 
+SEQUENCE_NAMES = {"DAVIS-2016": layouts.DAVIS_2016, "FBMS": vsod_layouts.FBMS_59}
+"""The sequences of the data sets whose lists are known here, by split: what is complete, and what is another split."""
+
+
 def canonical_name(name: str) -> str:
     """The name of a data set that results are filed under: `FBMS-59` is `FBMS`; an unknown name stays as it is."""
     return _ALIASES.get(name, name)

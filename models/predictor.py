@@ -395,8 +395,8 @@ def propagate_store(
     storage: Storage,
     piece: int,
     device: torch.device,
-    run: Run = directly,
-    key: Hashable = None,
+    run: Run,
+    key: Hashable,
 ) -> None:
     """Run a dense bi-ConvLSTM over all frames of a store and put its output in their place.
 

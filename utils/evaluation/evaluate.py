@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.layouts import DAVIS_2016
-from datasets.sequences import VideoSequence
-from datasets.vsod_layouts import FBMS_59
+from datasets.sequences import SEQUENCE_NAMES, VideoSequence
 from utils.errors import UserError
 from utils.evaluation import tables
 from utils.evaluation.dataset_scores import DatasetScores, evaluate
@@ -289,7 +287,7 @@ def _published_rows(
         return [], ""
     total, count = SEQUENCE_COUNTS[dataset], len(sequences)
     # By name where the names are known: twenty sequences of DAVIS can be of its train split.
-    names = {"DAVIS-2016": DAVIS_2016, "FBMS": FBMS_59}.get(dataset)
+    names = SEQUENCE_NAMES.get(dataset)
     whole = (count == total if names is None else set(sequences) == set(names["val"])) and by_the_usual_rule
     same = []
     if by_the_usual_rule and not whole and (dataset, measures) == ("DAVIS-2016", "uvos"):
