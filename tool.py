@@ -110,8 +110,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def _check(args: argparse.Namespace) -> None:
     """What one option alone cannot tell, and what is cheaper to say now than after an hour of the first tool."""
     from models.errors import CheckpointError
-    from utils import crf
+    from utils import crf, export, report
     from utils.errors import UserError
+    from utils.evaluation import evaluate
     from utils.flow import prepare
     from utils.inference import segment
     from utils.inference.weights import find_checkpoint
@@ -138,8 +139,14 @@ def _check(args: argparse.Namespace) -> None:
         segment.check(args)
     if "crf" in args.tools:
         crf.check(args)
+    if "eval" in args.tools:
+        evaluate.check(args, _dataset_names(args))
+    if "report" in args.tools:
+        report.check(args)
+    if "export" in args.tools:
+        export.check(args)
     for tool in ("test", "bench", "export"):
-        # The demo makes a checkpoint; bench can do without one, and export says itself that it needs one.
+        # The demo makes a checkpoint, and bench can do without one.
         if tool not in args.tools or _follows(args, tool, "demo") or (tool != "test" and not args.checkpoint):
             continue
         path = find_checkpoint(args.checkpoint)
@@ -162,20 +169,21 @@ def run_check(args: argparse.Namespace, processes: Processes) -> int:
     from datasets import check
     from utils.progress import progress_bar
 
-    if not processes.is_main:
-        return 0
-    problems = check.run(
-        args.data_dir,
-        _dataset_names(args),
-        splits=[args.split] if args.split else None,
-        num_frames=args.num_frames,
-        flow_root=args.flow_dir,
-        require_flow="flow" not in args.tools,  # it is about to be made
-        workers=args.workers,
-        only=args.sequences,
-        bar=progress_bar,
-    )
-    return 1 if problems else 0
+    problems = 0
+    if processes.is_main:
+        problems = check.run(
+            args.data_dir,
+            _dataset_names(args),
+            splits=[args.split] if args.split else None,
+            num_frames=args.num_frames,
+            flow_root=args.flow_dir,
+            require_flow="flow" not in args.tools,  # it is about to be made
+            workers=args.workers,
+            only=args.sequences,
+            bar=progress_bar,
+        )
+    # Or the others would begin the next tool on data that the first has just found wrong.
+    return int(processes.reduce([problems], "max")[0] > 0)
 
 
 def run_flow(args: argparse.Namespace, processes: Processes) -> int:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,6 +294,20 @@ def test_tools_stop_after_a_check_with_problems(data: Path, capsys: pytest.Captu
     assert not (tmp_path / "r").exists()
 
 
+def test_all_processes_stop_after_a_check_with_problems(data: Path) -> None:
+    words = ["--device", "cpu", "--tools", "check", "test", "--data_dir", str(data), "--datasets", "DAVIS-2016"]
+    args = tool.parse_args(words)
+    told: list[float] = []
+
+    def reduce(values: list[float], operation: str) -> list[float]:
+        told.extend(values)
+        return [max(told)]
+
+    # Only the first looks, and the others hear of it.
+    codes = [tool.run_check(args, SimpleNamespace(is_main=rank == 0, reduce=reduce)) for rank in range(2)]
+    assert told[0] > 0 and told[1] == 0 and codes == [1, 1]
+
+
 def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.safetensors"
     words = ["--tools", "export", "--checkpoint", weights, "--output", out]
@@ -500,6 +515,10 @@ CRF = ["--tools", "flow", "test", "crf"]
         (["--flow_batch", 0], "--flow_batch 0"),
         (["--workers", -1], "--workers -1"),
         (["--tools", "check", "--workers", -1], "--workers -1"),
+        (["--tools", "test", "report", "--log", "nowhere.jsonl"], "--log nowhere.jsonl: no such file"),
+        (["--tools", "test", "export"], "--output : expected"),
+        (["--tools", "test", "export", "--output", "o.safetensors", "--note", "licence"], "expected KEY=VALUE"),
+        (["--tools", "test", "eval", "--data_dir", "nowhere"], "--data_dir nowhere: none of DAVIS-2016"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -516,8 +535,31 @@ def test_wrong_options_of_later_tools_are_told_before_the_first(
     assert ran == []
     assert call(*row) == 0 and len(ran) == 2
     # Of a tool that is not asked for, nothing is demanded; and the demo makes a checkpoint for those after it.
-    assert call("--tools", "eval", "--checkpoint", "/nope", "--scales", 0, "--crf_iters", 0, "--cuda_graphs") == 0
+    assert call("--tools", "eval", "--checkpoint", "/nope", "--data_dir", data, "--scales", 0, "--crf_iters", 0) == 0
+    assert call("--tools", "flow", "--cuda_graphs", "--log", "nowhere", "--note", "licence") == 0
     assert call("--tools", "demo", "test", "--checkpoint", "demo/trained/weights.safetensors") == 0
+
+
+@pytest.mark.parametrize(
+    ("datasets", "words", "missing"),
+    [
+        (["DAVIS-2016"], [], "vsod"),
+        (["DAVIS-2016"], ["--metrics", "uvos"], None),
+        (["DAVSOD"], [], "vsod"),
+        (["DAVSOD", "DAVIS-2016"], ["--metrics", "vsod", "uvos"], "vsod"),
+    ],
+)
+def test_packages_of_eval_are_told_before_the_first_tool(
+    datasets: list[str], words: list[str], missing: str | None, weights: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tool, "TOOLS", {name: lambda *_: None for name in tool.TOOLS})
+    monkeypatch.setitem(sys.modules, "py_sod_metrics", None)  # as where it is not installed
+    row = ["--tools", "test", "eval", "--checkpoint", weights, "--datasets", *datasets, *words]
+    if missing:
+        assert f"--metrics {missing} needs pysodmetrics" in fails(capsys, *row)
+    else:
+        assert call(*row) == 0
 
 
 def test_steps_out_of_order(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,20 +62,36 @@ def parse_notes(words: list[str]) -> dict[str, str]:
     return notes
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Writes ``--output`` from ``--checkpoint``; notes that the checkpoint has already are kept. Returns the path.
+def check(args: argparse.Namespace) -> None:
+    """Refuses what `run` would refuse before it opens a file, for whoever has much to do before.
 
     Raises:
-        UserError: an option that is missing or wrong, or a checkpoint whose input size is not known.
-        CheckpointError: a checkpoint that is unreadable or of another network.
+        UserError: an option that is missing or wrong.
     """
-    from models.weights import average_into, save_weights
-    from utils.inference.weights import PARTS, load_weights, without_part
+    from utils.inference.weights import PARTS
 
     if not args.checkpoint:
         raise UserError("--tools export: give --checkpoint FILE, the training checkpoint (best.pt or last.pt)")
     if not args.output or Path(args.output).suffix != ".safetensors":
         raise UserError(f"--output {args.output or ''}: expected the name of a .safetensors file to write")
+    if args.without and args.without not in PARTS:
+        raise UserError(f"--without {args.without}: export can leave out {', '.join(PARTS)}")
+    if args.size and min(args.size) < 1:
+        raise UserError(f"--size {args.size[0]} {args.size[1]}: expected a height and a width above 0")
+    parse_notes(args.note)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Writes ``--output`` from ``--checkpoint``; notes that the checkpoint has already are kept. Returns the path.
+
+    Raises:
+        UserError: as `check`, or a checkpoint whose input size is not known.
+        CheckpointError: a checkpoint that is unreadable or of another network.
+    """
+    from models.weights import average_into, save_weights
+    from utils.inference.weights import load_weights, without_part
+
+    check(args)
     notes = parse_notes(args.note)
     weights = load_weights(args.checkpoint)
     kept = dict(weights.notes)
@@ -84,8 +100,6 @@ def run(args: argparse.Namespace) -> Path:
             kept.pop(key, None)
         kept["average_of"] = str(1 + len(args.average))
     if args.without:
-        if args.without not in PARTS:
-            raise UserError(f"--without {args.without}: export can leave out {', '.join(PARTS)}")
         kept["without"] = args.without
         kept.pop("J", None)  # of the whole
     net, *others = (
@@ -101,8 +115,6 @@ def run(args: argparse.Namespace) -> Path:
         for key in ("step", "J"):  # of a network that is another now
             kept.pop(key, None)
     size = tuple(args.size) if args.size else weights.size
-    if size is not None and min(size) < 1:
-        raise UserError(f"--size {size[0]} {size[1]}: expected a height and a width above 0")
     if size is None:
         raise UserError(f"{weights.path}: does not say the input size that it is for; give --size H W")
     metadata = {**kept, **notes, "size": f"{size[0]} {size[1]}"}

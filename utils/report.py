@@ -40,12 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses what `run` would refuse before it looks at scores, for whoever has much to do before.
+
+    Raises:
+        UserError: ``--log`` is not there.
+    """
+    if args.log and not Path(args.log).is_file():
+        raise UserError(f"--log {args.log}: no such file; expected the log.jsonl of a training run")
+
+
 def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[VideoSequence]]) -> Path:
     """``--tools report``: the page for what ``--save_dir`` holds after ``eval``; returns its path.
 
     Raises:
         UserError: no scores there, or none of a data set. DataError: a picture that cannot be read.
     """
+    check(args)
     save_dir = Path(args.save_dir)
     record = _json(save_dir / RECORD) if (save_dir / RECORD).is_file() else {}
     scores = save_dir / "evaluation.json"
@@ -55,8 +66,6 @@ def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[Vi
             "others; run --tools eval again, with the same --save_dir"
         )
     log = Path(args.log) if args.log else Path(record.get("checkpoint", save_dir / "none")).parent / "log.jsonl"
-    if args.log and not log.is_file():
-        raise UserError(f"--log {log}: no such file; expected the log.jsonl of a training run")
     path = Path(args.report) if args.report else save_dir / "report.html"
     return write_report(path, save_dir, sequences_by_dataset, log=log if log.is_file() else None)
 

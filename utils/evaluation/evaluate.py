@@ -12,7 +12,7 @@ import csv
 import dataclasses
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace, datasets: Sequence[str]) -> None:
+    """Refuses what `run` would refuse before it looks at a map, for whoever has much to do before.
+
+    Raises:
+        UserError: a package is not installed that the figures of these data sets need.
+    """
+    _require_packages(measures for name in datasets for measures in args.metrics or default_measures(name))
+
+
+def _require_packages(measures: Iterable[str]) -> None:
+    for name in sorted(set(measures)):
+        module, package = _PACKAGES[name]
+        if importlib.util.find_spec(module) is None:
+            other = "vsod" if name == "uvos" else "uvos"
+            raise UserError(f"--metrics {name} needs {package}: pip install {package}, or give --metrics {other}")
+
+
 def run(
     args: argparse.Namespace, sequences_by_dataset: dict[str, list[VideoSequence]], results: Sequence[Path]
 ) -> dict[str, Any]:
@@ -110,11 +127,7 @@ def run(
         for dataset, sequences in sequences_by_dataset.items()
         for unit in _units(args, folder, name, dataset, sequences)
     ]
-    for measures in sorted({measures for unit in units for measures in unit.protocols}):
-        module, package = _PACKAGES[measures]
-        if importlib.util.find_spec(module) is None:
-            other = "vsod" if measures == "uvos" else "uvos"
-            raise UserError(f"--metrics {measures} needs {package}: pip install {package}, or give --metrics {other}")
+    _require_packages(measures for unit in units for measures in unit.protocols)
 
     scores = evaluate(units, workers=getattr(args, "workers", None), progress=True)
 
