@@ -126,7 +126,7 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
     attempt = _environment("TORCHELASTIC_RESTART_COUNT", 0)
     if attempt and _environment("GROUP_WORLD_SIZE", 1) == 1:
         # A restart finds the addresses of the dead processes in the launcher's store, so it gets keys of its own. With
-        # several machines the count may differ between them; their line in docs/performance.md has another remedy.
+        # several machines the count may differ between them; their line in docs/training.md has another remedy.
         store, rank, world_size = next(rendezvous("env://"))
         dist.init_process_group(
             backend,
