@@ -306,20 +306,26 @@ def _dataset_names(args: argparse.Namespace) -> list[str]:
 
     if args.datasets:
         return list(dict.fromkeys(canonical_name(name) for name in args.datasets))
-    found = []
+    found = {}
     for name in DEFAULT_DATASETS:
         try:
-            find_root(name, args.data_dir)
+            found[name] = find_root(name, args.data_dir)
         except DataError:
             continue
-        found.append(name)
+    for root in found.values():
+        names = [name for name in found if found[name] == root]
+        if len(names) > 1:  # which only a folder can be that is the set itself and is called otherwise
+            raise UserError(
+                f"--data_dir {args.data_dir}: {root} has the form of {' and of '.join(names)}; say which one it is: "
+                f"--datasets {names[0]}"
+            )
     if not found:
         raise UserError(
             f"--data_dir {args.data_dir}: none of {', '.join(DEFAULT_DATASETS)} is there. Put the unpacked data set "
             "there (its folder, for instance DAVIS), give --data_dir DIR or --datasets NAME; for a video of your own "
             "give --video FILE or --frames DIR; python tool.py --tools demo needs no data"
         )
-    return found
+    return list(found)
 
 
 def _read(args: argparse.Namespace, num_frames: int | None = None) -> dict[str, list[VideoSequence]]:

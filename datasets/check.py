@@ -155,6 +155,7 @@ def check_dataset(
 
     Returns the sequences, or the stills of a set of stills, and all problems.
     """
+    name = canonical_name(name)
     items, problems = _read(name, data_dir, split, num_frames, flow_root)
     problems += _look_at_all(items, name, require_flow, require_masks, decode, workers, progress)
     return items, problems
@@ -243,7 +244,7 @@ def run(
     """
     out = file if file is not None else sys.stdout
     read = {}
-    for name in datasets:
+    for name in map(canonical_name, datasets):
         usual = ("train",) if name in STILL_SETS else ("train", "val")
         parts = {split: _read(name, data_dir, split, num_frames, flow_root) for split in (splits or usual)}
         if splits is None and any(sequences for sequences, _ in parts.values()):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from datasets import layouts, vsod_layouts
@@ -45,7 +45,7 @@ class _Source:
 def _authors(mask_rule: str) -> _Layout:
     return _Layout(
         layouts.has_authors_layout,
-        partial(layouts.read_authors_layout, mask_rule=mask_rule),
+        functools.partial(layouts.read_authors_layout, mask_rule=mask_rule),
         "<train|val>/<images|flows|labels>/<video>/*",
     )
 
@@ -65,7 +65,14 @@ _DAVIS_2017 = _Layout(
 _YOUTUBE_VOS = _Layout(layouts.has_youtube_vos, layouts.read_youtube_vos, "train/JPEGImages/<video>/*.jpg")
 _FBMS = _Layout(vsod_layouts.has_fbms, vsod_layouts.read_fbms, "Testset/<video>/*.jpg with <video>/GroundTruth/*")
 
-_DAVIS_FOLDERS = ("DAVIS", "DAVIS-data", "DAVIS-trainval", "DAVIS-2017-trainval", "DAVIS-2017-trainval-480p")
+_DAVIS_FOLDERS = (
+    "DAVIS",
+    "DAVIS-data",
+    "DAVIS-trainval",
+    "DAVIS-2017-trainval",
+    "DAVIS-2017-trainval-480p",
+    "DAVIS-2017-trainval-Full-Resolution",
+)
 _DAVSOD_FOLDERS = ("DAVSOD", "DAVSOD-master", "DAVSOD-dataset")
 
 _SOURCES = {
@@ -79,6 +86,9 @@ _SOURCES = {
     "YouTube-VOS-2018": _Source(
         ("YouTube-VOS-2018", "YouTubeVOS-2018", "YouTubeVOS2018", "YouTube-VOS", "YouTubeVOS", "YouTube_VOS", "YTVOS"),
         (_YOUTUBE_VOS, _authors("nonzero")),
+    ),
+    "YouTube-VOS-2019": _Source(
+        ("YouTube-VOS-2019", "YouTubeVOS-2019", "YouTubeVOS2019"), (_YOUTUBE_VOS, _authors("nonzero"))
     ),
     "FBMS": _Source(("FBMS", "FBMS-59", "FBMS59", "FBMS_59"), (_authors("above_128"), _FBMS)),
     "DAVSOD": _Source((*_DAVSOD_FOLDERS, "DAVSOD-Easy-35", "Easy-35"), (_authors("above_128"), _DAVSOD)),
@@ -122,12 +132,40 @@ SEQUENCE_NAMES = {"DAVIS-2016": layouts.DAVIS_2016, "FBMS": vsod_layouts.FBMS_59
 
 
 def canonical_name(name: str) -> str:
-    """The name of a data set that results are filed under: `FBMS-59` is `FBMS`; an unknown name stays as it is."""
-    return _ALIASES.get(name, name)
+    """The name of a data set that results are filed under: `FBMS-59` and `fbms` are `FBMS`; an unknown name stays as
+    it is.
+
+    Its usual folder names are names of a data set as well, and case does not matter. Otherwise its folder, which is
+    found in any case, would be read as that of a set that nothing is known of: FBMS not parted into train and test,
+    DAVIS scored on its first and last frames.
+    """
+    return _known_names().get(name.lower(), name)
+
+
+@functools.cache
+def _known_names() -> dict[str, str]:
+    """Names of data sets in small letters -> as results are filed under them."""
+    names = {name.lower(): name for name in (*_SOURCES, *STILL_SETS)}
+    names.update((alias.lower(), name) for alias, name in _ALIASES.items())
+    for name, source in _SOURCES.items():
+        for folder in source.folders:
+            if all(other is source or folder not in other.folders for other in _SOURCES.values()):
+                names.setdefault(folder.lower(), name)
+    return names
+
+
+def _may_be(source: _Source, folder: Path) -> bool:
+    """Whether a folder can be this data set by its name: one that is called as another set is that set, since several
+    have one form (videos in an MCL folder would be scored as DAVSOD's).
+    """
+    called = {folder.absolute().name.lower(), folder.resolve().name.lower()}  # "." has a name, and a link has two
+    owners = [other for other in _SOURCES.values() if called & {name.lower() for name in other.folders}]
+    # The parts of DAVSOD, or the years of DAVIS, are called alike.
+    return not owners or any(set(owner.folders) & set(source.folders) for owner in owners)
 
 
 def _find(name: str, data_dir: Path) -> tuple[Path, _Layout]:
-    if name in STILL_SETS:
+    if canonical_name(name) in STILL_SETS:
         raise DataError(
             f"{name} holds still images and no videos: main.py trains on clips made of them and --tools check looks at "
             f"them, but nothing else takes them; expected a data set of videos, such as {', '.join(_SOURCES)}"
@@ -144,7 +182,7 @@ def _find(name: str, data_dir: Path) -> tuple[Path, _Layout]:
 
     outer = usual(data_dir)
     inner = [folder for parent in outer for folder in usual(parent)]  # DAVIS-2017/DAVIS: unpacked into its own folder
-    itself = [data_dir] if known or data_dir.resolve().name.lower() in wanted else []
+    itself = [data_dir] if (_may_be(known, data_dir) if known else data_dir.resolve().name.lower() in wanted) else []
     for candidate in (*outer, *inner, *itself):
         for layout in source.layouts:
             if layout.matches(candidate):

@@ -190,10 +190,12 @@ def read_davsod(
 
 
 def has_fbms(root: Path) -> bool:
-    """Whether a folder is FBMS-59: Trainingset or Testset in it, or videos of which at least one is called as there."""
-    if any(_part(root, names) is not None for names in _FBMS_PARTS.values()):
-        return True
-    return any(video.name in (*FBMS_59["train"], *FBMS_59["val"]) for video in find_videos(root))
+    """Whether a folder is FBMS-59: videos in it, or in its Trainingset or Testset, of which at least one is called as
+    there. DAVSOD has a TrainingSet as well.
+    """
+    parts = [root, *(_part(root, names) for names in _FBMS_PARTS.values())]
+    videos = [video.name for part in parts if part is not None for video in find_videos(part)]
+    return not {*FBMS_59["train"], *FBMS_59["val"]}.isdisjoint(videos)
 
 
 def read_fbms(

@@ -271,6 +271,7 @@ def test_a_sound_set_of_stills(tmp_path):
     save(root / "DUTS-TR-Image" / "s2.jpg", noise(30, 30))  # stills are of many sizes
     save(root / "DUTS-TR-Mask" / "s2.png", np.full((30, 30), 255, dtype=np.uint8))
     screen = io.StringIO()
+    assert report(tmp_path, ["duts-tr"]) == report(tmp_path, ["DUTS-TR"])
     for decode in (True, False):
         count, text = report(tmp_path, ["DUTS-TR"], decode=decode, bar=partial(tqdm, file=screen))
         assert count == 0 and text == f"DUTS-TR train in {root}: 3 stills with a mask\ncheck: no problem\n"

@@ -14,7 +14,7 @@ from PIL import Image
 from datasets.errors import DataError
 from datasets.images import load_frame, load_mask
 from datasets.layouts import DAVIS_2016
-from datasets.sequences import DATASETS, find_root, read_dataset, read_folder
+from datasets.sequences import DATASETS, canonical_name, find_root, read_dataset, read_folder
 from datasets.video_sequence import natural_key
 from datasets.vsod_layouts import FBMS_59
 
@@ -622,6 +622,50 @@ def test_sets_that_are_not_known_by_name(tmp_path):
     pictures(tmp_path / "ViSal" / "Imgs" / "horse", stems(3))
     pictures(tmp_path / "ViSal" / "GT" / "horse", stems(1), ".png", "L")
     assert named(read_dataset("ViSal", tmp_path)) == ["horse"]
+
+
+def test_known_sets_are_known_in_any_case_and_by_their_folder_names(tmp_path):
+    """Their folder is found in any case: as that of an unknown set, training and test videos would be read together,
+    and DAVIS scored on its first and last frames.
+    """
+    for name in ("lion01", "lion02"):
+        pictures(tmp_path / "FBMS" / "JPEGImages" / name, stems(3))
+        pictures(tmp_path / "FBMS" / "Annotations" / name, stems(2), ".png", "L")
+    root = davis(tmp_path / "DAVIS_2016", ["bear"])
+    write(root / "ImageSets" / "2016" / "val.txt", ["bear"])
+    youtube(tmp_path / "YoutubeVOS-2018")
+    youtube(tmp_path / "YouTubeVOS2019")
+    for name in ("fbms", "Fbms-59", "FBMS_59"):
+        (lion,) = read_dataset(name, tmp_path)
+        assert (lion.name, lion.dataset, lion.mask_rule) == ("lion01", "FBMS", "above_128")
+    for name in ("davis-2016", "Davis", "DAVIS_2016"):
+        assert [sequence.dataset for sequence in read_dataset(name, tmp_path)] == ["DAVIS-2016"]
+    for name, year in (("YoutubeVOS-2018", 2018), ("ytvos", 2018), ("youtube-vos-2019", 2019)):
+        assert {video.dataset for video in read_dataset(name, tmp_path, "train")} == {f"YouTube-VOS-{year}"}
+    assert [canonical_name(name) for name in ("Easy-35", "duts-tr", "Mine")] == ["DAVSOD", "DUTS-TR", "Mine"]
+    assert canonical_name("DAVIS-trainval") == "DAVIS-trainval", "which year, its name does not say"
+
+
+def test_a_set_that_is_given_itself_is_no_other_set(tmp_path):
+    """Several have one form; by its name a folder is one of them."""
+    for video in ("crowd", "road"):
+        pictures(tmp_path / "MCL" / video / "Imgs", stems(2))
+        pictures(tmp_path / "MCL" / video / "GT", stems(2), ".png", "L")
+    davsod(tmp_path / "DAVSOD" / "Easy-35", ["select_0043"])
+    davsod(tmp_path / "DAVSOD" / "TrainingSet", ["select_0100"])
+    pictures(tmp_path / "FBMS" / "JPEGImages" / "lion01", stems(2))
+    pictures(tmp_path / "FBMS" / "Annotations" / "lion01", stems(2), ".png", "L")
+    (tmp_path / "link").symlink_to("MCL")
+    for folder, itself in (("MCL", "MCL"), ("DAVSOD", "DAVSOD"), ("DAVSOD/Easy-35", "DAVSOD"), ("FBMS", "FBMS")):
+        for name in ("DAVIS-2016", "FBMS", "DAVSOD", "MCL"):
+            if name == itself:
+                assert read_dataset(name, tmp_path / folder)
+            else:
+                with pytest.raises(DataError, match=f"{name} is not under"):
+                    read_dataset(name, tmp_path / folder)
+    assert named(read_dataset("MCL", tmp_path / "link")) == ["crowd", "road"]
+    with pytest.raises(DataError, match="DAVSOD is not under"):
+        read_dataset("DAVSOD", tmp_path / "link")
 
 
 def test_a_folder_of_frames(tmp_path):

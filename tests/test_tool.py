@@ -416,6 +416,21 @@ def test_no_data(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[st
     assert "FBMS" in message and str(tmp_path / "empty") in message
 
 
+def test_a_data_set_given_itself_without_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its folder's name it is MCL alone; what could be several is not scored as all of them."""
+    for root in (tmp_path / "MCL", tmp_path / "clips"):
+        for stem in ("000", "001"):
+            for place, mode in ((root / "road" / "Imgs", "RGB"), (root / "road" / "GT", "L")):
+                place.mkdir(parents=True, exist_ok=True)
+                Image.new(mode, (40, 24), "white").save(place / f"{stem}.png")
+    assert call("--tools", "flow", "check", "--data_dir", tmp_path / "MCL", "--flow_method", "dis") == 0
+    printed = capsys.readouterr().out
+    assert "MCL val in" in printed and "DAVSOD" not in printed
+    message = fails(capsys, "--tools", "flow", "--data_dir", tmp_path / "clips", "--flow_method", "dis")
+    assert f"--data_dir {tmp_path / 'clips'}" in message and "DAVSOD and of MCL" in message
+    assert "--datasets DAVSOD" in message and len(message.splitlines()) == 1
+
+
 def test_missing_flow(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tools", "test", "--checkpoint", weights, "--data_dir", data, "--save_dir", tmp_path / "r"]
     message = fails(capsys, *words)

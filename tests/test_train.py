@@ -440,7 +440,8 @@ def test_a_resumed_run_takes_the_momentum_asked_for(tmp_path: Path) -> None:
 def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--data_dir", str(tmp_path), "--save_dir", str(tmp_path / "run")]
     assert "DAVIS-2016" in fails([*arguments, "--datasets", "DAVIS-2016"], capsys)
-    assert "DUTS-TR" in fails([*arguments, "--datasets", "DUTS-TR"], capsys)
+    for name in ("DUTS-TR", "duts-tr"):
+        assert "DUTS-TR-Image" in fails([*arguments, "--datasets", name], capsys)
 
 
 @pytest.mark.parametrize("name", ["synthetic", "DUTS-TR"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
 from datasets.errors import DataError
 from datasets.scenes import SceneOptions
-from datasets.sequences import VideoSequence, read_dataset
+from datasets.sequences import VideoSequence, canonical_name, read_dataset
 from datasets.stills import read_stills
 from datasets.synthetic import SyntheticClips
 from datasets.transforms import Augment
@@ -28,7 +28,7 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
     held_out = set(config.val_sequences)
     training: dict[str, list[VideoSequence]] = {}
     validation: list[VideoSequence] = []
-    names = [name for name in config.datasets if name not in ("DUTS-TR", "synthetic")]
+    names = [name for name in config.datasets if canonical_name(name) not in ("DUTS-TR", "synthetic")]
     sources = (config.val_datasets or names) if held_out else []
     known: set[str] = set()
     for name in dict.fromkeys([*names, *sources]):
@@ -86,9 +86,10 @@ def build_clips(
     Args:
         step_clips: clips of one optimiser step, over all processes.
     """
-    stills = read_stills(Path(config.data_dir), "DUTS-TR") if "DUTS-TR" in config.datasets else []
+    with_stills = "DUTS-TR" in map(canonical_name, config.datasets)
+    stills = read_stills(Path(config.data_dir), "DUTS-TR") if with_stills else []
     samples = config.samples_per_epoch or max(step_clips, sum(
-        len(stills) if name == "DUTS-TR"
+        len(stills) if canonical_name(name) == "DUTS-TR"
         else 1000 if name == "synthetic"
         else sum(len(sequence.masks) for sequence in training[name]) // config.clip_len
         for name in config.datasets
@@ -101,8 +102,8 @@ def build_clips(
     parts: list[tuple[ClipDataset, float]] = []
     for name, weight in config.datasets.items():
         part: ClipDataset
-        if name in ("DUTS-TR", "synthetic"):
-            images = stills if name == "DUTS-TR" else None
+        if canonical_name(name) in ("DUTS-TR", "synthetic"):
+            images = None if name == "synthetic" else stills
             part = SyntheticClips(images, length, config.clip_len, config.size, config.seed, scene, defer)
         else:
             part = VideoClips(
