@@ -6,6 +6,7 @@ alone would unpair them. Truncated files are errors; they are never filled up wi
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.errors import DataError
+from datasets.video_sequence import list_files
 
 MASK_RULES = ("nonzero", "above_128", "fbms")
 
@@ -33,7 +35,8 @@ def _open(path: Path | str, what: str) -> Image.Image:
     """The decoded image, in the mode that it is stored in."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such {what}; expected an image file there")
+        link = f", but a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
+        raise DataError(f"{path}: no such {what}{link}; expected an image file there")
     try:
         with Image.open(path, formats=_FORMATS) as image:
             image.load()
@@ -62,7 +65,21 @@ def load_frame(path: Path | str) -> np.ndarray:
 
 def load_flow_image(path: Path | str) -> np.ndarray:
     """A flow image (colour wheel) as (H, W, 3) uint8 RGB, at its own size. Raises DataError."""
-    return _load_rgb(path, "flow image")
+    image = _load_rgb(path, "flow image")
+    _refuse_16_bits(
+        path,
+        "flow image, as in KITTI's form of raw flow; expected the colour wheel image of the flow, which --tools flow "
+        "makes where there is no file",
+    )
+    return image
+
+
+def _refuse_16_bits(path: Path | str, what: str) -> None:
+    """Raise DataError for a colour PNG of 16 bits per channel, of which Pillow drops the lower 8 without a word."""
+    with open(path, "rb") as file:
+        head = file.read(26)  # signature, then length, type, width, height, bits and kind of the first chunk
+    if head.startswith(b"\x89PNG") and head[12:16] == b"IHDR" and head[24] == 16 and head[25] != 0:
+        raise DataError(f"{path}: 16 bits per channel in this {what}")
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -102,6 +119,7 @@ def load_mask_values(path: Path | str) -> tuple[np.ndarray, str]:
         mode: "1", "P", "L", "RGB" or "I": 1-bit, indexed, grey, colour, more than 8 bits.
     """
     image = _open(path, "mask")
+    _refuse_16_bits(path, "mask; expected 1-bit, 8-bit, 16-bit grey or indexed. Save it as 8-bit PNG")
     if image.mode in ("LA", "PA", "La"):
         image = image.convert("L")
     elif image.mode in ("RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "RGBa"):
@@ -208,7 +226,7 @@ def _fbms_foreground(path: Path) -> np.ndarray:
     be comparable with them.
     """
     values = _read_netpbm(path)
-    definitions = sorted(path.parent.glob("*.dat"))
+    definitions = list_files(path.parent, (".dat",))
     if len(definitions) > 1:
         raise DataError(f"{path.parent}: {len(definitions)} definition files (.dat); expected one per sequence")
     if values.ndim == 3:

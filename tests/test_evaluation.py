@@ -253,6 +253,7 @@ def test_object_labels_as_grey_levels_are_refused(tmp_path):
     [
         (lambda path: save(path, np.random.default_rng(0).integers(0, 255, (*SIZE, 3), np.uint8)), "coloured"),
         (lambda path: save(path, np.zeros(SIZE, np.uint16)), "8 bits"),
+        (lambda path: pytest.importorskip("cv2").imwrite(str(path), np.full((*SIZE, 3), 255, np.uint16)), "16 bits"),
         (lambda path: path.write_bytes(path.read_bytes()[:60]), "cannot read"),
         (lambda path: save(path, np.zeros((40, 55), np.uint8)), r"55×40.*56×40.*--resize"),
     ],

@@ -403,6 +403,48 @@ def test_supplied_images_count_whatever_their_format_and_overwrite_leaves_one_im
     assert sorted(p.name for p in sequence.flow_dir.iterdir()) == ["00000.png", "00001.png", "00002.png", "flow.json"]
 
 
+@pytest.mark.parametrize("suffix", [".PNG", ".JPG"])
+def test_supplied_images_of_upper_case_suffixes_are_not_made_again_beside_themselves(tmp_path: Path, suffix: str):
+    """Readers take them, so a second image of the stem would make the folder ambiguous."""
+    sequence = make_sequence(tmp_path)
+    sequence.flow_dir.mkdir(parents=True)
+    for stem in sequence.stems[:2]:
+        picture = Image.new("RGB", (56, 40))
+        picture.save(sequence.flow_dir / f"{stem}{suffix}", format="PNG" if suffix == ".PNG" else "JPEG")
+    assert prepare.run(dis(), [sequence], ALONE) == 1
+    names = [f"00000{suffix}", f"00001{suffix}", "00002.png", "flow.json"]
+    assert sorted(path.name for path in sequence.flow_dir.iterdir()) == names
+    assert prepare.run(dis("--overwrite"), [sequence], ALONE) == 3
+    assert sorted(p.name for p in sequence.flow_dir.iterdir()) == ["00000.png", "00001.png", "00002.png", "flow.json"]
+
+
+def test_interrupted_overwriting_leaves_no_supplied_flow_among_the_new(tmp_path: Path):
+    """Also where the record is of the same settings, since it tells of the rest of the folder."""
+    sequence = make_sequence(tmp_path, count=4)
+    sequence.flow_dir.mkdir(parents=True)
+    for stem in sequence.stems[:3]:
+        Image.new("RGB", (8, 8)).save(sequence.flow_dir / f"{stem}.png")
+    settings, files = FlowSettings(method="dis"), FlowFiles()
+    assert prepare.run(dis(), [sequence], ALONE) == 1
+    pending = pending_frames(sequence.stems, sequence.flow_dir, settings, files, overwrite=True)
+    frames = [np.asarray(Image.open(path)) for path in sequence.frames]
+    next(write_flows([FlowTask(frames, sequence.stems, sequence.flow_dir, pending)], settings, files, workers=0))
+    assert prepare.run(dis(), [sequence], ALONE) == 2
+    assert all(Image.open(path).size == (56, 40) for path in sequence.flow_dir.glob("*.png"))
+
+
+def test_raw_flow_in_a_png_is_not_written_over(tmp_path: Path):
+    """KITTI's form, 16 bits in each of three channels: nothing that the network can read, and somebody's data."""
+    cv2 = pytest.importorskip("cv2")
+    sequence = make_sequence(tmp_path)
+    sequence.flow_dir.mkdir(parents=True)
+    for stem in sequence.stems:
+        cv2.imwrite(str(sequence.flow_dir / f"{stem}.png"), np.full((40, 56, 3), 1 << 15, dtype=np.uint16))
+    before = contents(sequence.flow_dir)
+    assert prepare.run(dis(), [sequence], ALONE) == 0
+    assert contents(sequence.flow_dir) == before
+
+
 def test_the_record_does_not_claim_supplied_flow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sequence = make_sequence(tmp_path, count=4)
     sequence.flow_dir.mkdir(parents=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,31 @@ def encode(form: str) -> bytes:
     return buffer.getvalue()
 
 
+def sixteen_bit_png(path: Path, colours: np.ndarray) -> Path:
+    """A PNG of 16 bits in each of the channels of (H, W, C), as KITTI's flow is stored; Pillow writes none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = colours.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bit_colours_are_no_masks_and_no_flow_images(tmp_path, channels):
+    """Pillow drops their lower bits: a mask of 0 and 255 would be empty, and raw flow would pass for colours."""
+    path = sixteen_bit_png(tmp_path / "a.png", np.repeat(SHAPE[..., None] * 255, channels, axis=2))
+    with pytest.raises(DataError, match=r"a\.png: 16 bits per channel in this mask"):
+        load_mask(path, "nonzero")
+    with pytest.raises(DataError, match=r"a\.png: 16 bits per channel in this flow image.*colour wheel"):
+        load_flow_image(path)
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "PPM"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.98])
 @pytest.mark.parametrize("load", [load_frame, load_flow_image, load_mask])
@@ -121,6 +148,12 @@ def test_what_is_no_image_is_refused(tmp_path, content):
     for read in (load_frame, load_flow_image, load_mask, image_size):
         with pytest.raises(DataError, match="a.jpg"):
             read(path)
+
+
+def test_links_to_nothing_are_said_to_be_such(tmp_path):
+    (tmp_path / "a.png").symlink_to("gone/a.png")
+    with pytest.raises(DataError, match=r"a\.png: no such frame, but a link to gone/a\.png, which is not there"):
+        load_frame(tmp_path / "a.png")
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
@@ -229,6 +262,17 @@ def test_fbms_definition_file_says_what_is_background(tmp_path):
     definition(tmp_path / "c" / "cats04Def.dat", [r * 65536 + g * 256 + b for r, g, b in colours])
     path = netpbm(tmp_path / "c" / "cats04_0020_gt.ppm", paint(colours))
     np.testing.assert_array_equal(load_mask(path, "fbms"), REGIONS > 0)
+
+
+def test_fbms_definition_file_of_an_archive_made_on_macos(tmp_path):
+    """It has a `._` file beside each file; and where the file system knows no case, names come in capitals."""
+    path = netpbm(tmp_path / "cars1_01.pgm", SHAPE * 90 + 10)
+    definition(tmp_path / "CARS1DEF.DAT", [10, 100])
+    (tmp_path / "._CARS1DEF.DAT").write_bytes(b"\x00\x05\x16\x07")
+    np.testing.assert_array_equal(load_mask(path, "fbms"), SHAPE)
+    definition(tmp_path / "other.dat", [10, 100])
+    with pytest.raises(DataError, match="2 definition files"):
+        load_mask(path, "fbms")
 
 
 def test_fbms_values_are_not_stretched_to_255(tmp_path):

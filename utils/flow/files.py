@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.flow_colour import flow_to_image
-from datasets.images import load_flow_image
+from datasets.images import load_frame
 from datasets.video_sequence import FLOW_SUFFIXES, list_files
 from utils.errors import UserError
 from utils.files import write_bytes, write_json
@@ -26,6 +26,8 @@ JPEG_QUALITY = 95
 RECORD = "flow.json"
 SUPPLIED = "supplied"  # in it, the stems of the images that it does not tell of
 RETRY = "--overwrite makes the flow again"
+# Readers take files of any case.
+_SPELLINGS = tuple(spelling for suffix in FLOW_SUFFIXES for spelling in (suffix, suffix.upper()))
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class FlowFiles:
         image = flow_to_image(flow)
         path = flow_dir / f"{stem}.{self.image_format}"
         # Two images of one stem would be ambiguous to a reader, hence first away with the other one.
-        for suffix in FLOW_SUFFIXES:
+        for suffix in _SPELLINGS:
             if suffix != path.suffix:
                 (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
         buffer = io.BytesIO()
@@ -65,10 +67,10 @@ class FlowFiles:
     def complete(self, flow_dir: Path, stem: str) -> bool:
         """Whether everything of this stem is there, in whichever image format, and can be read to its end."""
         try:
-            image = next((p for p in (flow_dir / f"{stem}{s}" for s in FLOW_SUFFIXES) if p.is_file()), None)
+            image = next((p for p in (flow_dir / f"{stem}{s}" for s in _SPELLINGS) if p.is_file()), None)
             if image is None:
                 return False
-            load_flow_image(image)
+            load_frame(image)  # of whatever form: raw flow of KITTI is for readers to refuse, not to be written over
             if self.raw_format is not None:
                 read_raw_flow(flow_dir / f"{stem}.{self.raw_format}")
         except DataError:
@@ -117,15 +119,15 @@ def read_raw_flow(path: str | Path) -> np.ndarray:
 
 def begin_flow(flow_dir: Path, stems: Sequence[str], record: dict[str, Any]) -> None:
     """Says in `RECORD` how the flow of these frames is being made, and which images beside it were supplied. Flow that
-    was made otherwise (``--overwrite``) goes first: after an interruption it would pass for the new.
+    was made otherwise, or supplied (``--overwrite``), goes first: after an interruption it would pass for the new.
     """
     path = flow_dir / RECORD
     supplied = supplied_flow(flow_dir, stems)
     before = _read_record(flow_dir)  # None: flow of unknown making
-    if before is None or {key: value for key, value in before.items() if key != SUPPLIED} != record:
-        for stem in stems:
-            for suffix in (*FLOW_SUFFIXES, *(f".{raw}" for raw in RAW_FORMATS)):
-                (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
+    alike = before is not None and {key: value for key, value in before.items() if key != SUPPLIED} == record
+    for stem in set(stems) & set(before.get(SUPPLIED, ())) if alike else stems:
+        for suffix in (*_SPELLINGS, *(f".{raw}" for raw in RAW_FORMATS)):
+            (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
     write_json(path, {**record, SUPPLIED: supplied} if supplied else record)
 
 
