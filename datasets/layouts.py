@@ -7,6 +7,7 @@ sequences shall carry, and `num_frames`, which only YouTube-VOS heeds. `vsod_lay
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path, PurePosixPath
 
 from datasets.errors import DataError
@@ -39,6 +40,7 @@ def read_list(path: Path, report: Report) -> dict[str, list[str]]:
     """Sequence names of a list file in its order, each with the frame stems that the list names, if any.
 
     Two forms: a sequence name per line, or `/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/00000.png` per line.
+    Names may have spaces.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -48,7 +50,7 @@ def read_list(path: Path, report: Report) -> dict[str, list[str]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        entry = PurePosixPath(line.split()[0])
+        entry = PurePosixPath(re.split(r"\s+/?Annotations/", line.strip())[0])
         if len(entry.parts) == 1 and entry.name not in ("", ".", ".."):
             sequences.setdefault(entry.name, [])
         elif "JPEGImages" in entry.parts[:-2]:

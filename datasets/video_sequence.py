@@ -108,7 +108,8 @@ def list_folders(folder: Path) -> list[Path]:
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Files with one of the suffixes (any case) in natural order, without hidden ones; empty where there is no folder.
 
-    Hidden files are left out because archives made on macOS hold a `._00000.jpg` beside each `00000.jpg`.
+    Hidden files are left out because archives made on macOS hold a `._00000.jpg` beside each `00000.jpg`. A link to
+    nothing is listed: whoever opens it says so, where a frame left out would shorten the video without a word.
     """
     if not folder.is_dir():
         return []
@@ -116,7 +117,7 @@ def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
         names = [
             entry.name
             for entry in entries
-            if not entry.name.startswith(".") and entry.name.lower().endswith(tuple(suffixes)) and entry.is_file()
+            if not entry.name.startswith(".") and entry.name.lower().endswith(tuple(suffixes)) and not entry.is_dir()
         ]
     return [folder / name for name in sorted(names, key=natural_key)]
 

@@ -49,8 +49,8 @@ _FBMS_PARTS = {
     "val": ("Testset", "FBMS_Testset", "FBMS-59_Testset", "TestSet", "Test"),
 }
 _DAVSOD_PARTS = {
-    "train": ("DAVSOD-TrainingSet", "TrainingSet", "Training"),
-    "validation": ("DAVSOD-ValidationSet", "ValidationSet", "Validation"),
+    "train": ("DAVSOD-TrainingSet", "Training Set", "TrainingSet", "Training"),  # the archive, and what is in it
+    "validation": ("DAVSOD-ValidationSet", "Validation Set", "ValidationSet", "Validation"),
     "easy": ("Easy-35", "DAVSOD-Easy-35", "DAVSOD-Easy", "Easy"),
     "normal": ("Normal-25", "DAVSOD-Normal-25", "DAVSOD-Normal", "Normal"),
     "difficult": ("Difficult-20", "DAVSOD-Difficult-20", "DAVSOD-Difficult", "Difficult"),
@@ -165,7 +165,7 @@ def read_davsod(
 ) -> list[VideoSequence]:
     """DAVSOD: `<package>/<video>/Imgs/*` with `<package>/<video>/GT_object_level/*.png`.
 
-    Packages: DAVSOD-TrainingSet (split train), DAVSOD-ValidationSet (split validation), and the test sets, each the
+    Packages: Training Set (split train), Validation Set (split validation), and the test sets, each the
     split val or test of a name of its own: Easy-35 is DAVSOD, as in papers; Normal-25 is DAVSOD-Normal; Difficult-20 is
     DAVSOD-Difficult. Flow: `<package>/Flows/<video>/<stem>.png|.jpg`.
     """

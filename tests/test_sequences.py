@@ -163,6 +163,14 @@ def test_davis_lists_written_on_windows_and_trees_without_a_resolution_folder(tm
     assert bear.stems == bear.annotated == tuple(bear.flows) and bear.flow_dir == tmp_path / "DAVIS" / "flows" / "bear"
 
 
+@pytest.mark.parametrize("form", ["{0}", "/JPEGImages/480p/{0}/00000.jpg /Annotations/480p/{0}/00000.png "])
+def test_davis_lists_of_names_with_spaces(tmp_path, form):
+    root = davis(tmp_path / "DAVIS", ["my cat", "dog"], frames=1)
+    write(root / "ImageSets" / "2016" / "val.txt", [form.format(name) for name in ("my cat", "dog")])
+    cat, dog = read_dataset("DAVIS-2016", tmp_path)
+    assert (cat.name, dog.name) == ("my cat", "dog") and cat.annotated == ("00000",)
+
+
 @pytest.mark.data
 def test_real_davis(real_data):
     counts = {}
@@ -219,6 +227,19 @@ def test_a_mask_without_a_frame(tmp_path):
     picture(root / "Annotations" / "480p" / "bear" / "00007.png", 0, "L")
     with pytest.raises(DataError, match=r"00007\.png: a mask without its frame"):
         read_dataset("DAVIS-2016", tmp_path)
+
+
+def test_a_link_to_nothing_is_not_passed_over(tmp_path):
+    """Without the frame and its mask the video would be shorter, and its scores of other frames."""
+    root = listed(tmp_path, ["bear"])
+    for folder in ("JPEGImages", "Annotations"):
+        file = next((root / folder / "480p" / "bear").glob("00001.*"))
+        file.unlink()
+        file.symlink_to(tmp_path / "unmounted" / file.name)
+    (bear,) = read_dataset("DAVIS-2016", tmp_path)
+    assert bear.stems == ("00000", "00001", "00002") == bear.annotated
+    with pytest.raises(DataError, match="00001.jpg: no such frame, but a link to"):
+        load_frame(bear.frames[1])
 
 
 def test_missing_flow_is_an_error_only_when_asked_for(tmp_path):
@@ -514,6 +535,17 @@ def test_davsod_packages(tmp_path, nested):
     assert named(read_dataset("DAVSOD-Normal", tmp_path)) == ["select_0001"]
     (difficult,) = read_dataset("DAVSOD-Difficult-20", tmp_path)
     assert (difficult.name, difficult.dataset) == ("select_0002", "DAVSOD-Difficult")
+
+
+@pytest.mark.parametrize("outer", ["{}", "DAVSOD-{}"])
+def test_davsod_training_and_validation_sets_as_they_unpack(tmp_path, outer):
+    """The folder in DAVSOD-TrainingSet.zip is called "Training Set"; some unpack it into another folder."""
+    for part, name in (("Training", "select_0100"), ("Validation", "select_0200")):
+        package = f"{part} Set" if outer == "{}" else f"{outer.format(part)}Set/{part} Set"
+        davsod(tmp_path / "DAVSOD" / package, [name])
+    (train,) = read_dataset("DAVSOD", tmp_path, "train")
+    assert train.name == "select_0100" and len(train.masks) == 3 and train.flow_dir.parent.parent.name == "Training Set"
+    assert named(read_dataset("DAVSOD", tmp_path, "validation")) == ["select_0200"]
 
 
 def test_davsod_package_given_itself(tmp_path):
