@@ -20,7 +20,7 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.images import image_size, load_flow_image, load_frame, load_mask, load_mask_values, require_size
-from datasets.sequences import SEQUENCE_NAMES, canonical_name, find_root, read_dataset
+from datasets.sequences import DENSE, SEQUENCE_NAMES, canonical_name, find_root, read_dataset
 from datasets.stills import STILL_SETS, StillImage, open_mask, read_stills
 from datasets.video_sequence import MASK_SUFFIXES, VideoSequence, flow_command, list_files
 
@@ -29,8 +29,8 @@ ASPECT_TOLERANCE = 0.02  # a flow image of 512×288 for a frame of 854×480 diff
 SOFT_RIM = 0.05  # share of in-between pixels that a smoothed rim may have
 MANY_OBJECTS = 32
 
-# Sets whose release annotates every frame; in the others some frames have no mask.
-_DENSE = ("DAVIS-2016", "DAVIS-2017")
+# Splits whose masks are kept back, but for those of first frames in some releases.
+_KEPT_BACK = ("test-dev", "test-challenge")
 
 _HINTS = {
     "layout": "unpack the data set again, or correct its list",
@@ -157,13 +157,14 @@ def check_dataset(
     """
     name = canonical_name(name)
     items, problems = _read(name, data_dir, split, num_frames, flow_root)
-    problems += _look_at_all(items, name, require_flow, require_masks, decode, workers, progress)
+    problems += _look_at_all(items, name, split, require_flow, require_masks, decode, workers, progress)
     return items, problems
 
 
 def _look_at_all(
     items: _Items,
     name: str,
+    split: str,
     require_flow: bool,
     require_masks: bool | None,
     decode: bool,
@@ -172,6 +173,8 @@ def _look_at_all(
 ) -> list[Problem]:
     if name in STILL_SETS:
         return check_stills(items, name, decode, workers, progress)
+    if require_masks is None and split in _KEPT_BACK:
+        require_masks = False
     return check_sequences(items, require_flow, require_masks, decode, workers, progress)
 
 
@@ -262,8 +265,8 @@ def run(
         shown = bar(total=total, desc=f"check {name}", unit=unit) if bar and total else nullcontext()
         with shown as counting:
             progress = None if counting is None else counting.update
-            for items, problems in parts.values():
-                problems += _look_at_all(items, name, require_flow, require_masks, decode, workers, progress)
+            for split, (items, problems) in parts.items():
+                problems += _look_at_all(items, name, split, require_flow, require_masks, decode, workers, progress)
         for split, (sequences, problems) in parts.items():
             fatal += sum(problem.fatal for problem in problems)
             for line in _report(name, data_dir, split, sequences, problems, examples, flow_root):
@@ -375,7 +378,7 @@ def _check_presence(sequence: VideoSequence, require_flow: bool, require_masks: 
             if stem not in sequence.flows:
                 message = f"{sequence.flow_dir / stem}.png (or .jpg): no flow image for {sequence.name}/{stem}"
                 problems.append(_problem(sequence, "no flow", message))
-    every = sequence.dataset in _DENSE if require_masks is None else require_masks
+    every = sequence.dataset in DENSE if require_masks is None else require_masks
     if require_masks is not False and not sequence.masks:
         message = f"{sequence.dataset}/{sequence.name}: none of the {len(sequence)} frames has a mask"
         problems.append(_problem(sequence, "no mask", message))

@@ -130,6 +130,9 @@ DATASETS: tuple[str, ...] = (*_SOURCES, *_ALIASES)
 SEQUENCE_NAMES = {"DAVIS-2016": layouts.DAVIS_2016, "FBMS": vsod_layouts.FBMS_59}
 """The sequences of the data sets whose lists are known here, by split: what is complete, and what is another split."""
 
+DENSE = ("DAVIS-2016", "DAVIS-2017")
+"""Sets whose release annotates every frame; in the others some frames have no mask."""
+
 
 def canonical_name(name: str) -> str:
     """The name of a data set that results are filed under: `FBMS-59` and `fbms` are `FBMS`; an unknown name stays as

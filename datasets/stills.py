@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from datasets.errors import DataError
-from datasets.video_sequence import Report, raise_problem
+from datasets.video_sequence import Report, by_stem, list_files, raise_problem
 
 STILL_SETS = ("DUTS-TR",)
 
@@ -27,12 +27,13 @@ class StillImage:
 def read_stills(data_dir: str | Path, name: str = "DUTS-TR", report: Report = raise_problem) -> list[StillImage]:
     """Pairs of a still-image set in its native layout: `<name>/<name>-Image/*.jpg`, `<name>/<name>-Mask/*.png`.
 
-    data_dir: a folder that holds `<name>`, or (as the official archive also unpacks) `DUTS/<name>`, or that is the set
-    itself. Pairs by file stem, sorted. Nothing is decoded. Raises DataError where the folders are not found or hold no
-    image. `report` is told where images have no mask, and raises by default; if it returns, they are left out.
+    data_dir: a folder that holds `<name>`, or (as the official archive also unpacks) `DUTS/<name>` or `<name>/<name>`,
+    or that is the set itself. Pairs by file stem, sorted. Nothing is decoded. Raises DataError where the folders are
+    not found or hold no image. `report` is told where images have no mask and where two files share a stem, and raises
+    by default; if it returns, the images are left out, and the first of the files is taken.
     """
     root = Path(data_dir)
-    candidates = [root / name, root / "DUTS" / name, root]
+    candidates = [root / name, root / "DUTS" / name, root / name / name, root]
     folder = next((c for c in candidates if (c / f"{name}-Image").is_dir()), None)
     if folder is None:
         looked = ", ".join(str(c / f"{name}-Image") for c in candidates)
@@ -40,8 +41,8 @@ def read_stills(data_dir: str | Path, name: str = "DUTS-TR", report: Report = ra
     image_dir, mask_dir = folder / f"{name}-Image", folder / f"{name}-Mask"
     if not mask_dir.is_dir():
         raise DataError(f"{name}: {mask_dir} is missing; the masks of {image_dir} are expected there")
-    masks = {p.stem: p for p in mask_dir.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES and p.name[0] != "."}
-    images = sorted(p for p in image_dir.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES and p.name[0] != ".")
+    masks = by_stem(list_files(mask_dir, _IMAGE_SUFFIXES), "", report)
+    images = sorted(by_stem(list_files(image_dir, _IMAGE_SUFFIXES), "", report).values())
     without = [p for p in images if p.stem not in masks]
     if without:
         message = (

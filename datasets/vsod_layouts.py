@@ -73,6 +73,11 @@ def _kind(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((present[name] for name in names if name in present), None)
 
 
+def _is_empty(folder: Path) -> bool:
+    """Whether there is nothing in it but what file managers leave behind."""
+    return all(child.name[0] == "." or child.name.lower() in ("thumbs.db", "desktop.ini") for child in folder.iterdir())
+
+
 def find_videos(root: Path) -> list[VideoFolder]:
     """Videos of a folder, in any of three forms; the first form that fits any video is the one.
 
@@ -108,7 +113,7 @@ def find_videos(root: Path) -> list[VideoFolder]:
         frames_of = {video: video for video in videos if list_files(video, FRAME_SUFFIXES)}
     if frames_of:
         for video in videos:
-            if video not in frames_of and (_kind(video, _MASK_FOLDERS) is not None or not any(video.iterdir())):
+            if video not in frames_of and (_kind(video, _MASK_FOLDERS) is not None or _is_empty(video)):
                 frames_of[video] = video / usual
     return [
         VideoFolder(

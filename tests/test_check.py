@@ -14,6 +14,7 @@ from tqdm import tqdm
 from datasets.check import check_dataset, check_sequences, run
 from datasets.errors import DataError
 from datasets.sequences import read_dataset
+from datasets.stills import read_stills
 
 HEIGHT, WIDTH = 24, 40
 RNG = np.random.default_rng(3)
@@ -209,6 +210,20 @@ def test_mask_values_of_the_binary_rule(tmp_path, values, expected):
     )
 
 
+def test_masks_that_are_kept_back_are_no_problem(tmp_path):
+    """DAVIS-2017's test-dev has those of first frames, that of the unsupervised task none: both are sound downloads."""
+    root = davis(tmp_path / "DAVIS", ["bear", "bus"])
+    lists = (root / "ImageSets" / "2016").rename(root / "ImageSets" / "2017")
+    (lists / "val.txt").rename(lists / "test-dev.txt")
+    for name, kept in (("bear", 1), ("bus", 0)):
+        for file in sorted((root / "Annotations" / "480p" / name).iterdir())[kept:]:
+            file.unlink()
+    count, text = report(tmp_path, ["DAVIS-2017"], splits=["test-dev"])
+    assert count == 0 and "8 frames, 8 with flow, 1 with a mask" in text
+    _, problems = check_dataset("DAVIS-2017", tmp_path, "test-dev", require_masks=True)
+    assert fatal(problems) == [("no mask", "bear")] * 3 + [("no mask", "bus")]
+
+
 def test_a_sequence_whose_masks_are_all_empty_is_a_note(tmp_path):
     root = davis(tmp_path / "DAVIS", ["bear"])
     for file in (root / "Annotations" / "480p" / "bear").iterdir():
@@ -303,6 +318,17 @@ def test_everything_wrong_with_stills_is_reported_at_once(tmp_path):
         report(tmp_path, ["DUTS-TR"], only=["sond"])
     count, text = report(tmp_path / "DUTS-TR" / "DUTS-TR-Mask", ["DUTS-TR"])
     assert count == 1 and "no image folder" in text
+
+
+def test_two_stills_or_masks_of_one_stem(tmp_path):
+    """Which of them training would take, the order of the folder would say."""
+    root = stills(tmp_path, ["s0", "s1", "s2"])
+    save(root / "DUTS-TR-Mask" / "s0.bmp", SHAPE)
+    save(root / "DUTS-TR-Image" / "s1.png", noise())
+    count, text = report(tmp_path, ["DUTS-TR"])
+    assert count == 2 and "s0.bmp and s0.png share the stem s0" in text and "s1.jpg and s1.png share" in text
+    with pytest.raises(DataError, match=r"s0\.bmp and s0\.png share the stem"):
+        read_stills(tmp_path)
 
 
 def test_other_tools_say_that_stills_are_no_videos(tmp_path):

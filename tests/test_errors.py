@@ -21,6 +21,11 @@ def test_refusals_of_the_system_are_a_line(number: int, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == f"error: some/place: refused; {PLACES[number]}\n"
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_read_only_data_can_have_their_flow_elsewhere(number: int) -> None:
+    assert "--flow_dir" in PLACES[number]
+
+
 def test_a_gpu_without_enough_memory_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, exit_on_user_error():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GiB.\nMore lines")

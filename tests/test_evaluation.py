@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import hashlib
 import json
 import re
@@ -142,6 +143,20 @@ def test_fbms_scores_annotated_frames_and_names_the_alternatives(tmp_path, capsy
         maps, [sequence], "--metrics", "vsod", "--no-skip_first", "--no-skip_last", table_dir=tmp_path / "out3"
     )
     assert kept["overall"]["vsod_frames"] == 5 and "J_mean" not in kept["overall"]
+
+
+def test_ground_truth_that_lacks_frames_is_warned_of_where_the_release_has_all(tmp_path, capsys):
+    """Otherwise the first mask that is there is taken for the first frame, and left out in its place."""
+    whole = make_sequence(tmp_path, "dog", 6)
+    maps = write_maps(tmp_path / "maps", whole)
+    assert score(maps, [whole], "--metrics", "uvos", table_dir=tmp_path / "out")["warnings"] == []
+    part = dataclasses.replace(whole, masks={stem: whole.masks[stem] for stem in whole.stems[1:]})
+    result = score(maps, [part], "--metrics", "uvos", table_dir=tmp_path / "out")
+    (warning,) = result["warnings"]
+    assert "1 frames of dog have no ground truth here" in warning and "--tools check" in warning
+    assert f"warning: {warning}" in capsys.readouterr().out
+    sparse = dataclasses.replace(part, dataset="FBMS")
+    assert score(maps, [sparse], "--metrics", "uvos", table_dir=tmp_path / "out")["warnings"] == []
 
 
 def test_measures_that_papers_report_are_the_default(tmp_path):

@@ -585,6 +585,8 @@ def test_videos_without_frames_are_not_passed_over(tmp_path, form):
     pictures(root / form.format(kind="Imgs", video="crowd"), stems(2, 3))
     assert named(read_dataset("MCL", tmp_path)) == ["crowd", "road"]
     (root / "empty").mkdir()
+    for name in (".DS_Store", "Thumbs.db"):
+        (root / "empty" / name).write_bytes(b"")
     if not form.startswith("{kind}"):
         with pytest.raises(DataError, match="empty.*(no folder|no frame)"):
             read_dataset("MCL", tmp_path)

@@ -287,6 +287,9 @@ def test_stills_are_found_from_either_folder(duts: Path) -> None:
     stills = read_stills(duts)
     assert [s.name for s in stills] == ["s0", "s1", "s2"]
     assert read_stills(duts / "DUTS-TR") == stills
+    (duts / "outer").mkdir()
+    (duts / "outer" / "DUTS-TR").symlink_to(duts)  # unpacked into a folder of its own name
+    assert [s.name for s in read_stills(duts / "outer")] == ["s0", "s1", "s2"]
     assert all(s.image.stem == s.mask.stem for s in stills)
 
 

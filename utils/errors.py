@@ -29,9 +29,12 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
 PLACES = {
     errno.ENOSPC: "make room there. The features of a long video go to a temporary file (TMPDIR says where; "
     "--clip_len N needs none)",
-    errno.EACCES: "it cannot be read or written by this user; give another place, for results --save_dir",
-    errno.EPERM: "it cannot be read or written by this user; give another place, for results --save_dir",
-    errno.EROFS: "flow is kept beside its data set and results in --save_dir; both have to be places to write to",
+    errno.EACCES: "it cannot be read or written by this user; give another place, for results --save_dir, for flow "
+    "--flow_dir",
+    errno.EPERM: "it cannot be read or written by this user; give another place, for results --save_dir, for flow "
+    "--flow_dir",
+    errno.EROFS: "flow is kept beside its data set, where --flow_dir gives it no other place, and results in "
+    "--save_dir; both have to be places to write to",
     errno.ENOTDIR: "a file lies where a folder is expected; give another place, for results --save_dir",
     errno.EEXIST: "a file lies where a folder is expected; give another place, for results --save_dir",
 }

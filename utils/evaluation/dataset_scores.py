@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from datasets.errors import DataError
+from datasets.sequences import DENSE
 from utils.evaluation.metrics import sequence_statistics
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.result_maps import Unit, find_jobs
@@ -84,6 +85,15 @@ def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores
         parts = _settle_masks(unit, parts, notes, warnings)
 
     annotated = {sequence.name: sequence.annotated for sequence in unit.sequences}
+    lacking = {s.name: len(s) - len(s.annotated) for s in unit.sequences if len(s) > len(s.annotated)}
+    if lacking and unit.dataset in DENSE:
+        first, count = next(iter(lacking.items()))
+        others = f" and {len(lacking) - 1} more sequences" if len(lacking) > 1 else ""
+        warnings.append(
+            f"{unit.name}, {unit.dataset}: {count} frames of {first}{others} have no ground truth here, though the "
+            "release has a mask for every frame: these figures are not of the official frames. Unpack the annotations "
+            "again (--tools check names the frames)"
+        )
     sequences: dict[str, dict[str, float]] = {name: {} for name in parts}
     overall: dict[str, float] = {}
     alternatives = []
