@@ -235,7 +235,14 @@ def _fbms_foreground(path: Path) -> np.ndarray:
     else:
         background = 0
     if definitions:
-        foreground = np.isin(values, fbms_regions(definitions[0])[1:])
+        regions = fbms_regions(definitions[0])
+        if not np.isin(values, regions).any():
+            raise DataError(
+                f"{path}: no pixel has a colour of the table in {definitions[0].name} ({', '.join(map(str, regions))}, "
+                "as red · 65536 + green · 256 + blue), so the mask would be empty; expected the definition of this "
+                "video. Unpack the ground truth again; without the .dat, all but the usual background is foreground"
+            )
+        foreground = np.isin(values, regions[1:])
     else:
         foreground = values != background
     if path.name.startswith("marple2_"):

@@ -77,7 +77,11 @@ _DAVSOD_FOLDERS = ("DAVSOD", "DAVSOD-master", "DAVSOD-dataset")
 
 _SOURCES = {
     "DAVIS-2016": _Source(
-        ("DAVIS-2016", "DAVIS2016", "DAVIS_2016", *_DAVIS_FOLDERS, "DAVIS-2017", "DAVIS2017", "DAVIS_2017"),
+        (
+            *("DAVIS-2016", "DAVIS2016", "DAVIS_2016", "DAVIS-16", "DAVIS16"),
+            *_DAVIS_FOLDERS,
+            *("DAVIS-2017", "DAVIS2017", "DAVIS_2017"),
+        ),
         (_DAVIS_2016, _authors("nonzero")),
     ),
     "DAVIS-2017": _Source(

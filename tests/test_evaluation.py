@@ -307,6 +307,20 @@ def test_pairing_is_by_name(tmp_path):
     assert score(maps, [sequence], table_dir=tmp_path / "out")["overall"] == reference["overall"]
 
 
+def test_results_of_a_data_set_under_another_of_its_names(tmp_path):
+    sequence = make_sequence(tmp_path)
+    reference = score(
+        write_maps(tmp_path / "m" / "DAVIS-2016", sequence).parent, [sequence], table_dir=tmp_path / "out"
+    )
+    for name in ("DAVIS", "davis16"):
+        write_maps(tmp_path / name / "all" / name, sequence)
+        result = score(tmp_path / name / "all", [sequence], table_dir=tmp_path / "out")
+        assert result["overall"] == reference["overall"] and result["protocol"]["uvos"]["maps"] == name
+    write_maps(tmp_path / "DAVIS" / "all" / "davis2016", sequence)
+    with pytest.raises(UserError, match=r"DAVIS and davis2016 are both called as DAVIS-2016 is.*--results .*DAVIS"):
+        score(tmp_path / "DAVIS" / "all", [sequence], table_dir=tmp_path / "out")
+
+
 def test_everything_missing_is_named_before_any_work(tmp_path):
     sequences = [make_sequence(tmp_path, name) for name in ("dog", "cow", "bear")]
     maps = tmp_path / "m"

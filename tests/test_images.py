@@ -264,6 +264,14 @@ def test_fbms_definition_file_says_what_is_background(tmp_path):
     np.testing.assert_array_equal(load_mask(path, "fbms"), REGIONS > 0)
 
 
+def test_fbms_definition_file_of_something_else(tmp_path):
+    """A table of colours beside grey masks: read by it, they would be without any object."""
+    path = netpbm(tmp_path / "cats01_0001_gt.pgm", SHAPE * 90)
+    definition(tmp_path / "cats01Def.dat", [0xFFFFFF, 120 * 256])
+    with pytest.raises(DataError, match=r"cats01_0001_gt\.pgm: no pixel .* cats01Def\.dat \(16777215, 30720,"):
+        load_mask(path, "fbms")
+
+
 def test_fbms_definition_file_of_an_archive_made_on_macos(tmp_path):
     """It has a `._` file beside each file; and where the file system knows no case, names come in capitals."""
     path = netpbm(tmp_path / "cars1_01.pgm", SHAPE * 90 + 10)

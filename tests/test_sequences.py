@@ -672,7 +672,7 @@ def test_known_sets_are_known_in_any_case_and_by_their_folder_names(tmp_path):
     for name in ("fbms", "Fbms-59", "FBMS_59"):
         (lion,) = read_dataset(name, tmp_path)
         assert (lion.name, lion.dataset, lion.mask_rule) == ("lion01", "FBMS", "above_128")
-    for name in ("davis-2016", "Davis", "DAVIS_2016"):
+    for name in ("davis-2016", "Davis", "DAVIS_2016", "DAVIS-16", "davis16"):
         assert [sequence.dataset for sequence in read_dataset(name, tmp_path)] == ["DAVIS-2016"]
     for name, year in (("YoutubeVOS-2018", 2018), ("ytvos", 2018), ("youtube-vos-2019", 2019)):
         assert {video.dataset for video in read_dataset(name, tmp_path, "train")} == {f"YouTube-VOS-{year}"}

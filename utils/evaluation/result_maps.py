@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets.errors import DataError
-from datasets.sequences import VideoSequence
+from datasets.sequences import VideoSequence, canonical_name
+from datasets.video_sequence import list_folders
 from utils.crf import FIELD as CRF_FIELD
 from utils.errors import UserError
 from utils.evaluation.protocol import Protocol
@@ -54,10 +55,10 @@ def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[s
 
     Our own results have `probability/`, `binary/` and maybe `crf/` in them: J and F come from `binary/` (from
     `probability/` where there is none, which is the same), the other measures from `probability/`, and both once more
-    from `crf/`. `folder` names one of them to score only that. Any other folder holds `<dataset>/<video>/<frame>.png`
-    or `<video>/<frame>.png`.
+    from `crf/`. `folder` names one of them to score only that. Any other folder holds `<dataset>/<video>/<frame>.png`,
+    the data set by any of its names, or `<video>/<frame>.png`.
 
-    Raises `UserError` when the folder is missing or has nothing for the data set.
+    Raises `UserError` when the folder is missing, has nothing for the data set, or has it under two names.
     """
     if not results.is_dir():
         raise UserError(f"{results}: no such folder; --results expects folders of maps, <dataset>/<video>/<frame>.png")
@@ -65,7 +66,7 @@ def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[s
     if not own:
         if folder != "auto":
             raise UserError(f"{results}: --eval_folder {folder} needs one of {', '.join(KINDS)} in it, there is none")
-        root = results / dataset if (results / dataset).is_dir() else results
+        root = _root_of(results, dataset)
         return [("", {"uvos": root, "vsod": root})]
     # A folder whose maps were all removed (by `test`, for being of older maps) is as good as none.
     present = {kind: path for kind, path in own.items() if any(path.rglob("*.png"))}
@@ -85,6 +86,19 @@ def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[s
             f"{dataset} first, or leave it out of --datasets"
         )
     return rows
+
+
+def _root_of(results: Path, dataset: str) -> Path:
+    """Where another method's maps of a data set are: in a folder called as it is, or in `results` itself."""
+    if (results / dataset).is_dir():
+        return results / dataset
+    called = [folder for folder in list_folders(results) if canonical_name(folder.name) == dataset]
+    if len(called) > 1:
+        raise UserError(
+            f"{results}: {' and '.join(folder.name for folder in called)} are both called as {dataset} is; give the "
+            f"one that is meant: --results {called[0]}"
+        )
+    return called[0] if called else results
 
 
 def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
