@@ -434,7 +434,8 @@ def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
         if size and flow_size and abs(flow_size[1] / flow_size[0] / (size[1] / size[0]) - 1) > ASPECT_TOLERANCE:
             message = (
                 f"{flow}: {flow_size[1]}×{flow_size[0]} pixels (width × height), another aspect than "
-                f"{size[1]}×{size[0]} of {frame}; it was made from other frames, or padded"
+                f"{size[1]}×{size[0]} of {frame}; it was made from other frames, padded, or made at a --flow_size of "
+                "another aspect"
             )
             problems.append(_problem(sequence, "flow", message))
             flow_size = None

@@ -509,6 +509,21 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path):
     assert Image.open(sequence.flow_dir / "00000.png").size == (30, 20)
 
 
+def test_a_size_of_another_aspect_is_warned_of_with_one_that_keeps_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """check and training take such flow for that of other frames, long after it was made."""
+    wide, square = make_sequence(tmp_path), make_sequence(tmp_path, size=(40, 40), name="square")
+    prepare.run(dis("--flow_size", "20", "28"), [wide], ALONE)
+    assert "warning" not in capsys.readouterr().out
+    prepare.run(dis("--flow_size", "32", "56", "--overwrite"), [wide, square], ALONE)
+    out = capsys.readouterr().out
+    assert out.count("warning") == 1 and "--flow_size 32 56: another aspect than 40 × 56" in out
+    assert f"{wide.frames[0].parent} and of 1 more videos" in out and "--flow_size 40 56 keeps the aspect" in out
+    prepare.run(dis("--overwrite"), [square], ALONE)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_interrupted_overwriting_leaves_no_old_flow_among_the_new(tmp_path: Path):
     sequence = make_sequence(tmp_path, count=6)
     files = FlowFiles(raw_format="npz")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasets.check import ASPECT_TOLERANCE
+from datasets.images import image_size
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from utils.errors import UserError
 from utils.flow.estimation import (
@@ -233,8 +235,13 @@ def run(
         print(f"flow: {everywhere} frames to do{others}, by {settings.method}", flush=True)
     mixed = [(flow_dir, len(supplied_flow(flow_dir, stems))) for flow_dir, stems in pending.items()]
     mixed = [found for part in processes.gather(mixed) for found in part]
+    stretched = [videos[flow_dir][-1].frames[0] for flow_dir in pending if settings.size is not None]
+    stretched = [frame for frame in stretched if is_stretched(settings.size, image_size(frame))]
+    stretched = [frame for part in processes.gather(stretched) for frame in part]
     if processes.is_main:
         warn_of_mixture(mixed, settings.method, "--flow_dir DIR")
+        if stretched:
+            warn_of_stretching(stretched, settings.size)
     workers = args.workers if processes.world_size == 1 else share_of_workers(args.workers, processes.world_size)
 
     def tasks() -> Iterator[FlowTask]:
@@ -256,6 +263,25 @@ def run(
             progress.set_postfix_str(flow_dir.name, refresh=False)
             progress.update()
     return total
+
+
+def is_stretched(size: tuple[int, int], frame: tuple[int, int]) -> bool:
+    """Whether a size of flow (H, W) is of another aspect than that of its frames (H, W)."""
+    return abs(size[1] / size[0] / (frame[1] / frame[0]) - 1) > ASPECT_TOLERANCE
+
+
+def warn_of_stretching(frames: Sequence[Path], size: tuple[int, int]) -> None:
+    """Says that flow at this size (H, W) shows other directions than the frames do, the first of each of some videos,
+    and what size would not: training refuses such flow, and so does check.
+    """
+    height, width = image_size(frames[0])
+    others = f" and of {len(frames) - 1} more videos" if len(frames) > 1 else ""
+    print(
+        f"warning: --flow_size {size[0]} {size[1]}: another aspect than {height} × {width} (height × width) of "
+        f"{frames[0].parent}{others}, so all directions are stretched: test takes such flow, check does not, nor "
+        f"does training beyond 5 %. --flow_size {max(1, round(size[1] * height / width))} {size[1]} keeps the aspect",
+        flush=True,
+    )
 
 
 def warn_of_mixture(supplied: Iterable[tuple[Path, int]], method: str, elsewhere: str) -> None:
