@@ -159,6 +159,20 @@ def test_ground_truth_that_lacks_frames_is_warned_of_where_the_release_has_all(t
     assert score(maps, [sparse], "--metrics", "uvos", table_dir=tmp_path / "out")["warnings"] == []
 
 
+def test_ground_truth_without_any_foreground_is_warned_of(tmp_path):
+    """Such as object labels in grey levels, of which the rule of the set, above 128, leaves nothing."""
+    good, lost = (make_sequence(tmp_path, name, 5, dataset="FBMS") for name in ("good", "lost"))
+    lost = dataclasses.replace(lost, mask_rule="above_128")
+    for t, stem in enumerate(lost.stems):
+        save(lost.masks[stem], blob(t) * np.uint8(2))
+    for sequence in (good, lost):
+        write_maps(tmp_path / "maps", sequence)
+    for metrics in ("uvos", "vsod"):
+        result = score(tmp_path / "maps", [good, lost], "--metrics", metrics, table_dir=tmp_path / "out")
+        (warning,) = result["warnings"]
+        assert "no scored mask of lost has any foreground" in warning and "--tools check" in warning
+
+
 def test_measures_that_papers_report_are_the_default(tmp_path):
     for dataset, expected in (("DAVSOD", {"vsod"}), ("MCL", {"vsod"}), ("FBMS", {"uvos", "vsod"})):
         sequence = make_sequence(tmp_path / dataset, "v", 4, dataset=dataset)

@@ -94,6 +94,12 @@ def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores
             "release has a mask for every frame: these figures are not of the official frames. Unpack the annotations "
             "again (--tools check names the frames)"
         )
+    blank = [name for name, frames in parts.items() if all(frame.gt_empty for frame in frames)]
+    if blank:
+        warnings.append(
+            f"{unit.name}, {unit.dataset}: no scored mask of {', '.join(blank[:5])}{' …' if len(blank) > 5 else ''} "
+            "has any foreground in the ground truth; --tools check says what is odd about the values of masks"
+        )
     sequences: dict[str, dict[str, float]] = {name: {} for name in parts}
     overall: dict[str, float] = {}
     alternatives = []
