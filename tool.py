@@ -216,7 +216,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> int:
         beside = crf.run_beside_test(args, refined, args.save_dir, 1 if own else processes.world_size)
     with beside as written:
         if own is None:
-            segment.run(args, [videos.video_of(s) for s in sequences], processes, weights, written)
+            segment.run(args, [videos.video_of(s, args.without) for s in sequences], processes, weights, written)
         else:
             own_video.run_own(args, own, processes, weights, written)
     processes.wait()  # or the first would refine what the others' processes are still at

@@ -186,6 +186,13 @@ def test_too_short_a_sequence_is_an_error(tmp_path):
         score(write_maps(tmp_path / "m", sequence), [sequence], table_dir=tmp_path / "out")
 
 
+def test_a_sequence_without_ground_truth_is_said_to_have_none(tmp_path):
+    sequence = make_sequence(tmp_path)
+    maps = write_maps(tmp_path / "m", sequence)
+    with pytest.raises(DataError, match=r"DAVIS-2016/dog: none of its 6 frames has a mask.*--tools check"):
+        score(maps, [dataclasses.replace(sequence, masks={})], table_dir=tmp_path / "out")
+
+
 def test_three_hundred_frames(tmp_path):
     """Where quarters kept in 8 bits go wrong: good at first, bad in the last quarter."""
     size, stems = (12, 16), [f"{t:05d}" for t in range(302)]

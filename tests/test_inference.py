@@ -125,6 +125,20 @@ def test_a_stream_can_be_blinded(data: Path, weights: Path, tmp_path: Path, with
     assert any((grey != seeing[name]).mean() > 0.1 for name, grey in found.items())
 
 
+def test_appearance_alone_needs_no_flow(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("Flows"))
+    for root in (data, bare):
+        call(weights, tmp_path / root.name, "--data_dir", root, "--without", "flow")
+    wanted, found = maps(tmp_path / data.name), maps(tmp_path / bare.name)
+    assert found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    words = ["--tools", "test", "--checkpoint", weights, "--data_dir", bare, "--without", "frames", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        tool.main([str(word) for word in [*words, "--save_dir", tmp_path / "r"]])
+    assert "has no flow image" in capsys.readouterr().err
+
+
 def test_a_part_can_be_taken_out(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(OFFERED) == set(PARTS)
     net = load_dbsnet(weights)

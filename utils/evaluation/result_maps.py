@@ -110,6 +110,11 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
         wanted: dict[str, dict[str, Path]] = {}  # stem -> measures -> map
         for measures, protocol in unit.protocols.items():
             stems = protocol.select(annotated)
+            if not annotated:
+                raise DataError(
+                    f"{unit.dataset}/{sequence.name}: none of its {len(sequence)} frames has a mask, so there is "
+                    "nothing to score; unpack the annotations (--tools check says more), or leave the sequence out"
+                )
             if not stems:
                 raise DataError(
                     f"{unit.dataset}/{sequence.name}: no frame to score: {len(annotated)} annotated, and the rule is "

@@ -51,17 +51,24 @@ class Video:
         return save_dir / "binary" / self.place / f"{stem}.png"
 
 
-def video_of(sequence: VideoSequence) -> Video:
+def video_of(sequence: VideoSequence, without: str | None = None) -> Video:
     """A video of a data set.
+
+    Args:
+        without: "flow" needs none: the frames stand for its images, of which nothing but the size is looked at then
+            (`Blank`).
 
     Raises:
         DataError: a frame without flow; names the file, and the command that makes it.
     """
+    frames = LazyImages(sequence.frames, load_frame)
+    if without == "flow" and not sequence.flows:
+        return Video(Path(sequence.dataset, sequence.name), sequence.stems, frames, frames, sequence.frames)
     flows = [sequence.flow_path(stem) for stem in sequence.stems]
     return Video(
         place=Path(sequence.dataset, sequence.name),
         stems=sequence.stems,
-        frames=LazyImages(sequence.frames, load_frame),
+        frames=frames,
         flows=LazyImages(flows, load_flow_image),
         sources=(*sequence.frames, *flows),
     )
