@@ -96,13 +96,19 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts)
 
 
+# Folders that archives and file servers add, in small letters. Not all that begin with "__", as names of videos may.
+_NO_VIDEOS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+
+
 def list_folders(folder: Path) -> list[Path]:
-    """Sub-folders in natural order, without hidden ones; empty where `folder` does not exist."""
+    """Sub-folders in natural order, without hidden ones and those that come with a system and not with the data; empty
+    where `folder` does not exist.
+    """
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__"))]
-    return [folder / name for name in sorted(names, key=natural_key)]
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return [folder / name for name in sorted(names, key=natural_key) if name.lower() not in _NO_VIDEOS]
 
 
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:

@@ -186,6 +186,14 @@ def test_too_short_a_sequence_is_an_error(tmp_path):
         score(write_maps(tmp_path / "m", sequence), [sequence], table_dir=tmp_path / "out")
 
 
+def test_too_short_a_sequence_for_one_of_two_rules(tmp_path):
+    sequence = make_sequence(tmp_path, "blink", 2, dataset="FBMS")
+    maps = write_maps(tmp_path / "m", sequence)
+    with pytest.raises(DataError, match=r"FBMS/blink.*2 annotated.*--metrics uvos"):
+        score(maps, [sequence], table_dir=tmp_path / "out")
+    assert score(maps, [sequence], "--metrics", "uvos", table_dir=tmp_path / "out")["overall"]["uvos_frames"] == 2
+
+
 def test_a_sequence_without_ground_truth_is_said_to_have_none(tmp_path):
     sequence = make_sequence(tmp_path)
     maps = write_maps(tmp_path / "m", sequence)

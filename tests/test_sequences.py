@@ -592,6 +592,17 @@ def test_videos_without_frames_are_not_passed_over(tmp_path, form):
             read_dataset("MCL", tmp_path)
 
 
+def test_folders_of_systems_are_no_videos_and_names_may_begin_with_underscores(tmp_path):
+    """As the identifiers of YouTube do, which some sets call their videos by."""
+    root = tmp_path / "MCL"
+    for name in ("__aB3-x", "_c"):
+        pictures(root / "Imgs" / name, stems(2))
+        pictures(root / "GT" / name, ["00000"], ".png", "L")
+    for name in ("__MACOSX", "@eaDir", ".AppleDouble", "$RECYCLE.BIN"):
+        (root / "Imgs" / name / "00000.jpg").mkdir(parents=True)
+    assert named(read_dataset("MCL", tmp_path)) == ["__aB3-x", "_c"]
+
+
 def test_flow_folders_are_no_videos(tmp_path):
     root = tmp_path / "MCL"
     pictures(root / "crowd", stems(2))

@@ -116,9 +116,11 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
                     "nothing to score; unpack the annotations (--tools check says more), or leave the sequence out"
                 )
             if not stems:
+                others = [other for other, rule in unit.protocols.items() if rule.select(annotated)]
+                alone = f", give --metrics {others[0]}, which has another rule," if others else ""
                 raise DataError(
                     f"{unit.dataset}/{sequence.name}: no frame to score: {len(annotated)} annotated, and the rule is "
-                    f"'{protocol.sentence()}'. Give --no-skip_first --no-skip_last, or leave the sequence out"
+                    f"'{protocol.sentence()}'. Give --no-skip_first --no-skip_last{alone} or leave the sequence out"
                 )
             folder = unit.folders[measures] / sequence.name
             available = _list_maps(folder)
