@@ -62,7 +62,7 @@ def video_of(sequence: VideoSequence, without: str | None = None) -> Video:
         DataError: a frame without flow; names the file, and the command that makes it.
     """
     frames = LazyImages(sequence.frames, load_frame)
-    if without == "flow" and not sequence.flows:
+    if without == "flow" and len(sequence.flows) < len(sequence):
         return Video(Path(sequence.dataset, sequence.name), sequence.stems, frames, frames, sequence.frames)
     flows = [sequence.flow_path(stem) for stem in sequence.stems]
     return Video(
