@@ -55,7 +55,15 @@ class DBSNet(nn.Module):
                  rounds: int = 2, streams: tuple[str, ...] = STREAMS, dropout: float = 0.0,
                  encoder: str | dict[str, str] = "mobilevit") -> None:  # fmt: skip
         super().__init__()
+        if isinstance(dilations, (str, int)) or isinstance(streams, str):
+            raise ValueError(f"dilations and streams must be lists, got {dilations!r} and {streams!r}")
         dilations, streams = tuple(dilations), tuple(streams)
+        sizes = {"width": width, "hidden": hidden, "depth": depth, "window": window, "pool": pool, "rounds": rounds,
+                 **{f"dilations[{index}]": dilation for index, dilation in enumerate(dilations)}}  # fmt: skip
+        for key, size in sizes.items():
+            low = 0 if key in ("depth", "rounds") else 1
+            if not isinstance(size, int) or isinstance(size, bool) or size < low:
+                raise ValueError(f"{key} must be a whole number of at least {low}, got {size!r}")
         if not streams or any(stream not in STREAMS for stream in streams) or len(set(streams)) != len(streams):
             raise ValueError(f"streams must be one or both of {STREAMS}, got {streams}")
         names = encoder if isinstance(encoder, dict) else dict.fromkeys(streams, encoder)

@@ -167,6 +167,12 @@ def test_bad_input_and_bad_options_are_refused() -> None:
         small(flavour="apple")
     with pytest.raises(TypeError):
         small(unknown=1)
+    for options in (
+        {"width": -1}, {"width": 16.5}, {"hidden": 0}, {"depth": -1}, {"depth": True}, {"window": 0}, {"pool": 0},
+        {"rounds": 1.5}, {"dilations": [1, 0]}, {"dilations": 3}, {"streams": "motion"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{next(iter(options))}.* must be"):
+            small(**options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from torch import nn
 
 from models import build_dbsnet, load_dbsnet
+from models.dbsnet import DBSNet
 from models.errors import CheckpointError
 from models.growth import ABSENT, add_stream, grow, is_growth, keep_stream
 from models.state_dicts import load_state
-from utils.errors import UserError
+from utils.errors import UserError, nearest
 from utils.training.config import TrainConfig
 
 
@@ -25,11 +27,21 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
         CheckpointError: weights of another network, or an unreadable file.
         UserError: an option of ``network`` that `DBSNet` does not have, or a value that it does not take.
     """
+    known = inspect.signature(DBSNet).parameters
+    for key in config.network:
+        if key not in known:  # also where a checkpoint says what to build, and nothing else would look at it
+            raise UserError(f"network: unknown key {key!r}; {nearest(key, known)}")
     torch.manual_seed(config.seed)
     asked = {"variant": config.variant, "flavour": config.flavour, **config.network}
     if checkpoint is not None:
         path = config.resume_path
-        net = build_dbsnet(**checkpoint["config_model"])
+        try:
+            net = build_dbsnet(**checkpoint["config_model"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: its configuration does not describe a network of this version ({error}); go on with the "
+                "version that wrote it, or give another --save_dir"
+            ) from None
         load_state(net, checkpoint["model"], path)
     elif config.finetune is not None:
         path = Path(config.finetune)
@@ -60,7 +72,7 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
         flags = " ".join(f"--{key} {value}" for key, value in other.items() if key in ("variant", "flavour"))
         raise CheckpointError(
             f"{path}: weights of another network ({words}); "
-            + (f"give {flags}, or " if flags else "")
+            + (f"give {flags}, or " if flags else "give ")
             + ("another --save_dir, or --resume none" if checkpoint is not None else "another checkpoint")
         )
     return net
