@@ -108,6 +108,18 @@ def test_local_rank_of_old_and_new_launchers(words: list[str], monkeypatch: pyte
         ("lr: [", ["not valid YAML"]),
         ("pretrained: a\nfinetune: b", ["pretrained", "finetune"]),
         ("steps_per_epoch: 1\nsamples_per_epoch: 1", ["steps_per_epoch", "samples_per_epoch"]),
+        ("lr: 1e40", ["lr", "0 to 1e+30", "1e+40"]),
+        ("lr: .inf", ["lr", "0 to 1e+30", "inf"]),
+        ("backbone_lr_factor: 1e20", ["backbone_lr_factor", "0 to 1000"]),
+        ("weight_decay: 1e40", ["weight_decay", "0 to 1000"]),
+        ("aux_weight: 1e40", ["aux_weight", "0 to 1e+06"]),
+        ("seed: 18446744073709551616", ["seed", "18446744073709551616"]),
+        ("epochs: 1" + 400 * "0", ["epochs", "at most 1e+09"]),
+        ("strides: [1, 1000000000]", ["strides", "1 to 1000"]),
+        ("size: [100000, 100000]", ["size", "32 to 16384"]),
+        ("datasets: {DAVIS-2016: 1e308, FBMS: 1e308}", ["datasets", "up to 1e+06"]),
+        ("lr: {{ lr }}", ["not valid YAML", "name of an option"]),
+        ("? [1, 2]\n: 3", ["not valid YAML", "name of an option"]),
     ],
 )
 def test_errors_of_the_file(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -127,6 +139,48 @@ def test_errors_of_the_flags(tmp_path: Path) -> None:
         parse_args(["--lr", "high"])
     with pytest.raises(UserError, match=r"nowhere.yaml: no such file.*configs/stage1.yaml"):
         parse_args(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+def test_long_seeds_keep_their_last_digits(tmp_path: Path) -> None:
+    number = 2**53 + 1  # a float has no room for it
+    assert load_config(write(tmp_path, f"seed: {number}")).seed == number
+    config, _ = parse_args(["--seed", str(number)])
+    assert config.seed == number and load_config(write(tmp_path, config.to_yaml())).seed == number
+
+
+def test_a_file_may_merge_mappings(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "network: {<<: {depth: 1, rounds: 0}, rounds: 1}"))
+    assert config.network == {"depth": 1, "rounds": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--tensorboard", "false"], "--tensorboard takes no value, got 'false'.*--no-tensorboard off"),
+        (["--no-augment", "1"], "--augment takes no value, got '1'"),
+        (["--no_augment"], "'--no_augment'; did you mean --no-augment"),
+        (["weights.pt"], "unknown argument 'weights.pt'"),
+    ],
+)
+def test_words_that_no_option_takes(words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        parse_args(words)
+
+
+def test_epochs_are_not_ignored_without_a_word(tmp_path: Path) -> None:
+    """Many configurations of the project give max_steps, which goes first."""
+    path = str(write(tmp_path, "max_steps: 40"))
+    with pytest.raises(UserError, match="--epochs 3 would have no effect.*max_steps 40.*--max_steps 0"):
+        parse_args(["--config", path, "--epochs", "3"])
+    for steps in ("0", "7"):  # said in the same breath
+        config, _ = parse_args(["--config", path, "--epochs", "3", "--max_steps", steps])
+        assert (config.epochs, config.max_steps) == (3, int(steps))
+
+
+def test_a_local_rank_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(UserError, match="LOCAL_RANK: expected a whole number, got 'first'"):
+        parse_args([])
 
 
 def test_every_option_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:

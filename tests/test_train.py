@@ -425,7 +425,17 @@ def test_a_run_that_cannot_go_on_says_why(finished: Path, tmp_path: Path, capsys
     file.write_text("")
     assert "give another" in fails([*TINY, "--resume", "none", "--save_dir", str(file)], capsys)
     assert "nowhere.pt" in fails([*TINY, "--save_dir", str(tmp_path), "--resume", "nowhere.pt"], capsys)
-    assert "widht" in fails([*TINY, "widht:3", "--save_dir", str(tmp_path)], capsys)
+    # Also where a checkpoint says what to build and nothing else would look at it.
+    for start in ([], ["--finetune", str(finished / "last.pt")]):
+        message = fails([*TINY, "widht:3", "--save_dir", str(tmp_path), *start], capsys)
+        assert "unknown key 'widht'; did you mean width" in message
+    assert "width must be a whole number" in fails([*TINY, "width:-1", "--save_dir", str(tmp_path)], capsys)
+    assert "clips (1000000000 steps of 2)" in fails([*run, "--steps_per_epoch", "1000000000"], capsys)
+    checkpoint = read(finished)
+    checkpoint["config_model"]["rounds"] = -1  # of a version that took it
+    torch.save(checkpoint, tmp_path / "other.pt")
+    message = fails([*TINY, "--save_dir", str(tmp_path / "x"), "--resume", str(tmp_path / "other.pt")], capsys)
+    assert "other.pt: its configuration does not describe a network of this version (rounds" in message
 
 
 def test_a_resumed_run_takes_the_momentum_asked_for(tmp_path: Path) -> None:

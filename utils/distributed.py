@@ -107,7 +107,7 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
     Raises:
         UserError: no CUDA though asked for, or more processes on this machine than GPUs.
     """
-    world_size, rank = _environment("WORLD_SIZE", 1), _environment("RANK", 0)
+    world_size, rank = environment_number("WORLD_SIZE", 1), environment_number("RANK", 0)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
@@ -123,8 +123,8 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
     if world_size == 1:
         return Processes(0, local_rank, 1, where)
     backend = "nccl" if where.type == "cuda" else "gloo"
-    attempt = _environment("TORCHELASTIC_RESTART_COUNT", 0)
-    if attempt and _environment("GROUP_WORLD_SIZE", 1) == 1:
+    attempt = environment_number("TORCHELASTIC_RESTART_COUNT", 0)
+    if attempt and environment_number("GROUP_WORLD_SIZE", 1) == 1:
         # A restart finds the addresses of the dead processes in the launcher's store, so it gets keys of its own. With
         # several machines the count may differ between them; their line in docs/training.md has another remedy.
         store, rank, world_size = next(rendezvous("env://"))
@@ -147,7 +147,8 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def _environment(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
+    """The whole number that an environment variable holds; raises UserError for anything else."""
     text = os.environ.get(name, str(default))
     try:
         return int(text)

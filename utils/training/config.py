@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -19,9 +20,15 @@ from typing import Any
 import yaml
 
 from datasets.sequences import canonical_name
+from utils.distributed import environment_number
 from utils.errors import UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+# Products of these and of the gradients' numbers have to stay within float32, or PyTorch stops with an error of its own.
+MOST_LR, MOST_FACTOR, MOST_DECAY, MOST_WEIGHT = 1e30, 1e3, 1e3, 1e6
+MOST_WHOLE = 10**9  # of whole numbers without a limit of their own: beyond it there are only slips
+MOST_SEED = 2**63 - 1  # of PyTorch's generators
 
 
 def _option(
@@ -59,7 +66,7 @@ class TrainConfig:
     teacher: str | None = _option(
         None, "checkpoint of a network of the same width, whose decoder maps this one learns to have (distillation)"
     )
-    teacher_weight: float = _option(1.0, "weight of the difference from the teacher's maps", low=0)
+    teacher_weight: float = _option(1.0, "weight of the difference from the teacher's maps", low=0, high=MOST_WEIGHT)
 
     # Data
     data_dir: str = _option("data", "root folder of the data sets, or the data set itself")
@@ -77,7 +84,7 @@ class TrainConfig:
     )
     num_frames: int = _option(5, "keep every n-th frame of a YouTube-VOS video", low=1)
     clip_len: int = _option(5, "frames of a clip", low=1)
-    size: tuple[int, int] = _option((384, 640), "height and width of a clip in pixels", low=32)
+    size: tuple[int, int] = _option((384, 640), "height and width of a clip in pixels", low=32, high=16384)
     multi_scale: list[float] = _option(
         [], "each step's clips are resized to one of these multiples of size; empty: size alone", low=0.1, high=1
     )
@@ -102,7 +109,9 @@ class TrainConfig:
     rotation_probability: float = _option(0.5, "probability of a rotation", low=0, high=1)
     colour: float = _option(0.3, "largest change of brightness, contrast and saturation, RGB only", low=0, high=1)
     sharpness: float = _option(0.8, "largest change of sharpness, RGB only", low=0, high=1)
-    strides: list[int] = _option([1, 2, 3], "steps between the frames of a clip, one drawn for each clip", low=1)
+    strides: list[int] = _option(
+        [1, 2, 3], "steps between the frames of a clip, one drawn for each clip", low=1, high=1000
+    )
     flow_drop: float = _option(0.0, "probability that the flow of a clip of a video shows no motion", low=0, high=1)
     frame_drop: float = _option(0.0, "probability that the frames of a clip of a video are grey", low=0, high=1)
     frame_faults: float = _option(
@@ -123,21 +132,23 @@ class TrainConfig:
     max_minutes: float = _option(0.0, "stop with a checkpoint after this wall time of this call; 0: never", low=0)
 
     # Optimisation
-    lr: float = _option(1e-4, "highest learning rate", low=0)
-    backbone_lr_factor: float = _option(1.0, "the encoders' learning rate as a multiple of lr", low=0)
+    lr: float = _option(1e-4, "highest learning rate", low=0, high=MOST_LR)
+    backbone_lr_factor: float = _option(1.0, "the encoders' learning rate as a multiple of lr", low=0, high=MOST_FACTOR)
     freeze_stride: int = _option(
         0, "encoder layers at this stride or a finer one keep their weights (detectors' FREEZE_AT 2: 4); 0: all train",
         choices=(0, 4, 8, 16, 32),
     )  # fmt: skip
     optimizer: str = _option("adamw", "optimiser", choices=("adamw", "sgd"))
     momentum: float = _option(0.9, "of sgd", low=0, high=1)
-    weight_decay: float = _option(1e-2, "not applied to norms, biases and other 1-d parameters", low=0)
+    weight_decay: float = _option(1e-2, "not applied to norms, biases and other 1-d parameters", low=0, high=MOST_DECAY)
     schedule: str = _option("cosine", "learning rate over the steps", choices=("cosine", "step", "constant"))
     step_epochs: int = _option(10, "of the step schedule: epochs between two drops by 10", low=1)
     warmup_steps: int = _option(100, "steps of linear warm-up", low=0)
     grad_clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    aux_weight: float = _option(0.4, "weight of the auxiliary heads' loss", low=0)
-    edge_weight: float = _option(0.0, "how much more pixels beside outlines weigh in the loss (F3Net: 5)", low=0)
+    aux_weight: float = _option(0.4, "weight of the auxiliary heads' loss", low=0, high=MOST_WEIGHT)
+    edge_weight: float = _option(
+        0.0, "how much more pixels beside outlines weigh in the loss (F3Net: 5)", low=0, high=MOST_WEIGHT
+    )
     ema: float = _option(0.999, "decay of the running average of weights; 0: none is kept", low=0, high=0.999999)
     bn: str = _option(
         "sync", "batch norm over all processes, over one, or with fixed statistics", choices=("sync", "local", "frozen")
@@ -148,7 +159,7 @@ class TrainConfig:
     amp: str = _option("none", "mixed precision", choices=("none", "bf16", "fp16"))
     channels_last: bool = _option(False, "channels-last memory format")
     compile: bool = _option(False, "torch.compile the network")
-    seed: int = _option(0, "of weights, data order and augmentation", low=0)
+    seed: int = _option(0, "of weights, data order and augmentation", low=0, high=MOST_SEED)
     deterministic: bool = _option(False, "deterministic kernels wherever PyTorch has them")
 
     # Run
@@ -163,7 +174,9 @@ class TrainConfig:
     val_datasets: list[str] = _option([], "data sets whose train split holds val_sequences; empty: the training sets")
     val_sequences: list[str] = _option([], "sequences kept out of training for validation; empty: no validation")
     val_every: int = _option(0, "steps between two validations; 0: at the end of each epoch", low=0)
-    val_size: tuple[int, int] | None = _option(None, "height and width that the network sees; none: size", low=32)
+    val_size: tuple[int, int] | None = _option(
+        None, "height and width that the network sees; none: size", low=32, high=16384
+    )
     val_frames: int = _option(0, "frames of each validation sequence to use, from its start; 0: all", low=0)
 
     @property
@@ -223,21 +236,41 @@ def parse_args(arguments: Sequence[str] | None = None, description: str = "") ->
         "--local_rank",
         "--local-rank",
         type=int,
-        default=int(os.environ.get("LOCAL_RANK", 0)),
+        default=argparse.SUPPRESS,
         help="set by the launcher",
     )
     for name, item in _FIELDS.items():
         _add_flag(parser, name, item)
-    given, unknown = parser.parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    given, unknown = parser.parse_known_args(words)
     if unknown:
-        word = unknown[0].split("=")[0]
-        known = ["config", *_FIELDS]
-        raise UserError(f"unknown argument {word!r}; {nearest(word.lstrip('-').replace('-', '_'), known, '--')}")
+        raise UserError(_unknown_argument(unknown[0], words))
     options = vars(given)
-    path, local_rank = options.pop("config"), options.pop("local_rank")
+    path, local_rank = options.pop("config"), options.pop("local_rank", None)
+    if local_rank is None:
+        local_rank = environment_number("LOCAL_RANK", 0)
     if path is None:
         path = CONFIGS / ("finetune.yaml" if options.get("finetune") else "stage1.yaml")
-    return load_config(path, options), local_rank
+    config = load_config(path, options)
+    if "epochs" in options and "max_steps" not in options and config.max_steps:
+        raise UserError(
+            f"--epochs {config.epochs} would have no effect, since {path} gives max_steps {config.max_steps}, which goes "
+            f"first; give --max_steps 0 with it, or another --max_steps in its place"
+        )
+    return config, local_rank
+
+
+def _unknown_argument(word: str, words: Sequence[str]) -> str:
+    """What to tell of a word of the command line that no option takes."""
+    before = words[words.index(word) - 1] if word in words and words.index(word) else ""
+    flag = before.removeprefix("--").removeprefix("no-")
+    if not word.startswith("-") and before.startswith("--") and _TYPES.get(flag) is bool:
+        return f"--{flag} takes no value, got {word!r}; --{flag} alone turns it on and --no-{flag} off"
+    word = word.split("=")[0]
+    name = word.lstrip("-").replace("-", "_")
+    if _TYPES.get(name.removeprefix("no_")) is bool:
+        return f"unknown argument {word!r}; did you mean --no-{name.removeprefix('no_')}?"
+    return f"unknown argument {word!r}; {nearest(name, ['config', *_FIELDS], '--')}"
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, item: dataclasses.Field) -> None:
@@ -287,9 +320,11 @@ def _convert(key: str, value: Any, where: str) -> Any:
             raise UserError(f"{where}: expected one of {', '.join(map(str, metadata['choices']))}, got {part!r}")
         number = isinstance(part, (int, float)) and not isinstance(part, bool)
         low, high = metadata["low"], metadata["high"]
+        if isinstance(part, int) and high == math.inf and part > MOST_WHOLE:
+            raise UserError(f"{where}: expected at most {MOST_WHOLE:g}, got {part}")
         if number and not low <= part <= high:
             limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-            raise UserError(f"{where}: expected {limits}, got {part:g}")
+            raise UserError(f"{where}: expected {limits}, got {part if isinstance(part, int) else f'{part:g}'}")
     return result
 
 
@@ -322,10 +357,12 @@ def _cast(kind: Any, value: Any, where: str) -> Any:
         raise wrong
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise wrong
+    if kind is int and (isinstance(value, int) or isinstance(value, str) and value.strip().lstrip("+-").isdecimal()):
+        return int(value)  # as it is: a float has no room for the last digits of a long seed
     try:
         # YAML 1.1 reads 1e-4 as a string, since it has no point: such strings are numbers too.
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise wrong from None
     if math.isnan(number) or (kind is int and not number.is_integer()):
         raise wrong
@@ -367,6 +404,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: what it brings may be given anew
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "expected the name of an option, got a list or mapping", key_node.start_mark
+                )
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
@@ -395,9 +438,11 @@ def _check(config: TrainConfig) -> None:
     """What one field alone cannot tell."""
     if not config.datasets:
         raise UserError("datasets: no training data named; give for instance --datasets DAVIS-2016 (or synthetic)")
-    bad = {name: weight for name, weight in config.datasets.items() if not 0 < weight < math.inf}
+    bad = {name: weight for name, weight in config.datasets.items() if not 0 < weight <= MOST_WEIGHT}
     if bad:
-        raise UserError(f"datasets: expected weights above 0, got {bad}; leave out what is not wanted")
+        raise UserError(
+            f"datasets: expected weights above 0 and up to {MOST_WEIGHT:g}, got {bad}; leave out what is not wanted"
+        )
     for key in ("datasets", "val_datasets"):
         first: dict[str, str] = {}
         for name in getattr(config, key):
@@ -413,7 +458,10 @@ def _check(config: TrainConfig) -> None:
     if not config.strides:
         raise UserError("strides: expected at least one step, for instance 1")
     if config.steps_per_epoch and config.samples_per_epoch:
-        raise UserError("steps_per_epoch and samples_per_epoch both give the length of an epoch; give one of them")
+        raise UserError(
+            "steps_per_epoch and samples_per_epoch both give the length of an epoch; give one of them (0 takes back what "
+            "a configuration file gives)"
+        )
     if config.pretrained and config.finetune:
         raise UserError("pretrained and finetune both give the encoders' weights; give one of them")
     if config.add_stream and not config.finetune:

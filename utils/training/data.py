@@ -15,6 +15,8 @@ from datasets.transforms import Augment
 from utils.errors import UserError, nearest
 from utils.training.config import TrainConfig
 
+MOST_CLIPS = 10**8  # of an epoch, whose order is a list of as many numbers in every process
+
 
 def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]], list[VideoSequence]]:
     """Sequences of the video data sets to train on, by data set, and those held out for validation.
@@ -98,6 +100,11 @@ def build_clips(
     if steps == 0:
         raise UserError(f"samples_per_epoch: {samples} clips are less than the {step_clips} of one step; give more")
     length = steps * step_clips
+    if length > MOST_CLIPS:
+        raise UserError(
+            f"an epoch of {length:.3g} clips ({steps} steps of {step_clips}): expected at most {MOST_CLIPS:.0e}, whose "
+            "order is drawn as a whole; give fewer steps_per_epoch or samples_per_epoch, and more epochs"
+        )
     augment, scene, defer = build_augment(config), build_scene(config), config.augment_on == "device"
     parts: list[tuple[ClipDataset, float]] = []
     for name, weight in config.datasets.items():
