@@ -137,7 +137,7 @@ def draw_view(
         angle = math.radians(rng.uniform(-options.rotation, options.rotation))
     aspect = size[1] / size[0] * rng.uniform(*options.aspect)
     # The largest crop of this aspect whose corners, turned by the angle, stay inside.
-    cos, sin = math.cos(angle), abs(math.sin(angle))
+    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
     half_y = min(width / (aspect * cos + sin), height / (aspect * sin + cos)) / 2 * rng.uniform(*options.scale)
     half_x = aspect * half_y
     flipped = rng.random() < options.flip
@@ -148,16 +148,16 @@ def draw_view(
     if len(object_x):
         chosen = int(aim * len(object_x))
         centres[3] = np.clip((object_x[chosen], object_y[chosen]), (-room_x, -room_y), (room_x, room_y))
-    sine = math.sin(angle)
+    cosine, sine = math.cos(angle), math.sin(angle)
     for x, y in centres:
         if len(object_x) == 0:
             break
-        u = (cos * (object_x - x) + sine * (object_y - y)) / half_x
-        v = (cos * (object_y - y) - sine * (object_x - x)) / half_y
+        u = (cosine * (object_x - x) + sine * (object_y - y)) / half_x
+        v = (cosine * (object_y - y) - sine * (object_x - x)) / half_y
         if np.mean((np.abs(u) < 1) & (np.abs(v) < 1)) >= 0.5:
             break
     sign = -1 if flipped else 1
-    matrix = np.array([[sign * half_x * cos, -half_y * sine, x], [sign * half_x * sine, half_y * cos, y]])
+    matrix = np.array([[sign * half_x * cosine, -half_y * sine, x], [sign * half_x * sine, half_y * cosine, y]])
     return matrix, flipped
 
 

@@ -85,13 +85,14 @@ def test_a_flip_mirrors_the_motion_that_the_flow_picture_shows() -> None:
     assert errors["ignore"] > 20
 
 
+@pytest.mark.parametrize("rotation", [20, 180])
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (80, 80)])
-def test_views_stay_inside_the_source(size: tuple[int, int]) -> None:
+def test_views_stay_inside_the_source(size: tuple[int, int], rotation: int) -> None:
     masks = torch.zeros(2, 90, 150, dtype=torch.uint8)
     rng = np.random.default_rng(0)
     corners = np.array([[-1, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
     for _ in range(300):
-        matrix, _ = draw_view(masks, size, Augment(rotation=20, rotation_probability=1.0), rng)
+        matrix, _ = draw_view(masks, size, Augment(rotation=rotation, rotation_probability=1.0), rng)
         reach = np.abs(matrix @ corners).max(axis=1)
         assert reach[0] <= 75 + 1e-6 and reach[1] <= 45 + 1e-6
 

@@ -25,7 +25,7 @@ from utils.errors import UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-# Products of these and of the gradients' numbers have to stay within float32, or PyTorch stops with an error of its own.
+# Their products with each other and with gradients have to stay within float32, or PyTorch stops with its own error.
 MOST_LR, MOST_FACTOR, MOST_DECAY, MOST_WEIGHT = 1e30, 1e3, 1e3, 1e6
 MOST_WHOLE = 10**9  # of whole numbers without a limit of their own: beyond it there are only slips
 MOST_SEED = 2**63 - 1  # of PyTorch's generators
@@ -105,7 +105,9 @@ class TrainConfig:
     scale: tuple[float, float] = _option((0.6, 1.0), "side of the random crop, relative to the frame", low=0.01, high=1)
     aspect: tuple[float, float] = _option((0.85, 1.18), "aspect of the crop, relative to size's", low=0.1, high=10)
     flip: float = _option(0.5, "probability of a horizontal flip", low=0, high=1)
-    rotation: float = _option(10.0, "largest rotation in degrees", low=0, high=180)
+    rotation: float = _option(
+        10.0, "largest rotation in degrees; the colours of flow stay as they are, so keep it small", low=0, high=180
+    )
     rotation_probability: float = _option(0.5, "probability of a rotation", low=0, high=1)
     colour: float = _option(0.3, "largest change of brightness, contrast and saturation, RGB only", low=0, high=1)
     sharpness: float = _option(0.8, "largest change of sharpness, RGB only", low=0, high=1)
@@ -254,8 +256,8 @@ def parse_args(arguments: Sequence[str] | None = None, description: str = "") ->
     config = load_config(path, options)
     if "epochs" in options and "max_steps" not in options and config.max_steps:
         raise UserError(
-            f"--epochs {config.epochs} would have no effect, since {path} gives max_steps {config.max_steps}, which goes "
-            f"first; give --max_steps 0 with it, or another --max_steps in its place"
+            f"--epochs {config.epochs} would have no effect, since {path} gives max_steps {config.max_steps}, which "
+            "goes first; give --max_steps 0 with it, or another --max_steps in its place"
         )
     return config, local_rank
 
@@ -459,8 +461,8 @@ def _check(config: TrainConfig) -> None:
         raise UserError("strides: expected at least one step, for instance 1")
     if config.steps_per_epoch and config.samples_per_epoch:
         raise UserError(
-            "steps_per_epoch and samples_per_epoch both give the length of an epoch; give one of them (0 takes back what "
-            "a configuration file gives)"
+            "steps_per_epoch and samples_per_epoch both give the length of an epoch; give one of them (0 takes back "
+            "what a configuration file gives)"
         )
     if config.pretrained and config.finetune:
         raise UserError("pretrained and finetune both give the encoders' weights; give one of them")
