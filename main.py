@@ -41,6 +41,7 @@ from models.weights import save_weights
 from utils.distributed import (
     Processes,
     broadcast_buffers,
+    environment_number,
     set_batch_norm,
     start_processes,
     stop_processes,
@@ -58,7 +59,9 @@ from utils.training.loading import ClipOrder, build_loader, read_batches, rescal
 from utils.training.network import build_network, load_teacher
 from utils.training.runlog import RunLog
 
-RUN_FILES = ("last.pt", "best.pt", "weights.safetensors", "log.jsonl", "config.yaml")
+RUN_FILES = ("last.pt", "best.pt", "weights.safetensors", "log.jsonl", "config.yaml", "panels")
+# Options that say what J is of: scores under others of these are not to be compared.
+VALIDATION_OPTIONS = ("val_datasets", "val_sequences", "val_frames", "val_size")
 # Options that say how this call runs, not what is trained: a resumed run may change them without a word.
 CALL_OPTIONS = ("resume", "save_dir", "stop_after", "max_minutes", "workers", "cache", "device", "log_every")
 
@@ -89,6 +92,11 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.config.save_dir)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything left to do."""
+        return self.step < self.total_steps or self.pending_validation
 
     @property
     def tested_net(self) -> nn.Module:
@@ -447,17 +455,14 @@ def position(run: Run) -> dict[str, int]:
 
 
 def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any] | None:
-    """The checkpoint to go on from, if any. ``--resume none`` moves an older run's files into ``previous-N/``."""
-    folder = Path(config.save_dir)
+    """The checkpoint to go on from, if any."""
+    if config.resume != "auto" and environment_number("TORCHELASTIC_MAX_RESTARTS", 0):
+        raise UserError(
+            f"--resume {config.resume}: the launcher may start this command again (--max-restarts), and each time it "
+            "would lose what was trained since; take --resume auto with a new --save_dir"
+            + ("" if config.resume == "none" else f", and copy {config.resume} there as last.pt")
+        )
     if config.resume == "none":
-        old = [folder / name for name in RUN_FILES if (folder / name).exists()]
-        if old and processes.is_main:
-            number = 1
-            while (folder / f"previous-{number}").exists():
-                number += 1
-            (folder / f"previous-{number}").mkdir()
-            for path in [*old, *folder.glob("events.out.tfevents.*")]:
-                os.replace(path, folder / f"previous-{number}" / path.name)
         return None
     path = config.resume_path
     present = processes.gather(path.is_file())
@@ -482,6 +487,29 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
         )
     config.keep_stream = before
     return checkpoint
+
+
+def set_older_run_aside(run: Run, checkpoint: dict[str, Any] | None) -> str | None:
+    """Moves the files of another run out of the way, into ``previous-N/``, where this call would write over them: it
+    begins anew, or goes on from another folder's checkpoint. Returns what to tell.
+    """
+    config, folder = run.config, run.folder
+    if checkpoint is not None and (config.resume_path.resolve().parent == folder.resolve() or not run.has_work):
+        return None  # it goes on with the run of this folder, or writes nothing
+    # Without a checkpoint to go on from, weights are what is worth keeping.
+    worth = RUN_FILES if config.resume != "auto" else ("best.pt", "weights.safetensors")
+    run.processes.wait()  # until all have read the weights that they start from, which may lie there
+    if not run.processes.is_main or not any((folder / name).exists() for name in worth):
+        return None
+    number = 1
+    while (folder / f"previous-{number}").exists():
+        number += 1
+    aside = folder / f"previous-{number}"
+    aside.mkdir()
+    for path in [*(folder / name for name in RUN_FILES), *folder.glob("events.out.tfevents.*")]:
+        if path.exists():
+            os.replace(path, aside / path.name)
+    return f"{folder} had the files of another run, which are in {aside} now"
 
 
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
@@ -516,6 +544,24 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
         run.scaler.load_state_dict(checkpoint["scaler"])
     run.step, run.best = checkpoint["step"], checkpoint["best"]
     run.pending_validation = checkpoint.get("pending_validation", False)
+
+
+def forget_best(run: Run, checkpoint: dict[str, Any]) -> str | None:
+    """Begins the search for the best weights anew where those of the checkpoint are not at hand, or were found by
+    another validation: their J would keep all that follow from being handed out. Returns what to tell.
+    """
+    if run.best is None or not run.validation or not run.has_work:
+        return None
+    before, now = checkpoint["config"], run.config.to_dict()
+    changed = [key for key in VALIDATION_OPTIONS if key in before and before[key] != now[key]]
+    if run.processes.gather((run.folder / "best.pt").is_file())[0]:
+        if not changed:
+            return None
+        why = f"was of another validation ({', '.join(changed)})"
+    else:
+        why = f"is not in {run.folder / 'best.pt'}"
+    found, run.best = run.best, None
+    return f"the best so far, J {found['J']:.4f} at step {found['step']}, {why}: the best from here on is kept"
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -588,9 +634,17 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
         total_steps=total_steps,
         teacher=teacher,
     )
+    notes = []
     if checkpoint is not None:
         restore(run, checkpoint)
     run.first_step = run.step
+    # Only now is anything in the run's folder changed: a call that is refused leaves it as it was.
+    notes.append(set_older_run_aside(run, checkpoint))
+    if checkpoint is not None:
+        notes.append(forget_best(run, checkpoint))
+    log.open()
+    for note in filter(None, notes):
+        log.say(note)
     announce(run, checkpoint, {name: len(sequences) for name, sequences in training.items()})
     return run, loader, order
 
@@ -643,7 +697,7 @@ def finish(run: Run, finished: bool) -> int:
             run.log.say(f"{run.config.resume_path} has its {run.step} steps already; nothing was done or written here")
             return 0
         score = f", best J {run.best['J']:.4f} at step {run.best['step']}" if run.best else ""
-        run.log.say(f"done: {run.total_steps} steps{score}; weights to test with: {weights}")
+        run.log.say(f"done: {run.step} steps{score}; weights to test with: {weights}")
         return 0
     save(run)
     caught = [name for name in run.processes.gather(run.stop.signal and run.stop.signal.name) if name]

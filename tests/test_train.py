@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,96 @@ def test_resume_none_starts_anew_and_keeps_the_old_run(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 1
     new, old = (read(folder)["model"] for folder in (tmp_path, tmp_path / "previous-1"))
     assert any(not torch.equal(new[name], old[name]) for name in new)
+
+
+def test_a_call_that_is_refused_leaves_the_folder_as_it_was(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    arguments = [*TINY, "--save_dir", str(folder)]
+    assert main.main([*arguments, "--save_dir", str(tmp_path / "one"), "--stop_after", "1"]) == 0
+    os.replace(tmp_path / "one" / "last.pt", folder / "one.pt")
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    before = content()
+    fails([*arguments, "--resume", str(folder / "one.pt"), "--batch_size", "3"], capsys)
+    fails([*arguments, "--resume", "none", "--datasets", "nowhere"], capsys)
+    assert content() == before and not list(folder.glob("previous-*"))
+
+
+def test_anew_from_the_weights_of_the_folder_itself(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "panels").mkdir()
+    arguments = [*TINY, "--save_dir", str(folder), "--finetune", str(folder / "last.pt"), "--resume", "none"]
+    assert main.main([*arguments, "--lr", "0", "--bn", "frozen", "--ema", "0", "--max_steps", "1"]) == 0
+    equal(read(folder)["model"], read(finished)["ema"])
+    assert (folder / "previous-1" / "panels").is_dir() and not (folder / "panels").exists()
+
+
+def test_the_best_weights_of_a_run_without_its_last_checkpoint_are_kept(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    data = ["--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    arguments = [*TINY, *data, "--max_steps", "1", "--save_dir", str(tmp_path)]
+    assert main.main(arguments) == 0
+    best = (tmp_path / "best.pt").read_bytes()
+    (tmp_path / "last.pt").unlink()
+    capsys.readouterr()
+    assert main.main([*arguments, "--seed", "4"]) == 0
+    assert (tmp_path / "previous-1" / "best.pt").read_bytes() == best != (tmp_path / "best.pt").read_bytes()
+    assert f"are in {tmp_path / 'previous-1'} now" in capsys.readouterr().out
+
+
+def test_going_on_in_another_folder_keeps_its_run_and_hands_out_no_weights_of_others(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    data = ["--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    first, other = tmp_path / "first", tmp_path / "other"
+    scores = iter((0.9, 0.1))
+    monkeypatch.setattr(main, "validate", lambda run: {name: next(scores)})
+    assert main.main([*TINY, *data, "--max_steps", "3", "--save_dir", str(first)]) == 0
+    assert main.main([*TINY, "--seed", "3", "--save_dir", str(other)]) == 0
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    capsys.readouterr()
+    going_on = [*TINY, *data, "--resume", str(first / "last.pt"), "--save_dir", str(other)]
+    assert main.main(going_on) == 0
+    said = capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (other / "previous-1").iterdir()} == before
+    assert "J 0.9000 at step 3" in said and "best J 0.1000 at step 4" in said
+    assert read(other, "best.pt")["step"] == 4
+    equal(dict(load_dbsnet(other / "weights.safetensors").state_dict()), read(other)["ema"])
+
+
+def test_scores_of_another_validation_are_not_compared(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    arguments = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--save_dir", str(tmp_path)]
+    scores = iter((0.9, 0.2, 0.1))
+    monkeypatch.setattr(main, "validate", lambda run: {run.validation[0].name: next(scores)})
+    assert main.main([*arguments, "--max_steps", "3", "--val_sequences", names[0]]) == 0
+    capsys.readouterr()
+    assert main.main([*arguments, "--max_steps", "6", "--val_sequences", names[1]]) == 0
+    assert "J 0.9000 at step 3, was of another validation (val_sequences)" in capsys.readouterr().out
+    assert read(tmp_path, "best.pt")["best"] == {"J": 0.2, "step": 6}
+    assert main.main([*arguments, "--max_steps", "9", "--val_sequences", names[1]]) == 0  # the same validation
+    assert read(tmp_path)["best"] == {"J": 0.2, "step": 6}
+
+
+def test_a_launcher_that_starts_again_would_begin_anew_each_time(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    for resume in ("none", str(finished / "last.pt")):
+        message = fails([*TINY, "--resume", resume, "--save_dir", str(tmp_path)], capsys)
+        assert f"--resume {resume}" in message and "--max-restarts" in message and "--resume auto" in message
+    assert main.main([*TINY, "--max_steps", "1", "--save_dir", str(tmp_path)]) == 0
 
 
 def test_accumulated_batches_equal_one_batch(tmp_path: Path) -> None:

@@ -24,29 +24,37 @@ class RunLog:
             are removed, since those steps come again.
         total: last step.
 
-    Raises:
-        UserError: ``tensorboard`` wanted but not installed. OSError: a folder that cannot be made.
+    Nothing is written, and no line removed, before `open`.
     """
 
     def __init__(self, folder: Path, *, step: int, total: int, tensorboard: bool, active: bool = True) -> None:
         self.active = active
         self.path = folder / "log.jsonl"
+        self._first, self._total, self._tensorboard = step, total, tensorboard
         self._board: Any = None
         self._bar: Any = None
-        if not active:
+
+    def open(self) -> None:
+        """Makes the folder, and of a log that is there keeps what this run goes on from.
+
+        Raises:
+            UserError: ``tensorboard`` wanted but not installed. OSError: a folder that cannot be made.
+        """
+        if not self.active:
             return
+        folder, step = self.path.parent, self._first
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():
             lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
             write_text(self.path, "".join(line + "\n" for line in lines))
-        if tensorboard:
+        if self._tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("tensorboard is not installed: pip install tensorboard, or --no-tensorboard") from None
             self._board = SummaryWriter(str(folder), purge_step=step + 1)
         if sys.stderr.isatty():
-            self._bar = progress_bar(total=total, initial=step, unit="step")
+            self._bar = progress_bar(total=self._total, initial=step, unit="step")
 
     def say(self, text: str) -> None:
         """One line for the person watching."""
