@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from models.errors import CheckpointError
+
+# What reading a torch file raises where bytes of it are missing or others than they were.
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, TypeError, struct.error)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} holds Python objects beside tensors ({found[1]}), which are not read (weights_only=True): save "
             "its state dict alone and give that file"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} is not a readable torch file ({error}): copy or download it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(

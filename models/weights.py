@@ -67,8 +67,10 @@ def save_weights(
             file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # what a full disk refuses has no name
         raise
 
 

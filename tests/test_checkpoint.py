@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from models.errors import CheckpointError
+from models.state_dicts import read_checkpoint
 from utils.errors import UserError
 from utils.files import write_bytes, write_json, write_png
 from utils.training.checkpoint import TRAINING_KEYS, load_checkpoint, save_checkpoint
@@ -48,6 +49,14 @@ def test_errors_name_the_file_and_what_to_do(tmp_path: Path) -> None:
     for data in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
         with pytest.raises(CheckpointError, match=r"cut\.pt: not a readable training checkpoint"):
             load_checkpoint(write_bytes(tmp_path / "cut.pt", data))
+    # A byte of a tensor, which PyTorch reads without a word; and what its reader of lists stumbles over.
+    place = whole.index(torch.arange(3.0).numpy().tobytes())
+    for data in (whole[:place] + b"\x01" + whole[place + 1 :], b"\x80\x02K\x01s.", b"\x80\x02X\xff\xff"):
+        with pytest.raises(CheckpointError, match=r"bit\.pt: not a readable training checkpoint.*--resume none"):
+            load_checkpoint(write_bytes(tmp_path / "bit.pt", data))
+    for data in (b"\x80\x02K\x01s.", b"\x80\x02X\xff\xff"):
+        with pytest.raises(CheckpointError, match=r"bit\.pt is not a readable torch file"):
+            read_checkpoint(write_bytes(tmp_path / "bit.pt", data))
     torch.save({"model": {}}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"optimizer.*missing.*--finetune"):
         load_checkpoint(tmp_path / "weights.pt")

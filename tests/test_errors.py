@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 
 import tool
+from models import build_dbsnet, save_weights
 from utils.errors import PLACES, exit_on_user_error
+from utils.files import write_text
 
 
 @pytest.mark.parametrize("number", PLACES)
@@ -24,6 +27,32 @@ def test_refusals_of_the_system_are_a_line(number: int, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
 def test_read_only_data_can_have_their_flow_elsewhere(number: int) -> None:
     assert "--flow_dir" in PLACES[number]
+
+
+def test_what_has_no_name_is_a_temporary_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise OSError(errno.ENOSPC, "refused")
+    assert "TMPDIR" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, mode: str) -> object:
+        os.close(descriptor)
+        return open("/dev/full", mode, buffering=0)
+
+    monkeypatch.setattr(os, "fdopen", full)
+    for write in (lambda path: write_text(path, "words"), lambda path: save_weights(path, build_dbsnet("xxs"))):
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / "file")
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "file"))
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_others_have_left_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:14469.")
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: another process of this run has ended")
 
 
 def test_a_gpu_without_enough_memory_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -582,6 +582,43 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
+KILLED = FAULT.replace('raise ZeroDivisionError("a fault of ours")', "os.kill(os.getpid(), 9)").replace(
+    "import sys", "import os, sys"
+)
+
+
+def test_a_worker_that_the_system_ends_is_told(tmp_path: Path, repository: Path) -> None:
+    """As where memory runs out."""
+    arguments = [*TINY, "--workers", "1", "--save_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], cwd=repository, env=environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "error: a loader process was ended from outside" in ended.stderr and "--workers" in ended.stderr
+
+
+LIMITED = """
+import resource, sys
+import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_a_checkpoint_that_there_is_no_room_for_is_named(tmp_path: Path, repository: Path) -> None:
+    pytest.importorskip("resource")
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, *TINY, "--save_dir", str(tmp_path)], cwd=repository, env=environment,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert f"error: {tmp_path / 'weights.safetensors'}: File too large; make room there" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "log.jsonl"]
+
+
 def test_an_error_that_nobody_expects_in_a_worker_ends_the_run(tmp_path: Path, repository: Path) -> None:
     """With its traceback, and not with processes that wait for each other for ever."""
     arguments = [*TINY, "--workers", "2", "--save_dir", str(tmp_path)]

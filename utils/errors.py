@@ -26,9 +26,11 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return "the valid names are " + ", ".join(prefix + name for name in known)
 
 
+NO_ROOM = "make room there, or give another place; the same command then goes on where it stopped"
 PLACES = {
-    errno.ENOSPC: "make room there. The features of a long video go to a temporary file (TMPDIR says where; "
-    "--clip_len N needs none)",
+    errno.ENOSPC: NO_ROOM,
+    errno.EDQUOT: NO_ROOM,
+    errno.EFBIG: NO_ROOM,
     errno.EACCES: "it cannot be read or written by this user; give another place, for results --save_dir, for flow "
     "--flow_dir",
     errno.EPERM: "it cannot be read or written by this user; give another place, for results --save_dir, for flow "
@@ -40,10 +42,19 @@ PLACES = {
 }
 """Refusals of the system that are the user's to mend, and what to do."""
 
+TEMPORARY = (
+    ". What has no name is a temporary file: the features of a long video, in tool.py's test and main.py's validation "
+    "(TMPDIR says where)"
+)
+
 MEMORY = (
     "The GPU has not enough memory: give a smaller --batch_size or --size, in flow a smaller --flow_batch (RAFT needs "
     "memory by the fourth power of a frame's side; --flow_size limits it), or --device cpu"
 )
+
+
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer")
+"""What gloo says in the processes that were waiting for one that ended."""
 
 
 @contextmanager
@@ -51,7 +62,7 @@ def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, `DataError` or `CheckpointError` raised inside into `error: …` on stderr and exit code 2.
 
     So it does with what the system refuses for a reason that is the user's to mend (`PLACES`), and with a GPU that has
-    not enough memory.
+    not enough memory. A process that others have left alone says so in a line, too, so that theirs can be found.
     """
     try:
         yield
@@ -59,9 +70,15 @@ def exit_on_user_error() -> Iterator[None]:
         if error.errno not in PLACES:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; {PLACES[error.errno]}", file=sys.stderr, flush=True)
+        remedy = PLACES[error.errno]
+        if remedy == NO_ROOM and not error.filename:
+            remedy += TEMPORARY
+        print(f"error: {where}{error.strerror}; {remedy}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError as error:
+        if any(words in str(error) for words in PEER_GONE):
+            print("error: another process of this run has ended; its own message says why", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch itself need not have been imported here
             raise
         print(f"error: {str(error).splitlines()[0]} {MEMORY}", file=sys.stderr, flush=True)

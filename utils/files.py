@@ -19,6 +19,18 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     interrupted write leaves the old file as it was.
     """
     path = Path(path)
+    try:
+        _write(path, data)
+    except OSError as error:
+        if error.filename is None or Path(error.filename).suffix == ".tmp":
+            error.filename = str(
+                path
+            )  # what a full disk refuses has no name, and the temporary one tells nobody anything
+        raise
+    return path
+
+
+def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=".tmp")
     try:
@@ -30,7 +42,6 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

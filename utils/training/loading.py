@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from datasets.clips import PICTURES, Item
 from datasets.errors import DataError
 from datasets.transforms import pack, resize, unpack
+from utils.errors import UserError
 
 
 class ClipOrder(Sampler):
@@ -103,7 +104,8 @@ def to_floats(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The batches of an epoch. An error about the data that a worker met is raised here as it was there.
+    """The batches of an epoch. An error about the data that a worker met is raised here as it was there, and the end of
+    a worker, which the system ends where memory is short, as a UserError.
 
     PyTorch would hand it on with the worker's traceback as its message.
     """
@@ -112,6 +114,14 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
     except DataError as error:
         message = str(error).rstrip().rsplit(f"{DataError.__name__}: ", 1)[-1]
         raise DataError(message) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):  # not of a process that is gone
+            raise
+        raise UserError(
+            f"a loader process was ended from outside ({str(error).splitlines()[0]}): memory, or shared memory "
+            "(/dev/shm; docker's --shm-size), was not enough for it. Give fewer --workers (0: none) or --cache none; "
+            "the same command goes on from the last checkpoint"
+        ) from None
 
 
 def stop_workers(loader: DataLoader) -> None:

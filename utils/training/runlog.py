@@ -74,8 +74,13 @@ class RunLog:
         """One line of the JSONL file; numbers also go to TensorBoard as ``kind/name``. ``values`` has a ``step``."""
         if not self.active:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n")
+        line = json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n"
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            error.filename = str(self.path)  # what a full disk refuses has no name
+            raise
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and name != "step":
