@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,9 +151,35 @@ def step_size(config: TrainConfig, step: int) -> tuple[int, int]:
     """
     if not config.multi_scale:
         return config.size
-    number = np.random.default_rng([config.seed, step, 32]).integers(len(config.multi_scale))
-    height, width = (max(32, round(side * config.multi_scale[number] / 32) * 32) for side in config.size)
-    return height, width
+    sizes = step_sizes(config)
+    return sizes[np.random.default_rng([config.seed, step, 32]).integers(len(sizes))]
+
+
+def step_sizes(config: TrainConfig) -> list[tuple[int, int]]:
+    """The sizes (H, W) that `step_size` draws from."""
+    if not config.multi_scale:
+        return [config.size]
+    height, width = config.size
+    return [
+        (max(32, round(height * multiple / 32) * 32), max(32, round(width * multiple / 32) * 32))
+        for multiple in config.multi_scale
+    ]
+
+
+def check_statistics(config: TrainConfig, processes: Processes, multiple: int) -> None:
+    """Raises UserError where the coarsest maps, at stride 32, have one value for a batch norm to take statistics of.
+
+    Args:
+        multiple: what the network pads its input to.
+    """
+    height, width = min(step_sizes(config), key=math.prod)
+    positions = math.prod(math.ceil(side / multiple) * multiple // 32 for side in (height, width))
+    values = positions * config.clip_len * config.batch_size * (processes.world_size if config.bn == "sync" else 1)
+    if config.bn != "frozen" and values == 1:
+        raise UserError(
+            f"size: clips of {height}x{width} pixels with clip_len 1 and batch_size 1 leave batch norms a single value "
+            "at stride 32, which has no statistics; give a larger --size, --batch_size or --clip_len, or --bn frozen"
+        )
 
 
 def distribute(config: TrainConfig, processes: Processes, net: nn.Module) -> nn.Module:
@@ -359,6 +386,12 @@ def validate(run: Run) -> dict[str, float] | None:
     amp = None if config.amp == "none" else config.amp
     predictor = Predictor(net, device=processes.device, size=config.val_size or config.size, amp=amp)
     mine: dict[str, float] | None = {}
+    # Two data sets may each have a sequence of one name, DAVIS-2016 and DAVIS-2017 for instance.
+    shared = Counter(sequence.name for sequence in run.validation)
+    names = {
+        id(sequence): f"{sequence.dataset}/{sequence.name}" if shared[sequence.name] > 1 else sequence.name
+        for sequence in run.validation
+    }
     for sequence in run.validation[processes.rank :: processes.world_size]:
         stems = sequence.stems[: config.val_frames or None]
         frames = LazyImages(sequence.frames[: len(stems)], load_frame)
@@ -375,7 +408,7 @@ def validate(run: Run) -> dict[str, float] | None:
                 scores.append(jaccard(np.rint(probability * 255) > 127, truth > 0))
         if mine is None:
             break
-        mine[sequence.name] = float(np.mean(scores))
+        mine[names[id(sequence)]] = float(np.mean(scores))
     shares = processes.gather(mine)
     if any(share is None for share in shares):
         return None
@@ -598,6 +631,7 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
     teacher = load_teacher(config, net, processes.device)
     if config.freeze_stride:
         net.freeze_encoders(config.freeze_stride)
+    check_statistics(config, processes, net.multiple)
     net = set_batch_norm(net, config.bn, processes)
     training, validation = build_sequences(config)
     clips_per_step = config.batch_size * config.accumulate * processes.world_size
@@ -681,6 +715,9 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
     run.log.say(f"{sizes + '; ' if sizes else ''}{len(run.validation)} sequences held out for validation")
     clips = position(run)["clips_per_step"]
     run.log.say(f"{clips} clips per step, {run.steps_per_epoch} steps per epoch, {run.total_steps} steps in all")
+    if config.warmup_steps >= run.total_steps:
+        reached = config.lr * lr_factor(config, run.total_steps - 1, run.total_steps, run.steps_per_epoch)
+        run.log.say(f"warmup_steps {config.warmup_steps} are the whole run: lr rises to {reached:.2e} in its last step")
     if checkpoint is not None:
         run.log.say(f"resuming {config.resume_path} at step {run.step}")
         before = checkpoint["config"]

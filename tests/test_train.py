@@ -366,6 +366,39 @@ def load_image(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
+def test_sequences_of_one_name_in_two_data_sets_are_both_validated(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(videos, root / "DAVIS")
+    shutil.copytree(videos, root / "other")  # another set of the same layout, with the same names
+    names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    data = ["--datasets", "DAVIS-2016", "other", "--data_dir", str(root), "--val_sequences", names[0]]
+    assert main.main([*TINY, *data, "--max_steps", "1", "--save_dir", str(tmp_path / "run")]) == 0
+    (line,) = lines(tmp_path / "run", "val")
+    assert set(line["sequences"]) == {f"DAVIS-2016/{names[0]}", f"other/{names[0]}"}
+    assert len(set(line["sequences"].values())) == 1  # the same videos
+    assert line["J"] == pytest.approx(np.mean(list(line["sequences"].values())))
+
+
+def test_a_batch_norm_of_one_value_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [*TINY, *"--size 32 32 --batch_size 1 --clip_len 1 --max_steps 1 --save_dir".split()]
+    message = fails([*small, str(tmp_path / "a")], capsys)
+    assert "32x32" in message and "--bn frozen" in message and not (tmp_path / "a").exists()
+    assert "32x32" in fails([*small, str(tmp_path / "a"), *"--size 64 64 --multi_scale 1 0.5".split()], capsys)
+    for number, words in enumerate(("--bn frozen", "--size 32 64", "--batch_size 2", "--clip_len 2")):
+        assert main.main([*small, str(tmp_path / f"b{number}"), *words.split()]) == 0
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, "--max_steps", "1", "--lr", "1e-2", "--save_dir", str(tmp_path)]
+    assert main.main([*words, "--warmup_steps", "10"]) == 0
+    assert "warmup_steps 10 are the whole run: lr rises to 1.00e-03" in capsys.readouterr().out
+    assert lines(tmp_path)[0]["lr"] == pytest.approx(1e-3)
+
+
 def test_held_out_sequences_are_not_trained_on(videos: Path) -> None:
     names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
     config = TrainConfig(data_dir=str(videos), datasets={"DAVIS-2016": 1.0}, val_sequences=[names[1]])
