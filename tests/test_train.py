@@ -576,6 +576,11 @@ def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "DAVIS-2016" in fails([*arguments, "--datasets", "DAVIS-2016"], capsys)
     for name in ("DUTS-TR", "duts-tr"):
         assert "DUTS-TR-Image" in fails([*arguments, "--datasets", name], capsys)
+    for name in ("DUTS", "synthtic"):  # the two that are no data sets of videos
+        message = fails([*arguments, "--datasets", name], capsys)
+        assert "stills are DUTS-TR" in message and "synthetic" in message
+    message = fails([*arguments, "--datasets", "synthetic", "--val_sequences", "bear"], capsys)
+    assert "'bear'" in message and "--val_datasets" in message and "--val_sequences none" in message
 
 
 @pytest.mark.parametrize("name", ["synthetic", "DUTS-TR"])

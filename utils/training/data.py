@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
 from datasets.errors import DataError
 from datasets.scenes import SceneOptions
-from datasets.sequences import VideoSequence, canonical_name, read_dataset
+from datasets.sequences import DATASETS, VideoSequence, canonical_name, read_dataset
 from datasets.stills import read_stills
 from datasets.synthetic import SyntheticClips
 from datasets.transforms import Augment
@@ -40,7 +40,11 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
             )
         except DataError as error:
             if name in names:
-                raise
+                if canonical_name(name) in DATASETS:
+                    raise
+                raise DataError(
+                    f"{error}. Clips made of stills are DUTS-TR, and those that need no data synthetic"
+                ) from error
             # Often a config's and not the user's own wish, who has named other data to train on.
             raise UserError(
                 f"val_datasets: {error}. {name} is not trained on; it is read for validation on val_sequences "
@@ -57,8 +61,13 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
     for sequence in validation:
         check_validation(config, sequence)
     missing = sorted(held_out - known)
+    if missing and not known:
+        raise UserError(
+            f"val_sequences: {missing[0]!r} cannot be found, since no data set of videos is trained on; say with "
+            "--val_datasets which holds it, or train without validation: --val_sequences none"
+        )
     if missing:
-        where = ", ".join(sources) or "no video data set (give val_datasets)"
+        where = ", ".join(sources)
         near = nearest(missing[0], known)
         raise UserError(f"val_sequences: {missing[0]!r} is not in the train split of {where}; {near}")
     return training, validation
