@@ -587,12 +587,17 @@ def forget_best(run: Run, checkpoint: dict[str, Any]) -> str | None:
         return None
     before, now = checkpoint["config"], run.config.to_dict()
     changed = [key for key in VALIDATION_OPTIONS if key in before and before[key] != now[key]]
-    if run.processes.gather((run.folder / "best.pt").is_file())[0]:
-        if not changed:
-            return None
+    kept, path = None, run.folder / "best.pt"
+    if run.processes.is_main and path.is_file():
+        # Who goes back to an earlier checkpoint of the folder finds the best weights of what came after it there.
+        kept = run.best["step"] if run.config.resume == "auto" else load_checkpoint(path)["step"]
+    kept = run.processes.gather(kept)[0]
+    if kept != run.best["step"]:
+        why = f"is not in {path}" + (f", which is of step {kept}" if kept is not None else "")
+    elif changed:
         why = f"was of another validation ({', '.join(changed)})"
     else:
-        why = f"is not in {run.folder / 'best.pt'}"
+        return None
     found, run.best = run.best, None
     return f"the best so far, J {found['J']:.4f} at step {found['step']}, {why}: the best from here on is kept"
 

@@ -36,6 +36,11 @@ def recognise(state: dict[str, Tensor]) -> str:
     raise CheckpointError(
         f"not a MobileViT checkpoint of a known format ({', '.join(FORMATS)}): {len(state)} tensors, "
         f"the first keys are {some}"
+        + (
+            "; it is a whole network of main.py's, which --finetune takes"
+            if "decoder.aux_heads.0.bias" in state
+            else ""
+        )
     )
 
 

@@ -28,6 +28,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     A safetensors file gives ``{"state_dict": tensors, "metadata": {str: str}}``.
     """
     path = Path(path)
+    if path.is_dir():
+        names = ", ".join(name for name in ("weights.safetensors", "best.pt", "last.pt") if (path / name).is_file())
+        raise CheckpointError(
+            f"no checkpoint at {path}: it is a folder; give a file in it ({names or 'it has none of a training run'})"
+        )
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {path}: give the path of an existing .safetensors, .pt, .pth or .pth.tar file"

@@ -69,7 +69,7 @@ def save_weights(
         os.replace(temporary, path)
     except BaseException as error:
         os.unlink(temporary)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)  # what a full disk refuses has no name
         raise
 

@@ -285,6 +285,28 @@ def test_scores_of_another_validation_are_not_compared(
     assert read(tmp_path)["best"] == {"J": 0.2, "step": 6}
 
 
+def test_who_goes_back_to_an_earlier_checkpoint_gets_weights_of_what_comes_after_it(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    arguments = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    arguments += ["--save_dir", str(tmp_path), "--steps_per_epoch", "1", "--max_steps"]
+    scores = iter((0.2, 0.9, 0.1))
+    monkeypatch.setattr(main, "validate", lambda run: {name: next(scores)})
+    assert main.main([*arguments, "1"]) == 0
+    shutil.copy(tmp_path / "last.pt", tmp_path / "early.pt")
+    assert main.main([*arguments, "2"]) == 0  # not what was wanted: back
+    capsys.readouterr()
+    assert main.main([*arguments, "2", "--resume", str(tmp_path / "early.pt"), "--lr", "1e-4"]) == 0
+    said = capsys.readouterr().out
+    # Not "best J 0.2 at step 1" with the weights of the step that had 0.9.
+    assert (
+        "J 0.2000 at step 1, is not in" in said and "which is of step 2" in said and "best J 0.1000 at step 2" in said
+    )
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        assert (file.metadata()["step"], file.metadata()["J"]) == ("2", "0.1000")
+
+
 def test_a_launcher_that_starts_again_would_begin_anew_each_time(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -532,6 +554,12 @@ def test_weights_of_another_network(finished: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "text.pt").write_text("no checkpoint")
     assert "text.pt" in fails([*TINY, *anew, "--finetune", str(tmp_path / "text.pt")], capsys)
     assert "text.pt" in fails([*TINY, *anew, "--pretrained", str(tmp_path / "text.pt")], capsys)
+    # A folder for a file in it, and the wrong one of the two options.
+    message = fails([*TINY, *anew, "--finetune", str(finished)], capsys)
+    assert f"{finished}: it is a folder" in message and "weights.safetensors, last.pt" in message
+    assert f"give {finished / 'last.pt'}" in fails([*TINY, *anew, "--resume", str(finished)], capsys)
+    message = fails([*TINY, *anew, "--pretrained", str(finished / "weights.safetensors")], capsys)
+    assert "which --finetune takes" in message
 
 
 def test_a_run_that_cannot_go_on_says_why(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     try:
         _write(path, data)
     except OSError as error:
-        if error.filename is None or Path(error.filename).suffix == ".tmp":
+        if error.errno is not None and (error.filename is None or Path(error.filename).suffix == ".tmp"):
             error.filename = str(
                 path
             )  # what a full disk refuses has no name, and the temporary one tells nobody anything

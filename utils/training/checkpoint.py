@@ -41,6 +41,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: damaged, not readable with ``weights_only=True``, or a file without the training state.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, expected a checkpoint to resume from; give {path / 'last.pt'}")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint to resume from; --resume none starts anew")
     try:
