@@ -23,9 +23,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
         _write(path, data)
     except OSError as error:
         if error.errno is not None and (error.filename is None or Path(error.filename).suffix == ".tmp"):
-            error.filename = str(
-                path
-            )  # what a full disk refuses has no name, and the temporary one tells nobody anything
+            # What a full disk refuses has no name, and that of the temporary file tells nobody anything.
+            error.filename = str(path)
         raise
     return path
 
