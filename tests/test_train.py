@@ -23,6 +23,7 @@ from datasets.scenes import SceneOptions
 from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, load_dbsnet, save_weights
 from utils.errors import UserError
+from utils.training import resuming
 from utils.training.checkpoint import save_checkpoint
 from utils.training.config import TrainConfig, load_config, parse_args
 from utils.training.data import build_scene, build_sequences
@@ -373,7 +374,7 @@ def test_who_dies_between_two_files_validates_again(
         save_checkpoint(path, checkpoint)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "save_checkpoint", full)
+        patch.setattr(resuming, "save_checkpoint", full)
         with pytest.raises(SystemExit):
             main.main(command)
     assert main.main(command) == 0
