@@ -48,7 +48,7 @@ class FrameStore:
         """Frames start … stop-1 in float32 on the device `like`: (n, …)."""
         if self.tensor is not None:
             return self.tensor[start:stop].to(like).float()
-        raw = torch.empty((stop - start) * self.stride, dtype=torch.uint8)
+        raw = torch.empty((stop - start) * self.stride, dtype=torch.uint8, device="cpu")
         data, offset = memoryview(raw.numpy()), start * self.stride
         while data:
             count = os.preadv(self.file.fileno(), [data], offset)

@@ -9,6 +9,8 @@ grow with the video beyond its limits.
 
 from __future__ import annotations
 
+import math
+import operator
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -29,7 +31,6 @@ from models.refinement import refinement_windows, temporal_windows
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Images = Sequence[np.ndarray]  # (H, W, 3) uint8 RGB each
 Size = tuple[int, int]  # height, width
 Window = tuple[int, int, int, int]  # of `models.refinement.temporal_windows`: start, stop, first and last kept
 Run = Callable[..., tuple[Tensor, ...]]  # run(key, work, *inputs): `directly`, or a `CudaGraphs`
@@ -38,6 +39,52 @@ Run = Callable[..., tuple[Tensor, ...]]  # run(key, work, *inputs): `directly`, 
 def directly(key: Hashable, work: Work, *inputs: Tensor) -> tuple[Tensor, ...]:
     """What `CudaGraphs` does, without a graph."""
     return work(*inputs)
+
+
+class Images:
+    """The frames or the flow images of one video, as its passes ask for them from their threads.
+
+    Args:
+        images: (H, W, 3) uint8 RGB each, all of one size.
+        what: one of them, for errors.
+        turns: held while an image is asked for and copied: what decodes may have one position, and one buffer.
+    """
+
+    def __init__(self, images: Sequence[np.ndarray], what: str, turns: threading.Lock) -> None:
+        self.images, self.what, self.turns = images, what, turns
+        self.shape: tuple[int, ...] | None = None  # of the first that was asked for
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, start: int, stop: int, mirror: Callable[[np.ndarray], np.ndarray] | None, pinned: bool) -> Tensor:
+        """Images start … stop-1 as a (n, 3, H, W) uint8 tensor of host memory; `mirror` is applied to each.
+
+        Raises ValueError for what is no picture, or one of another size.
+        """
+        stacked: Tensor | None = None
+        for place, index in enumerate(range(start, stop)):
+            with self.turns:
+                image = _picture(self.images[index])
+                if self.shape is None:
+                    self.shape = image.shape
+                if image.shape != self.shape:
+                    raise ValueError(
+                        f"{self.what} {index} has shape {image.shape}, the first one {self.shape}: all of a video need "
+                        "one size"
+                    )
+                if stacked is None:
+                    # On the CPU whatever the default device is: only there is memory that arrays can share.
+                    stacked = torch.empty(
+                        (stop - start, *self.shape), dtype=torch.uint8, device="cpu", pin_memory=pinned
+                    )
+                np.copyto(stacked[place].numpy(), image)
+            if mirror is not None:
+                mirrored = mirror(stacked[place].numpy().copy())
+                if mirrored.shape != self.shape:
+                    raise ValueError(f"a mirrored {self.what} has shape {mirrored.shape}, expected {self.shape}")
+                np.copyto(stacked[place].numpy(), mirrored)
+        return stacked.permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
 
 
 class Pass(NamedTuple):
@@ -98,7 +145,7 @@ class Predictor:
     """Segments videos of any length: ``for index, probability in Predictor(net)(frames, flows): ...``.
 
     Args:
-        net: the network; it is put in evaluation mode.
+        net: the network, in single precision; it is put in evaluation mode.
         device: where to run; the network's own device by default.
         size: (H, W) of the network's input; frames and flow images are resized to it. None: the frame's own size.
         batch_size: frames encoded or decoded at once; by default 4 on a CPU, and 16 on a GPU, which fewer leave idle.
@@ -122,8 +169,10 @@ class Predictor:
             pass, before its first result comes. With `clip_len`, results come on the way, and it is not called.
 
     `frames` and `flows` are sequences (``len`` and indexing, lists or lazy) of (H, W, 3) uint8 RGB arrays; flow
-    images may have another size than frames. Yields (index, probability), float32 (H, W) in [0, 1] at the frame's own
-    size, in order. Raises ValueError when the numbers of frames and flow images differ.
+    images may have another size than frames, but all frames have one size, and all flow images. Images are asked for
+    from other threads, one at a time, and copied before the next. Yields (index, probability), float32 (H, W) in
+    [0, 1] at the frame's own size, in order. Raises ValueError when the numbers of frames and flow images differ or a
+    size does, TypeError for what is no sequence.
     """
 
     def __init__(self, net: DBSNet, *, device: str | torch.device | None = None, size: tuple[int, int] | None = None,
@@ -137,13 +186,27 @@ class Predictor:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
         if clip_len is not None and clip_len < 1:
             raise ValueError(f"clip_len must be at least 1, got {clip_len}")
+        if not isinstance(getattr(net, "_orig_mod", net), DBSNet):  # what `torch.compile` wraps passes all on
+            wrapped = "; give what it wraps: net.module" if hasattr(net, "module") else ""
+            raise TypeError(f"net must be a DBSNet, got {type(net).__name__}{wrapped}")
+        other = next((p.dtype for p in net.parameters() if p.dtype != torch.float32), None)
+        if other is not None:
+            raise ValueError(
+                f"net must be in single precision, got parameters of {other}: give net.float(), and amp for speed"
+            )
+        if size is not None:
+            size = _checked_size(size)
         self.device = torch.device(device) if device is not None else next(net.parameters()).device
         if batch_size is None:
             batch_size = 4 if self.device.type == "cpu" else 16
-        if batch_size < 1 or piece < 1 or not scales or min(scales) <= 0:
-            raise ValueError(
-                f"batch_size and piece must be at least 1 and scales positive, got {batch_size}, {piece} and {scales}"
-            )
+        if batch_size < 1 or piece < 1:
+            raise ValueError(f"batch_size and piece must be at least 1, got {batch_size} and {piece}")
+        if (
+            not isinstance(scales, Sequence | np.ndarray)
+            or not len(scales)
+            or not all(0 < s < math.inf for s in scales)
+        ):
+            raise ValueError(f"scales must be one or several numbers above 0, got {scales!r}")
         if cuda_graphs and (self.device.type != "cuda" or not fold):
             raise ValueError(f"cuda_graphs needs a GPU and fold=True, got {self.device} and fold={fold}")
         self.net = net.to(self.device).eval()
@@ -158,6 +221,12 @@ class Predictor:
         self._busy = False
 
     def __call__(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        for name, images in (("frames", frames), ("flows", flows)):
+            if not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
+                raise TypeError(
+                    f"{name} must be a sequence (len and indexing), got {type(images).__name__}: make a list of what "
+                    "can only be iterated over"
+                )
         if len(frames) != len(flows):
             raise ValueError(
                 f"every frame needs its flow image: got {len(frames)} frames and {len(flows)} flow images "
@@ -165,6 +234,8 @@ class Predictor:
             )
         if not len(frames):
             return
+        turns = threading.Lock()
+        images = Images(frames, "frame", turns), Images(flows, "flow image", turns)
         own = _picture(frames[0]).shape[:2]
         sizes = [
             (self._scaled(own, scale), flip)
@@ -174,11 +245,14 @@ class Predictor:
         with self._alone():
             net, run = self._prepared((own, *sizes))
             process = self._clips if self.clip_len else self._whole
-            runs = [
-                hand_out(process(Pass(size, flip, own, net, run, len(sizes)), frames, flows)) for size, flip in sizes
-            ]
-            for index, results in enumerate(zip(*runs)):
-                yield index, sum(results) / len(results) if len(results) > 1 else results[0]
+            runs = [hand_out(process(Pass(size, flip, own, net, run, len(sizes)), *images)) for size, flip in sizes]
+            try:
+                for index, results in enumerate(zip(*runs)):
+                    yield index, sum(results) / len(results) if len(results) > 1 else results[0]
+            finally:
+                # Where one fails, the traceback would keep the others' memory and files for as long as it is kept.
+                for each in runs:
+                    each.close()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -200,7 +274,7 @@ class Predictor:
     def _prepared(self, sizes: Hashable) -> tuple[DBSNet, Run]:
         """The network to use for a video, and how to run its parts."""
         if not self.fold:
-            return self.net, directly
+            return self.net.eval(), directly  # it may have been trained on since the last video
         # Folded for each video and not once, since the network may be trained on between two.
         if not self.cuda_graphs:
             return inference_copy(self.net, self.amp, self.memory_format), directly
@@ -221,15 +295,6 @@ class Predictor:
         m = self.net.multiple
         return max(m, round(height * scale / m) * m), max(m, round(width * scale / m) * m)
 
-    def _load(self, images: Sequence[np.ndarray], start: int, stop: int, mirror: Callable | None) -> Tensor:
-        """Images start … stop-1 as a (n, 3, H, W) uint8 tensor, pinned for a GPU; `mirror` is applied to each."""
-        arrays = [_picture(images[i]) for i in range(start, stop)]
-        if mirror is not None:
-            arrays = [mirror(array) for array in arrays]
-        stacked = torch.empty((len(arrays), *arrays[0].shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        np.stack(arrays, out=stacked.numpy())
-        return stacked.permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
-
     def _on_device(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True)
 
@@ -240,15 +305,17 @@ class Predictor:
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
         return pad_to_multiple(x, self.net.multiple).contiguous(memory_format=self.memory_format)
 
-    def _batches(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray], starts: Sequence[tuple[int, int]],
-                 flip: bool) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    def _batches(
+        self, frames: Images, flows: Images, starts: Sequence[tuple[int, int]], flip: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         def flip_image(image: np.ndarray) -> np.ndarray:
             return image[:, ::-1]
 
         mirror = flip_image if flip else None
         mirror_flow = (self.mirror_flow or flip_image) if flip else None
+        pinned = self.device.type == "cuda"
         return read_ahead(
-            lambda span: (self._load(frames, *span, mirror), self._load(flows, *span, mirror_flow)),
+            lambda span: (frames.load(*span, mirror, pinned), flows.load(*span, mirror_flow, pinned)),
             starts,
         )
 
@@ -342,7 +409,19 @@ def _picture(image: np.ndarray) -> np.ndarray:
     if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         described = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
         raise ValueError(f"frames and flow images are arrays (H, W, 3) of uint8, RGB, got {described}")
+    if not image.size:
+        raise ValueError(f"a frame or flow image without pixels: shape {image.shape}")
     return image
+
+
+def _checked_size(size: Sequence[int]) -> Size:
+    try:
+        height, width = (operator.index(side) for side in size)
+    except (TypeError, ValueError):
+        raise ValueError(f"size must be two whole numbers, height and width, got {size!r}") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be a height and a width above 0, got {size!r}")
+    return height, width
 
 
 def _same(kept: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
@@ -360,7 +439,7 @@ def hand_out(batches: Iterator[Tensor]) -> Iterator[np.ndarray]:
         if batch.device.type != "cuda":
             yield from batch.cpu().numpy()
             continue
-        host = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+        host = torch.empty(batch.shape, dtype=batch.dtype, device="cpu", pin_memory=True)
         with torch.inference_mode():
             host.copy_(batch, non_blocking=True)
         copied = torch.cuda.Event()

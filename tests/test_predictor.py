@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -218,6 +220,44 @@ def test_arrays_and_lazy_sequences_will_do_and_no_frame_is_held(net: DBSNet, vid
     assert sorted(flows.asked) == list(range(11))  # each is decoded once
 
 
+class OneAtATime(Sequence):
+    """A decoder of one buffer and one position: the next picture overwrites the last, and two askers would mix."""
+
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self.images, self.buffer, self.asking = images, np.empty_like(images[0]), threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        if not self.asking.acquire(blocking=False):
+            raise RuntimeError("asked for from two threads at once")
+        time.sleep(0.002)
+        self.buffer[...] = self.images[index]
+        self.asking.release()
+        return self.buffer
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"flip": True}, {"flip": True, "clip_len": 4}, {"scales": (1.0, 0.5), "clip_len": 3}]
+)
+def test_a_decoder_with_one_buffer_may_be_given(net: DBSNet, video: tuple, options: dict) -> None:
+    expected = collect(exact(net, **options)(*video))
+    result = collect(exact(net, **options)(OneAtATime(video[0]), OneAtATime(video[1])))
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize(("which", "what"), [(0, "frame"), (1, "flow image")])
+def test_a_picture_of_another_size_is_refused_wherever_a_batch_ends(
+    net: DBSNet, video: tuple, which: int, what: str, batch_size: int
+) -> None:
+    arguments = [list(images[:6]) for images in video]
+    arguments[which][4] = arguments[which][4][:32]
+    with pytest.raises(ValueError, match=rf"{what} 4 has shape \(32, 96, 3\), the first one \(64, 96, 3\)"):
+        collect(Predictor(net, batch_size=batch_size)(*arguments))
+
+
 @pytest.mark.parametrize("clip_len", [None, 4])
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_error_of_a_lazy_sequence_reaches_the_caller(
@@ -260,6 +300,26 @@ def test_closing_early_frees_files_and_threads(
     assert set(threading.enumerate()) <= before
 
 
+def test_an_error_in_one_pass_frees_the_files_of_the_others(
+    net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BreaksLater(list):
+        asked = 0
+
+        def __getitem__(self, index: int) -> np.ndarray:
+            self.asked += index == 9
+            if self.asked == 2:  # the first pass is encoded, the second at it
+                raise OSError("the disk went away")
+            return super().__getitem__(index)
+
+    files, make = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *a, **k: files.append(make(*a, **k)) or files[-1])
+    with pytest.raises(OSError, match="went away") as caught:
+        collect(Predictor(net, host_memory=0, flip=True)(BreaksLater(video[0]), video[1]))
+    assert caught.value.__traceback__ is not None  # kept, as a notebook keeps the last one
+    assert files and all(file.closed for file in files)
+
+
 def test_all_files_are_closed_at_the_end(net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     files, make = [], tempfile.TemporaryFile
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda *a, **k: files.append(make(*a, **k)) or files[-1])
@@ -276,11 +336,55 @@ def test_bad_arguments(net: DBSNet, video: tuple) -> None:
             next(Predictor(net)([image], [image]))
     with pytest.raises(ValueError, match="got float32"):
         next(Predictor(net)(video[0][:1], [video[1][0].astype(np.float32)]))
+    with pytest.raises(ValueError, match="without pixels"):
+        next(Predictor(net)(*([np.zeros((0, 9, 3), np.uint8)],) * 2))
+    for arguments, name in (((iter(video[0]), video[1]), "frames"), ((video[0], (x for x in video[1])), "flows")):
+        with pytest.raises(TypeError, match=f"{name} must be a sequence .* make a list"):
+            next(Predictor(net)(*arguments))
     with pytest.raises(ValueError, match="amp"):
         Predictor(net, amp="fp8")
     with pytest.raises(ValueError, match="clip_len"):
         Predictor(net, clip_len=0)
+    for size in (64, (64,), (64.0, 96.0), (0, 96), "64"):
+        with pytest.raises(ValueError, match="size must be"):
+            Predictor(net, size=size)
+    for scales in (1.0, (), (0.0,), (float("nan"),), (float("inf"),)):
+        with pytest.raises(ValueError, match="scales must be"):
+            Predictor(net, scales=scales)
     assert list(Predictor(net)([], [])) == []
+
+
+def test_networks_that_are_none_or_not_in_single_precision(net: DBSNet) -> None:
+    with pytest.raises(TypeError, match="got DataParallel; give what it wraps: net.module"):
+        Predictor(torch.nn.DataParallel(net))
+    with pytest.raises(TypeError, match="must be a DBSNet, got Conv2d$"):
+        Predictor(torch.nn.Conv2d(3, 3, 1))
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(ValueError, match=rf"single precision, got parameters of {dtype}: give net.float\(\)"):
+            Predictor(copy.deepcopy(net).to(dtype))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_network_put_back_in_training_mode_is_neither_used_nor_changed_in_it(
+    net: DBSNet, video: tuple, truth: np.ndarray, fold: bool
+) -> None:
+    own = copy.deepcopy(net)
+    predictor = exact(own, fold=fold)
+    own.train()
+    np.testing.assert_allclose(collect(predictor(*video)), truth, atol=1e-5)
+    before, after = net.state_dict(), own.state_dict()
+    assert all(torch.equal(before[key], value) for key, value in after.items())
+
+
+@pytest.mark.parametrize("options", [{"host_memory": 0}, {"clip_len": 4}])
+def test_the_default_device_is_the_users(net: DBSNet, video: tuple, options: dict) -> None:
+    expected = collect(Predictor(net, **options)(*video))
+    torch.set_default_device("meta")  # stands for a GPU: what is made there without being asked for cannot be read
+    try:
+        result = collect(Predictor(net, **options)(*video))
+    finally:
+        torch.set_default_device(None)
+    np.testing.assert_array_equal(result, expected)
 
 
 def test_amp_stays_close(net: DBSNet, video: tuple) -> None:
