@@ -67,7 +67,7 @@ class DBSNet(nn.Module):
         if not streams or any(stream not in STREAMS for stream in streams) or len(set(streams)) != len(streams):
             raise ValueError(f"streams must be one or both of {STREAMS}, got {streams}")
         names = encoder if isinstance(encoder, dict) else dict.fromkeys(streams, encoder)
-        if set(names) != set(streams):
+        if set(names) != set(streams) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"encoder must be one name or one for each of {streams}, got {encoder}")
         self.config: dict[str, Any] = {
             "variant": variant, "flavour": flavour, "width": width, "hidden": hidden, "dilations": list(dilations),

@@ -86,7 +86,7 @@ def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.n
     metadata = content.get("metadata") or {}
     try:
         config = json.loads(metadata["config"]) if "config" in metadata else content.get("config_model")
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the 'config' in its metadata is not JSON ({error}): write it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(

@@ -175,6 +175,23 @@ def test_bad_input_and_bad_options_are_refused() -> None:
             small(**options)
 
 
+@pytest.mark.parametrize("options", [
+    {"width": -16}, {"width": "16"}, {"hidden": 0}, {"dilations": (1, 0)}, {"dilations": (1.0,)}, {"depth": -1},
+    {"window": 0}, {"window": 2.5}, {"window": None}, {"pool": 0}, {"rounds": -1}, {"rounds": "2"},
+])  # fmt: skip
+def test_numbers_that_no_network_has_are_refused_when_it_is_built(options: dict) -> None:
+    """A window of 0 frames, for one, would be looked for without end when the first video comes."""
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        small(**options)
+
+
+@pytest.mark.parametrize("encoder", [None, 3, ["mobilevit"], {"appearance": "mobilevit", "motion": None}])
+def test_encoders_are_named(encoder: object) -> None:
+    with pytest.raises(ValueError, match="encoder must be one name"):
+        small(encoder=encoder)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_stays_near_single_precision(dtype: torch.dtype) -> None:
     net = small().eval()

@@ -119,7 +119,13 @@ def test_files_that_do_not_say_their_network(net: DBSNet, tmp_path: Path) -> Non
     save_file({"a": torch.zeros(1)}, str(tmp_path / "broken.safetensors"), metadata={"config": "{variant"})
     with pytest.raises(CheckpointError, match="broken.safetensors.*config"):
         load_dbsnet(tmp_path / "broken.safetensors")
-    for config in ({"variant": "m"}, {"variant": "s", "tiers": 3}):
+    save_file({"a": torch.zeros(1)}, str(tmp_path / "deep.safetensors"), metadata={"config": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="deep.safetensors.*config"):
+        load_dbsnet(tmp_path / "deep.safetensors")
+    tampered = [
+        {**net.config, **change} for change in ({"window": 0}, {"width": -16}, {"encoder": None}, {"pool": "2"})
+    ]
+    for config in ({"variant": "m"}, {"variant": "s", "tiers": 3}, *tampered):
         torch.save(checkpoint(net, config_model=config), tmp_path / "future.pt")
         with pytest.raises(CheckpointError, match="does not describe a network of this version"):
             load_dbsnet(tmp_path / "future.pt")
