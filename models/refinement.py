@@ -44,9 +44,11 @@ def refinement_windows(length: int, window: int) -> Iterator[tuple[int, int, int
 
 def time_encoding(length: int, dim: int, like: Tensor) -> Tensor:
     """Sinusoid over time, centred on the clip, so that clips of any length share their middle: (T, dim)."""
-    # A recorded graph would not know when a kept one is thrown away.
+    # A recorded graph would not know when a kept one is thrown away. And what is made for tools that only want shapes
+    # (FakeTensorMode) has no numbers for whoever computes next.
     recording = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    make = _time_encoding if recording or torch.compiler.is_compiling() else _kept_time_encoding
+    keep = type(like) is Tensor and not recording and not torch.compiler.is_compiling()
+    make = _kept_time_encoding if keep else _time_encoding
     return make(length, dim, like.dtype, like.device)
 
 

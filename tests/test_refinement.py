@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from models.refinement import (
     RefinementLayer,
@@ -160,3 +161,17 @@ def test_depth_0_is_the_identity_and_heads_must_divide() -> None:
     assert torch.equal(SpatioTemporalTransformer(8, depth=0)(x), x)
     with pytest.raises(ValueError, match="10 and 4"):
         SpatioTemporalTransformer(10)
+
+
+def test_shapes_computed_without_numbers_leave_nothing_behind() -> None:
+    """As tools do that estimate memory: what is made under FakeTensorMode has a shape and no numbers."""
+    torch.manual_seed(0)
+    length, dim = 13, 20  # of no other test
+    layer = RefinementLayer(dim, heads=4, mlp_ratio=2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.rand(1, length, dim, 2, 3)).shape == (1, length, dim, 2, 3)
+    with torch.no_grad():
+        result = layer(torch.rand(1, length, dim, 2, 3))
+    assert type(result) is Tensor and bool(result.isfinite().all())
+    with FakeTensorMode():  # and the other way about: numbers that are kept are not for a network without
+        assert RefinementLayer(dim, heads=4, mlp_ratio=2)(torch.rand(1, length, dim, 2, 3)).shape[1] == length
