@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shlex
 import tracemalloc
 from pathlib import Path
 
@@ -135,6 +136,22 @@ def test_a_video_that_cannot_be_decoded_names_the_command_that_converts_it(tmp_p
     assert str(caught.value).startswith(str(path))
 
 
+@pytest.mark.parametrize("name", ["12:30:05.avi", "2026-11-26T12:30.avi", "file:1.avi", "50%03d.avi", "-v.avi"])
+def test_names_that_ffmpeg_would_read_otherwise(clip: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    """A protocol before a colon, a number after a percent sign, an option; a name without its folder is the case."""
+    clip.rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    frames = open_video(name)
+    assert len(frames) == 60 and [number(frames[t]) for t in (0, 59)] == [0, 59]
+    Path(name).write_bytes(b"this is no video")
+    with pytest.raises(UserError) as caught:
+        open_video(name)
+    words = shlex.split(str(caught.value).splitlines()[1])
+    for word in (words[2], words[-1]):
+        assert Path(word).name in (name, f"{Path(name).stem}_h264.mp4")
+        assert not word.startswith("-") and ":" not in word.split("/")[0]
+
+
 def test_a_video_that_is_not_there(tmp_path: Path):
     with pytest.raises(UserError, match="no such video file"):
         open_video(tmp_path / "nothing.mp4")
@@ -209,6 +226,31 @@ def test_an_interrupted_video_leaves_nothing_new_behind(tmp_path: Path):
 
     with pytest.raises(RuntimeError, match="the network stopped"):
         write_video(path, frames())
+    assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """OpenCV writes on without a word; the index, which comes last, is missing then."""
+    path, written = tmp_path / "made.mp4", []
+    writer = cv2.VideoWriter
+
+    class Full:
+        def __init__(self, name: str, *options: object) -> None:
+            self.inner = writer(name, *options)
+            written.append(Path(name))
+
+        def release(self) -> None:
+            self.inner.release()
+            if written[-1].is_file():
+                written[-1].write_bytes(written[-1].read_bytes()[:1500])
+
+        def __getattr__(self, name: str):
+            return getattr(self.inner, name)
+
+    monkeypatch.setattr(cv2, "VideoWriter", Full)
+    path.write_bytes(b"older")
+    with pytest.raises(UserError, match="made.mp4.*disk full"):
+        write_video(path, (picture(t) for t in range(40)))
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
 
 

@@ -181,13 +181,18 @@ class VideoFrames(LazyFrames):
     def _open(self):  # -> cv2.VideoCapture
         import cv2
 
-        capture = cv2.VideoCapture(str(self.path))
+        # The whole path: FFmpeg takes what stands before a colon (2026-11-26T12:30.mp4) for a protocol, unless a slash
+        # stands before it.
+        capture = cv2.VideoCapture(os.path.abspath(self.path))
         if not capture.isOpened():
             raise self._undecodable("it cannot be opened as a video")
         return capture
 
     def _undecodable(self, what: str) -> UserError:
-        source, target = shlex.quote(str(self.path)), shlex.quote(f"{self.path.stem}_h264.mp4")
+        names = self.path, Path(f"{self.path.stem}_h264.mp4")
+        # ./ before what a program would take for an option or a protocol.
+        special = (str(name).startswith("-") or ":" in name.parts[0] for name in names)
+        source, target = (shlex.quote(f"./{name}" if odd else str(name)) for name, odd in zip(names, special))
         return UserError(
             f"{self.path}: {what}. Convert it first, and give the new file:\n"
             f"  ffmpeg -i {source} -c:v libx264 -crf 18 -pix_fmt yuv420p -an {target}"
@@ -275,8 +280,12 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
             raise UserError(f"{path}: there are no frames to write")
         writer.release()
         writer = None
-        if not temporary.is_file() or temporary.stat().st_size == 0:
-            raise UserError(f"{path}: OpenCV wrote nothing; is the disk full?")
+        # OpenCV does not say so when the disk is full; the file has no index then.
+        written = cv2.VideoCapture(str(temporary))
+        whole = written.isOpened() and written.get(cv2.CAP_PROP_FRAME_COUNT) == count
+        written.release()
+        if not whole:
+            raise UserError(f"{path}: OpenCV did not write all of the video; is the disk full? Make room there")
         os.replace(temporary, path)
     finally:
         if writer is not None:
