@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from datasets.flow_colour import flow_to_image
 from datasets.images import LazyImages, load_flow_image, load_frame
 from datasets.sequences import read_dataset
 from datasets.synthetic import write_dataset
-from models import Predictor, build_dbsnet, load_dbsnet
+from models import DBSNet, Predictor, build_dbsnet, load_dbsnet
 from models.growth import PARTS, take_out
 from models.weights import save_weights
 from utils.crf import refine
@@ -154,6 +154,26 @@ def test_a_part_can_be_taken_out(data: Path, weights: Path, tmp_path: Path, caps
         for name, grey in maps(tmp_path / part).items():
             assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name
     assert any((grey != maps(tmp_path / present[0])[name]).any() for name, grey in expected(weights, data).items())
+
+
+def test_results_that_are_no_numbers_are_no_masks(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Black ones, they would be, from a training that diverged; or from features that half precision cannot hold."""
+
+    def message(change: Callable[[DBSNet], object], *words: str) -> str:
+        net = load_dbsnet(weights)
+        with torch.no_grad():
+            change(net)
+        save_weights(tmp_path / "w.safetensors", net, metadata={"size": "32 64"})
+        with pytest.raises(SystemExit) as caught:
+            call(tmp_path / "w.safetensors", tmp_path / "r", "--data_dir", data, *words)
+        assert caught.value.code == 2 and not list(tmp_path.rglob("*.png"))
+        return capsys.readouterr().err
+
+    assert "w.safetensors: has weights that are not numbers" in message(lambda net: net.skip.conv.weight.fill_(np.nan))
+    large = message(lambda net: net.decoder.blocks[0].norm.weight.fill_(1e9), "--amp", "fp16")
+    assert "DAVIS-2016/video-000/00000: the result of" in large and "--amp bf16 or none" in large
 
 
 def test_it_goes_on_where_it_stopped(data: Path, weights: Path, tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def run(
         written: called with the place of each map that has been written, ``<dataset>/<video>/<stem>.png``.
 
     Raises:
-        UserError: options out of range. DataError: a frame or flow image that is missing or damaged.
+        UserError: options out of range, or a network whose results are not finite. DataError: a frame or flow image
+            that is missing or damaged.
     """
     from models import Predictor
     from utils.distributed import share_out
@@ -172,6 +173,8 @@ def run(
                 inputs[args.without] = Blank(inputs[args.without], BLANKS[args.without])
             for index, probability in predictor(inputs["frames"], inputs["flow"]):
                 stem = video.stems[index]
+                if not np.isfinite(probability).all():
+                    raise UserError(not_numbers(weights, video.place / stem, args.amp))
                 writing = writers.submit(write_maps, video, save_dir, stem, probability, own[video.place])
                 waiting.append((writing, video.place / f"{stem}.png"))
                 if len(waiting) > WAITING:
@@ -184,6 +187,14 @@ def run(
     if processes.is_main and (frames or not is_recorded(save_dir, weights, settings)):
         write_json(save_dir / RECORD, describe(weights, settings, processes, frames, seconds))
     return total
+
+
+def not_numbers(weights: Weights, place: Path, amp: str) -> str:
+    """What is wrong where the network's result for a frame is NaN: its map would be black, and look like a mask."""
+    if any(not tensor.isfinite().all() for tensor in weights.net.state_dict().values()):
+        return f"{weights.path}: has weights that are not numbers (NaN or infinite): its training diverged; take others"
+    advice = "--amp bf16 or none has more" if amp == "fp16" else "its training may have diverged"
+    return f"{place}: the result of {weights.path} is not a number: its features leave the range of numbers; {advice}"
 
 
 def show_encoded(progress: tqdm, name: str) -> Callable[[int], None]:
