@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -62,6 +64,15 @@ def test_a_gpu_without_enough_memory_is_a_line(capsys: pytest.CaptureFixture[str
     assert caught.value.code == 2
     assert message.startswith("error: CUDA out of memory. Tried to allocate 34 GiB. ") and "--flow_batch" in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("make", [lambda: torch.empty(1 << 52), lambda: np.empty(1 << 52)], ids=["torch", "numpy"])
+def test_a_machine_without_enough_memory_is_a_line(make: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        make()
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message.startswith("error: this machine has not enough memory") and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), RuntimeError("a defect"), ValueError("another")])

@@ -52,6 +52,8 @@ MEMORY = (
     "memory by the fourth power of a frame's side; --flow_size limits it), or --device cpu"
 )
 
+HOST_MEMORY = "this machine has not enough memory: give smaller --size, --scales, --clip_len, --batch_size or --workers"
+
 
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer")
 """What gloo says in the processes that were waiting for one that ended."""
@@ -61,8 +63,9 @@ PEER_GONE = ("Connection closed by peer", "Connection reset by peer")
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, `DataError` or `CheckpointError` raised inside into `error: …` on stderr and exit code 2.
 
-    So it does with what the system refuses for a reason that is the user's to mend (`PLACES`), and with a GPU that has
-    not enough memory. A process that others have left alone says so in a line, too, so that theirs can be found.
+    So it does with what the system refuses for a reason that is the user's to mend (`PLACES`), and with a GPU or a
+    machine that has not enough memory. A process that others have left alone says so in a line, too, so that theirs can
+    be found.
     """
     try:
         yield
@@ -75,13 +78,16 @@ def exit_on_user_error() -> Iterator[None]:
             remedy += TEMPORARY
         print(f"error: {where}{error.strerror}; {remedy}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if any(words in str(error) for words in PEER_GONE):
             print("error: another process of this run has ended; its own message says why", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch itself need not have been imported here
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch itself need not have been imported here
+            print(f"error: {str(error).splitlines()[0]} {MEMORY}", file=sys.stderr, flush=True)
+        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # NumPy's, and torch's on a CPU
+            print(f"error: {HOST_MEMORY}", file=sys.stderr, flush=True)
+        else:
             raise
-        print(f"error: {str(error).splitlines()[0]} {MEMORY}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except ValueError as error:
         # Imported only now: `models` imports torch, which worker processes that need this module do without.
