@@ -14,7 +14,7 @@ and without memory.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,14 +61,16 @@ def macs_per_frame(size: tuple[int, int] = BUDGET_SIZE, clip_len: int = BUDGET_C
     return macs // clip_len, count_parameters(net)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Parameters and multiply-accumulates per frame of DBSNet.")
     parser.add_argument("--size", type=int, nargs=2, default=BUDGET_SIZE, metavar=("H", "W"))
     parser.add_argument("--clip_len", type=int, default=BUDGET_CLIP, help=f"frames of a clip (default: {BUDGET_CLIP})")
     parser.add_argument("--flavour", choices=FLAVOURS, default="reference")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     height, width = args.size
+    if min(height, width, args.clip_len) < 1:
+        parser.error(f"expected a size and a clip_len above 0, got {height} {width} and {args.clip_len}")
     print(f"DBSNet ({args.flavour}), {height}x{width}, per frame of a clip of {args.clip_len}, both streams")
     print(f"{'variant':<9}{'parameters':>12}{'GMAC':>8}  budget")
     for variant in VARIANTS:

@@ -194,6 +194,24 @@ def test_options_out_of_range(words: str, tmp_path: Path) -> None:
         bench.run(parse(*words.split(), folder=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("words", "size", "message"),
+    [
+        ("--bench_parts network pipeline --bench_sizes 32x32 8x32", None, "8x32: part pipeline"),
+        ("--bench_parts training", [32, 15], "32x15: part training"),
+        ("--bench_parts network", [0, 32], "--size 0 32"),
+    ],
+)
+def test_sizes_that_will_not_do_are_told_before_anything_is_measured(
+    words: str, size: list[int] | None, message: str, tmp_path: Path
+) -> None:
+    args = parse(*words.split(), folder=tmp_path)
+    args.size = size
+    with pytest.raises(UserError, match=message):
+        bench.run(args)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sizes_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parse("--bench_sizes", "384x640", folder=tmp_path).bench_sizes == [(384, 640)]
     for word in ("384", "axb", "0x4", "1x2x3"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import build_backbone, build_dbsnet
+from models import build_backbone, build_dbsnet, complexity
 from models.complexity import BUDGET_CLIP, BUDGET_SIZE, BUDGETS, count_macs, count_parameters, macs_per_frame
 
 
@@ -80,3 +80,10 @@ def test_parameters_are_those_of_the_public_backbones_and_the_rest() -> None:
     net = build_dbsnet("s")
     backbones = 2 * 4_937_632
     assert count_parameters(net) == backbones + sum(p.numel() for p in net.head_parameters())
+
+
+@pytest.mark.parametrize("words", [["--size", "0", "64"], ["--clip_len", "0"]])
+def test_the_command_says_what_it_cannot_count(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        complexity.main(words)
+    assert caught.value.code == 2 and "above 0" in capsys.readouterr().err

@@ -27,6 +27,7 @@ PARTS = ("network", "video", "encoders", "profile", "propagation", "pipeline", "
 DEFAULT_PARTS = ("network", "video", "propagation", "pipeline")
 SIZES = ((384, 640), (480, 864))
 VARIANTS = ("s", "xxs")
+LEAST_DRAWN = 16  # pixels: a side of the frames that `datasets.synthetic` draws
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +104,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--bench_threads {args.bench_threads}: expected 1 or more")
         torch.set_num_threads(args.bench_threads)
     sizes = [tuple(args.size)] if args.size else list(args.bench_sizes)
+    drawing = {"training"} | (set() if args.datasets else {"pipeline"})
+    for height, width in sizes:
+        if min(height, width) < 1:
+            raise UserError(f"--size {height} {width}: expected a height and a width above 0")
+        if min(height, width) < LEAST_DRAWN and drawing & set(args.bench_parts):
+            part = min(drawing & set(args.bench_parts))
+            raise UserError(
+                f"size {height}x{width}: part {part} draws its own frames, {LEAST_DRAWN} pixels or more a side; give a "
+                "larger size, or leave the part out"
+            )
     nets = [load_dbsnet(args.checkpoint)] if args.checkpoint else [make_net(variant) for variant in args.bench_variants]
 
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": describe_machine(device)}
