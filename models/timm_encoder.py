@@ -25,7 +25,8 @@ class TimmEncoder(nn.Module):
     Input: (B, 3, H, W) RGB in [0, 1], H and W multiples of 32. Attributes as `MobileViT` has them; `mean` and `std` are
     those that timm says the network's weights were trained with.
 
-    Raises ValueError where timm is not installed, does not know the name, or the network has other strides.
+    Raises ValueError where timm is not installed, does not know the name, or the network has other strides or takes
+    pictures of one size alone.
     """
 
     reductions = (4, 8, 16, 32)
@@ -43,18 +44,33 @@ class TimmEncoder(nn.Module):
         try:
             try:
                 self.net = timm.create_model(name, pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
-            except IndexError:  # four stages, the first at stride 4 already (ConvNeXt)
+            except (IndexError, AssertionError):  # four stages, the first at stride 4 already (ConvNeXt)
                 self.net = timm.create_model(name, pretrained=False, features_only=True, out_indices=(0, 1, 2, 3))
-        except (RuntimeError, ValueError, AttributeError, IndexError) as error:
+        except (RuntimeError, ValueError, AttributeError, IndexError, AssertionError) as error:
             raise ValueError(f"timm's {name} cannot be an encoder: {error}") from None
         info = self.net.feature_info
         if tuple(info.reduction()) != self.reductions:
             raise ValueError(f"timm's {name} has maps at strides {tuple(info.reduction())}, expected {self.reductions}")
         self.name, self.channels = name, tuple(info.channels())
+        self._try()
         given = timm.get_pretrained_cfg(name)
         mean, std = (given.mean, given.std) if given else ((0.5,) * 3, (0.5,) * 3)
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
+
+    def _try(self) -> None:
+        """Raises ValueError for a network that takes one size of picture alone, or whose maps are not what it says."""
+        height, width = 128, 192
+        try:
+            with torch.no_grad():
+                maps = self.net.eval()(torch.zeros(1, 3, height, width))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ValueError(f"timm's {self.name} cannot be an encoder of any size of picture: {error}") from None
+        self.net.train()
+        shapes = [tuple(y.shape[1:]) for y in maps]
+        expected = [(c, height // stride, width // stride) for c, stride in zip(self.channels, self.reductions)]
+        if shapes != expected:
+            raise ValueError(f"timm's {self.name} cannot be an encoder: its maps are {shapes}, expected {expected}")
 
     def parameters_to(self, stride: int) -> list[nn.Parameter]:
         """Those of the layers at this stride (4, 8, 16 or 32) or a finer one; timm registers layers as they are run."""

@@ -118,6 +118,12 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
         build_dbsnet("xxs", encoder="tf_efficientnet_lite9")
     with pytest.raises(ValueError, match="strides"):
         TimmEncoder("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="timm's levit_128s cannot be an encoder: feature index"):  # of three stages
+        TimmEncoder("levit_128s")
+    with pytest.raises(ValueError, match=r"coat_tiny cannot be an encoder of any size of picture: .*224"):
+        TimmEncoder("coat_tiny")
+    with pytest.raises(ValueError, match="maxvit_pico_rw_256 cannot be an encoder of any size of picture"):
+        TimmEncoder("maxvit_pico_rw_256")
     torch.save({"conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "some.pth")
     with pytest.raises(CheckpointError, match=r"some.pth does not fit timm's tf_efficientnet_lite0: \d+ missing"):
         load_timm(TimmEncoder(NAME), tmp_path / "some.pth")
