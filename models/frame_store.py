@@ -40,9 +40,13 @@ class FrameStore:
             # Flat first: maps of 1×1 can have any strides and still count as contiguous.
             data = memoryview(value.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
             offset = start * self.stride
-            while data:  # one call may write less than asked
-                written = os.pwrite(self.file.fileno(), data, offset)
-                data, offset = data[written:], offset + written
+            try:
+                while data:  # one call may write less than asked
+                    written = os.pwrite(self.file.fileno(), data, offset)
+                    data, offset = data[written:], offset + written
+            except OSError as error:
+                error.filename = tempfile.gettempdir()  # a full disk: which one?
+                raise
 
     def read(self, start: int, stop: int, like: torch.device) -> Tensor:
         """Frames start … stop-1 in float32 on the device `like`: (n, …)."""

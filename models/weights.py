@@ -50,12 +50,13 @@ def save_weights(
 ) -> None:
     """Write a network's weights and configuration as one safetensors file, atomically.
 
-    `half` stores floating-point tensors as float16 (half the size; loading widens them again).
+    `half` stores floating-point tensors as float16 (half the size; loading widens them again), but one with values
+    beyond 65,504, which some running variances have, as it is.
     """
     from safetensors.torch import save
 
     state = {
-        key: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        key: (_halved(tensor) if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for key, tensor in net.state_dict().items()
     }
     data = save(state, {"format": FORMAT, "config": json.dumps(net.config, sort_keys=True), **(metadata or {})})
@@ -72,6 +73,11 @@ def save_weights(
         if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)  # what a full disk refuses has no name
         raise
+
+
+def _halved(tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.half()
+    return half if torch.equal(half.isinf(), tensor.isinf()) else tensor
 
 
 def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.nn.Module:

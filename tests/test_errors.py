@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,10 +32,12 @@ def test_read_only_data_can_have_their_flow_elsewhere(number: int) -> None:
     assert "--flow_dir" in PLACES[number]
 
 
-def test_what_has_no_name_is_a_temporary_file(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("place", [None, tempfile.gettempdir()])
+def test_what_fills_the_temporary_folder_is_told(place: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), exit_on_user_error():
-        raise OSError(errno.ENOSPC, "refused")
-    assert "TMPDIR" in capsys.readouterr().err
+        raise OSError(errno.ENOSPC, "refused", place)
+    message = capsys.readouterr().err
+    assert "TMPDIR" in message and "None" not in message
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

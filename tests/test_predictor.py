@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import subprocess
 import sys
@@ -434,3 +435,10 @@ def test_maps_of_one_pixel_go_to_the_file() -> None:
     store.write(1, value)
     assert torch.equal(store.read(1, 3, torch.device("cpu")), value)
     store.close()
+
+
+def test_a_full_disk_says_which(net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "wb"))
+    with pytest.raises(OSError, match=tempfile.gettempdir()) as caught:
+        collect(Predictor(net, host_memory=0)(*video))
+    assert caught.value.errno == errno.ENOSPC

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,25 @@ def test_half_is_half_the_size_and_loads_as_single_precision(net: DBSNet, tmp_pa
         assert state[key].dtype == value.dtype
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-6)
     assert next(net.parameters()).dtype == torch.float32
+
+
+def test_half_precision_keeps_what_it_cannot_hold(net: DBSNet, tmp_path: Path) -> None:
+    """The running variance of features in the hundreds: infinite, it would take their channel away."""
+    wide = copy.deepcopy(net)
+    key = "skip.norm.running_var"
+    wide.get_buffer(key)[3] = 90_000.0
+    save_weights(tmp_path / "half.safetensors", wide, half=True)
+    state = load_dbsnet(tmp_path / "half.safetensors").state_dict()
+    torch.testing.assert_close(state[key], wide.state_dict()[key], rtol=1e-3, atol=0)
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_full_disk_says_which(net: DBSNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "begun").write_bytes(b"")
+    monkeypatch.setattr("tempfile.mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(tmp_path / "begun")))
+    with pytest.raises(OSError, match="w.safetensors") as caught:
+        save_weights(tmp_path / "w.safetensors", net)
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
 def test_metadata_holds_the_configuration_and_what_is_given(net: DBSNet, tmp_path: Path) -> None:

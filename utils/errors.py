@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -43,8 +44,8 @@ PLACES = {
 """Refusals of the system that are the user's to mend, and what to do."""
 
 TEMPORARY = (
-    ". What has no name is a temporary file: the features of a long video, in tool.py's test and main.py's validation "
-    "(TMPDIR says where)"
+    ". What is there for a while are the features of a long video, in tool.py's test and main.py's validation (TMPDIR "
+    "says where; --clip_len N of test needs none)"
 )
 
 MEMORY = (
@@ -74,7 +75,7 @@ def exit_on_user_error() -> Iterator[None]:
             raise
         where = f"{error.filename}: " if error.filename else ""
         remedy = PLACES[error.errno]
-        if remedy == NO_ROOM and not error.filename:
+        if remedy == NO_ROOM and error.filename in (None, tempfile.gettempdir()):
             remedy += TEMPORARY
         print(f"error: {where}{error.strerror}; {remedy}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
