@@ -159,7 +159,7 @@ class Predictor:
         channels_last: memory format of the encoders; it saves their convolutions, on CPUs and on GPUs, from reordering.
         fold: work on a copy of the network made for each video (`models.fold.inference_copy`), its batch norms folded.
         piece: frames that a recurrence processes before it reads on. Changes memory, not the result.
-        store_dtype: precision of kept features.
+        store_dtype: precision of kept features; float16 ends at 65,504, and results are NaN where one is larger.
         device_memory, host_memory: bytes of features that all passes together (`flip`, `scales`) keep there before the
             next, slower place is used: accelerator, host memory, temporary file.
         cuda_graphs: on a GPU, record what is done for a batch and replay it for the next ones (`models.cuda_graphs`).

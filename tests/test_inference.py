@@ -173,7 +173,9 @@ def test_results_that_are_no_numbers_are_no_masks(
 
     assert "w.safetensors: has weights that are not numbers" in message(lambda net: net.skip.conv.weight.fill_(np.nan))
     large = message(lambda net: net.decoder.blocks[0].norm.weight.fill_(1e9), "--amp", "fp16")
+    kept = message(lambda net: net.skip.norm.weight.fill_(1e9))
     assert "DAVIS-2016/video-000/00000: the result of" in large and "--amp bf16 or none" in large
+    assert "--clip_len N" in kept
 
 
 def test_it_goes_on_where_it_stopped(data: Path, weights: Path, tmp_path: Path) -> None:

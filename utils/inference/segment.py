@@ -174,7 +174,7 @@ def run(
             for index, probability in predictor(inputs["frames"], inputs["flow"]):
                 stem = video.stems[index]
                 if not np.isfinite(probability).all():
-                    raise UserError(not_numbers(weights, video.place / stem, args.amp))
+                    raise UserError(not_numbers(weights, video.place / stem, args))
                 writing = writers.submit(write_maps, video, save_dir, stem, probability, own[video.place])
                 waiting.append((writing, video.place / f"{stem}.png"))
                 if len(waiting) > WAITING:
@@ -189,12 +189,16 @@ def run(
     return total
 
 
-def not_numbers(weights: Weights, place: Path, amp: str) -> str:
+def not_numbers(weights: Weights, place: Path, args: argparse.Namespace) -> str:
     """What is wrong where the network's result for a frame is NaN: its map would be black, and look like a mask."""
     if any(not tensor.isfinite().all() for tensor in weights.net.state_dict().values()):
         return f"{weights.path}: has weights that are not numbers (NaN or infinite): its training diverged; take others"
-    advice = "--amp bf16 or none has more" if amp == "fp16" else "its training may have diverged"
-    return f"{place}: the result of {weights.path} is not a number: its features leave the range of numbers; {advice}"
+    said = f"{place}: the result of {weights.path} is not a number: its features are too large"
+    if args.amp == "fp16":
+        return f"{said} for --amp fp16, which ends at 65,504: give --amp bf16 or none"
+    if not args.clip_len:
+        return f"{said}, at least for half precision, in which those of a whole video are kept: try --clip_len N"
+    return f"{said}: its training may have diverged; take other weights"
 
 
 def show_encoded(progress: tqdm, name: str) -> Callable[[int], None]:
