@@ -167,22 +167,17 @@ def test_bad_input_and_bad_options_are_refused() -> None:
         small(flavour="apple")
     with pytest.raises(TypeError):
         small(unknown=1)
-    for options in (
-        {"width": -1}, {"width": 16.5}, {"hidden": 0}, {"depth": -1}, {"depth": True}, {"window": 0}, {"pool": 0},
-        {"rounds": 1.5}, {"dilations": [1, 0]}, {"dilations": 3}, {"streams": "motion"},
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"{next(iter(options))}.* must be"):
-            small(**options)
 
 
 @pytest.mark.parametrize("options", [
-    {"width": -16}, {"width": "16"}, {"hidden": 0}, {"dilations": (1, 0)}, {"dilations": (1.0,)}, {"depth": -1},
-    {"window": 0}, {"window": 2.5}, {"window": None}, {"pool": 0}, {"rounds": -1}, {"rounds": "2"},
+    {"width": -16}, {"width": "16"}, {"width": 16.5}, {"hidden": 0}, {"dilations": (1, 0)}, {"dilations": (1.0,)},
+    {"dilations": 3}, {"depth": -1}, {"depth": True}, {"window": 0}, {"window": 2.5}, {"window": None}, {"pool": 0},
+    {"rounds": -1}, {"rounds": "2"}, {"streams": "motion"},
 ])  # fmt: skip
 def test_numbers_that_no_network_has_are_refused_when_it_is_built(options: dict) -> None:
     """A window of 0 frames, for one, would be looked for without end when the first video comes."""
     (name,) = options
-    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+    with pytest.raises(ValueError, match=f"{name}.* must be (a whole number|lists)"):
         small(**options)
 
 
