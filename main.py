@@ -334,12 +334,11 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
         total_steps=total_steps,
         teacher=teacher,
     )
-    notes = []
     if checkpoint is not None:
         restore(run, checkpoint)
     run.first_step = run.step
     # Only now is anything in the run's folder changed: a call that is refused leaves it as it was.
-    notes.append(set_older_run_aside(run, checkpoint))
+    notes = [set_older_run_aside(run, checkpoint)]
     if checkpoint is not None:
         notes.append(forget_best(run, checkpoint))
     log.open()

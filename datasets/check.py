@@ -422,6 +422,11 @@ def _look_at_still(still: StillImage, dataset: str, decode: bool) -> list[Proble
     return problems
 
 
+def is_stretched(flow: tuple[int, int], frame: tuple[int, int]) -> bool:
+    """Whether a size of flow (H, W) is of another aspect than that of its frame (H, W)."""
+    return abs(flow[1] / flow[0] / (frame[1] / frame[0]) - 1) > ASPECT_TOLERANCE
+
+
 def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
     problems: list[Problem] = []
     stem = frame.stem
@@ -431,7 +436,7 @@ def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
     if stem in sequence.flows:
         flow = sequence.flows[stem]
         flow_size = attempt("flow", lambda: load_flow_image(flow).shape[:2] if decode else image_size(flow))
-        if size and flow_size and abs(flow_size[1] / flow_size[0] / (size[1] / size[0]) - 1) > ASPECT_TOLERANCE:
+        if size and flow_size and is_stretched(flow_size, size):
             message = (
                 f"{flow}: {flow_size[1]}×{flow_size[0]} pixels (width × height), another aspect than "
                 f"{size[1]}×{size[0]} of {frame}; it was made from other frames, padded, or made at a --flow_size of "

@@ -23,6 +23,7 @@ from datasets.scene_textures import object_share
 from datasets.scenes import SceneOptions, Sources, compose
 from datasets.stills import StillImage
 
+LEAST_SIDE = 16  # pixels: a side of the frames that can be drawn
 DRAWS = 10  # of stills for one clip, until one has an object of `SceneOptions.largest_object` at most
 
 
@@ -37,8 +38,8 @@ def make_scene(
     """The scene of `make_clip`, of the same arguments, before its pictures are made. Raises as `make_clip` does."""
     if clip_len < 1:
         raise ValueError(f"clip_len should be at least 1, got {clip_len}")
-    if min(size) < 16:
-        raise ValueError(f"size should be at least (16, 16), got {tuple(size)}")
+    if min(size) < LEAST_SIDE:
+        raise ValueError(f"size should be at least ({LEAST_SIDE}, {LEAST_SIDE}), got {tuple(size)}")
     rng = np.random.default_rng(seed)
     options = options or SceneOptions()
     # One frame more than is shown where there is only one: its flow needs somewhere to go.

@@ -654,14 +654,17 @@ KILLED = FAULT.replace('raise ZeroDivisionError("a fault of ours")', "os.kill(os
 )
 
 
+def run_script(script: str, repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program of its own that calls main.py with these arguments."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=repository, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+    )  # fmt: skip
+
+
 def test_a_worker_that_the_system_ends_is_told(tmp_path: Path, repository: Path) -> None:
     """As where memory runs out."""
-    arguments = [*TINY, "--workers", "1", "--save_dir", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], cwd=repository, env=environment, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
+    ended = run_script(KILLED, repository, *TINY, "--workers", "1", "--save_dir", str(tmp_path))
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "error: a loader process was ended from outside" in ended.stderr and "--workers" in ended.stderr
 
@@ -676,11 +679,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 def test_a_checkpoint_that_there_is_no_room_for_is_named(tmp_path: Path, repository: Path) -> None:
     pytest.importorskip("resource")
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    ended = subprocess.run(
-        [sys.executable, "-c", LIMITED, *TINY, "--save_dir", str(tmp_path)], cwd=repository, env=environment,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    ended = run_script(LIMITED, repository, *TINY, "--save_dir", str(tmp_path))
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert f"error: {tmp_path / 'weights.safetensors'}: File too large; make room there" in ended.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "log.jsonl"]
@@ -688,12 +687,7 @@ def test_a_checkpoint_that_there_is_no_room_for_is_named(tmp_path: Path, reposit
 
 def test_an_error_that_nobody_expects_in_a_worker_ends_the_run(tmp_path: Path, repository: Path) -> None:
     """With its traceback, and not with processes that wait for each other for ever."""
-    arguments = [*TINY, "--workers", "2", "--save_dir", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    ended = subprocess.run(
-        [sys.executable, "-c", FAULT, *arguments], cwd=repository, env=environment, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
+    ended = run_script(FAULT, repository, *TINY, "--workers", "2", "--save_dir", str(tmp_path))
     assert ended.returncode == 1 and "ZeroDivisionError: a fault of ours" in ended.stderr
 
 

@@ -28,18 +28,18 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 NO_ROOM = "make room there, or give another place; the same command then goes on where it stopped"
+FORBIDDEN = "it cannot be read or written by this user; give another place, for results --save_dir, for flow --flow_dir"
+IN_THE_WAY = "a file lies where a folder is expected; give another place, for results --save_dir"
 PLACES = {
     errno.ENOSPC: NO_ROOM,
     errno.EDQUOT: NO_ROOM,
     errno.EFBIG: NO_ROOM,
-    errno.EACCES: "it cannot be read or written by this user; give another place, for results --save_dir, for flow "
-    "--flow_dir",
-    errno.EPERM: "it cannot be read or written by this user; give another place, for results --save_dir, for flow "
-    "--flow_dir",
+    errno.EACCES: FORBIDDEN,
+    errno.EPERM: FORBIDDEN,
     errno.EROFS: "flow is kept beside its data set, where --flow_dir gives it no other place, and results in "
     "--save_dir; both have to be places to write to",
-    errno.ENOTDIR: "a file lies where a folder is expected; give another place, for results --save_dir",
-    errno.EEXIST: "a file lies where a folder is expected; give another place, for results --save_dir",
+    errno.ENOTDIR: IN_THE_WAY,
+    errno.EEXIST: IN_THE_WAY,
 }
 """Refusals of the system that are the user's to mend, and what to do."""
 

@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: an option that is missing or wrong.
     """
-    from utils.inference.weights import PARTS
+    from utils.inference.weights import PARTS, check_size
 
     if not args.checkpoint:
         raise UserError("--tools export: give --checkpoint FILE, the training checkpoint (best.pt or last.pt)")
@@ -76,8 +76,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output or ''}: expected the name of a .safetensors file to write")
     if args.without and args.without not in PARTS:
         raise UserError(f"--without {args.without}: export can leave out {', '.join(PARTS)}")
-    if args.size and min(args.size) < 1:
-        raise UserError(f"--size {args.size[0]} {args.size[1]}: expected a height and a width above 0")
+    check_size(args.size)
     parse_notes(args.note)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.files import write_json
+from utils.inference.weights import check_size
 from utils.parallel import default_workers
 
 # PyTorch and the modules that measure are imported by `run`: the command line of other tools needs none of them.
@@ -27,7 +28,6 @@ PARTS = ("network", "video", "encoders", "profile", "propagation", "pipeline", "
 DEFAULT_PARTS = ("network", "video", "propagation", "pipeline")
 SIZES = ((384, 640), (480, 864))
 VARIANTS = ("s", "xxs")
-LEAST_DRAWN = 16  # pixels: a side of the frames that `datasets.synthetic` draws
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
+    from datasets.synthetic import LEAST_SIDE
     from models import load_dbsnet
     from utils.benchmark.network import describe_net, make_net
     from utils.benchmark.propagation import arithmetic_rates, bench_propagation
@@ -103,15 +104,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.bench_threads < 1:
             raise UserError(f"--bench_threads {args.bench_threads}: expected 1 or more")
         torch.set_num_threads(args.bench_threads)
+    check_size(args.size)
     sizes = [tuple(args.size)] if args.size else list(args.bench_sizes)
     drawing = {"training"} | (set() if args.datasets else {"pipeline"})
     for height, width in sizes:
-        if min(height, width) < 1:
-            raise UserError(f"--size {height} {width}: expected a height and a width above 0")
-        if min(height, width) < LEAST_DRAWN and drawing & set(args.bench_parts):
+        if min(height, width) < LEAST_SIDE and drawing & set(args.bench_parts):
             part = min(drawing & set(args.bench_parts))
             raise UserError(
-                f"size {height}x{width}: part {part} draws its own frames, {LEAST_DRAWN} pixels or more a side; give a "
+                f"size {height}x{width}: part {part} draws its own frames, {LEAST_SIDE} pixels or more a side; give a "
                 "larger size, or leave the part out"
             )
     nets = [load_dbsnet(args.checkpoint)] if args.checkpoint else [make_net(variant) for variant in args.bench_variants]

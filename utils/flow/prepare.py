@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets.check import ASPECT_TOLERANCE
+from datasets.check import is_stretched
 from datasets.images import image_size
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from utils.errors import UserError
@@ -263,11 +263,6 @@ def run(
             progress.set_postfix_str(flow_dir.name, refresh=False)
             progress.update()
     return total
-
-
-def is_stretched(size: tuple[int, int], frame: tuple[int, int]) -> bool:
-    """Whether a size of flow (H, W) is of another aspect than that of its frames (H, W)."""
-    return abs(size[1] / size[0] / (frame[1] / frame[0]) - 1) > ASPECT_TOLERANCE
 
 
 def warn_of_stretching(frames: Sequence[Path], size: tuple[int, int]) -> None:

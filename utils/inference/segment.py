@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.inference.maps import fingerprint, is_current, write_maps
 from utils.inference.videos import BLANKS, Blank, Video
-from utils.inference.weights import PARTS, Weights, without_part
+from utils.inference.weights import PARTS, Weights, check_size, without_part
 from utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--clip_len {args.clip_len}: expected 1 or more")
     if not all(0 < scale < math.inf for scale in args.scales):
         raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0")
-    if args.size is not None and min(args.size) < 1:
-        raise UserError(f"--size {args.size[0]} {args.size[1]}: expected a height and a width above 0")
+    check_size(args.size)
 
 
 def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:

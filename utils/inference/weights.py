@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,12 @@ def find_checkpoint(given: str | Path | None) -> Path:
         "FILE (last.pt, best.pt or weights.safetensors of a training run), or train first: python main.py …; "
         "python tool.py --tools demo needs no weights"
     )
+
+
+def check_size(size: Sequence[int] | None) -> None:
+    """Raises UserError for a ``--size`` (H, W) that no network's input has; None is the checkpoint's own."""
+    if size is not None and min(size) < 1:
+        raise UserError(f"--size {size[0]} {size[1]}: expected a height and a width above 0")
 
 
 def load_weights(given: str | Path | None) -> Weights:
