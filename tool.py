@@ -367,32 +367,44 @@ def _own(args: argparse.Namespace) -> OwnVideo:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tools; returns the exit code."""
-    from utils.distributed import start_processes, stop_processes
-    from utils.errors import exit_on_user_error
-    from utils.parallel import end_workers
-    from utils.stopping import INTERRUPTED, Terminated, sigterm_raises
+    try:
+        # Within the try, as all that is imported first: it takes seconds, in which people think better of it.
+        from utils.errors import exit_on_user_error
 
-    with exit_on_user_error():
-        args = parse_args(arguments)
-        processes = start_processes(args.device, args.local_rank)
-        try:
-            _check_device(args, processes)
-            with sigterm_raises():
-                for tool in args.tools:
-                    code = TOOLS[tool](args, processes)
-                    if code:
-                        return code
-            return 0
-        except KeyboardInterrupt as stop:
-            end_workers()
-            terminated = isinstance(stop, Terminated)
-            print(
-                f"{'ended by SIGTERM' if terminated else 'interrupted'}; the same command goes on from here",
-                file=sys.stderr,
-            )
-            return Terminated.exit_code if terminated else INTERRUPTED
-        finally:
-            stop_processes()
+        with exit_on_user_error():
+            return _run_tools(arguments)
+    except KeyboardInterrupt as stop:
+        from utils.parallel import end_workers
+        from utils.stopping import INTERRUPTED, Terminated
+
+        end_workers()
+        terminated = isinstance(stop, Terminated)
+        print(
+            f"{'ended by SIGTERM' if terminated else 'interrupted'}; the same command goes on from here", file=sys.stderr
+        )
+        return Terminated.exit_code if terminated else INTERRUPTED
+
+
+def _run_tools(arguments: Sequence[str] | None) -> int:
+    from utils.distributed import start_processes, stop_processes
+    from utils.parallel import end_workers
+    from utils.stopping import sigterm_raises
+
+    args = parse_args(arguments)
+    processes = start_processes(args.device, args.local_rank)
+    try:
+        _check_device(args, processes)
+        with sigterm_raises():
+            for tool in args.tools:
+                code = TOOLS[tool](args, processes)
+                if code:
+                    return code
+        return 0
+    except KeyboardInterrupt:
+        end_workers()  # first: what they hold may keep the process group from ending
+        raise
+    finally:
+        stop_processes()
 
 
 if __name__ == "__main__":

@@ -609,6 +609,20 @@ def alive(session: int) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("where", ["parse_args", "_check_device"])
+def test_ctrl_c_while_it_starts_is_no_traceback(
+    where: str, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first tool runs, PyTorch is imported, for seconds."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, where, interrupted)
+    assert call("--tools", "export", "--checkpoint", weights, "--output", "w.safetensors") == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(
     ("number", "to_group", "code"),
