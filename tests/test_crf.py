@@ -260,6 +260,29 @@ def test_settings_are_checked_and_default_to_dss_crf():
             CrfSettings(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "most", "beyond"),
+    [
+        ("iters", 10_000, 2**31),  # an OverflowError
+        ("gaussian_sxy", 0.01, 1e-6),  # a segmentation fault
+        ("bilateral_sxy", 0.01, 1e-5),  # the same
+        ("bilateral_srgb", 0.01, 1e-30),
+        ("bilateral_compat", 1e6, 1e300),  # a black map
+        ("gaussian_compat", 1e6, 1e300),
+        ("scale", 0.001, 1e-40),  # a black map
+        ("scale", 1e6, float("inf")),
+    ],
+)
+@needs_library
+def test_settings_end_where_the_library_does(name: str, most: float, beyond: float):
+    with pytest.raises(UserError, match=f"--crf_{name} .*: expected"):
+        CrfSettings(**{name: beyond})
+    image, probability = example(24, 40)
+    if name != "iters":
+        made = refine(image, probability, CrfSettings(**{name: most}))
+        assert made.min() < 100 and made.max() > 155 or name == "scale" and most > 1  # which levels all of it
+
+
 # --------------------------------------------------------------------------------------------------------------- tool
 
 
@@ -320,6 +343,12 @@ def test_run_goes_on_where_it_stopped_and_redoes_what_is_out_of_date(tmp_path: P
     os.utime(results / "probability" / "made" / "clip" / "00002.png", (newer, newer))
     assert crf.run(arguments(), [crf.refinable(sequence)], results) == 1
     os.utime(folder / "00002.png", (newer, newer))
+    # other maps, put there with the times that they had, as mv, cp -a and rsync -a do
+    source = results / "probability" / "made" / "clip" / "00000.png"
+    older = source.stat().st_mtime_ns
+    Image.fromarray(255 - np.array(Image.open(source))).save(source)
+    os.utime(source, ns=(older, older))
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 1
     # other settings
     assert crf.run(arguments("--crf_iters", "5"), [crf.refinable(sequence)], results) == 3
     assert outputs(results) != before

@@ -6,9 +6,9 @@ The defaults, and the unary of `unary_energy`, are those of dss_crf, which DBSNe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -29,8 +29,23 @@ if TYPE_CHECKING:
     from datasets.sequences import VideoSequence
 
 EPSILON = 1e-8  # keeps the logarithm finite at probabilities 0 and 1
-# Text field of the PNGs written here, holding the settings, so that a later run knows what it may keep.
+# Text field of the PNGs written here, holding the settings and which map was refined, so that a later run knows what it
+# may keep.
 FIELD = "dbsnet-crf"
+MAP = "map"  # in it, the probability map, by its bytes
+
+# Least and most of each kind of setting. The library does not notice others: by a width far below a pixel its table of
+# positions overflows and the process is killed, and numbers that float32 cannot hold give black maps.
+_WIDTHS, _WEIGHTS = (0.01, 1e6), (0, 1e6)
+_LIMITS = {
+    "iters": (1, 10_000),
+    "gaussian_sxy": _WIDTHS,
+    "gaussian_compat": _WEIGHTS,
+    "bilateral_sxy": _WIDTHS,
+    "bilateral_srgb": _WIDTHS,
+    "bilateral_compat": _WEIGHTS,
+    "scale": (0.001, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -56,16 +71,9 @@ class CrfSettings:
     def __post_init__(self) -> None:
         from utils.errors import UserError
 
-        if self.iters < 1:
-            raise UserError(f"--crf_iters {self.iters}: expected 1 or more")
-        for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb", "scale"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise UserError(f"--crf_{name} {value}: expected a number above 0")
-        for name in ("gaussian_compat", "bilateral_compat"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"--crf_{name} {value}: expected 0 or more")
+        for name, (least, most) in _LIMITS.items():
+            if not least <= getattr(self, name) <= most:  # so written that NaN fails too
+                raise UserError(f"--crf_{name} {getattr(self, name)}: expected {least} to {most:.0f}")
 
 
 def unary_energy(probability: np.ndarray, scale: float = 1.05) -> np.ndarray:
@@ -227,7 +235,7 @@ def refinable(sequence: VideoSequence) -> Refinable:
 def run(args: argparse.Namespace, videos: Sequence[Refinable], save_dir: str | Path) -> int:
     """``--tools crf``: refines ``<save_dir>/probability/<dataset>/<video>/<stem>.png`` into ``<save_dir>/crf/…``.
 
-    A result that is newer than its probability map and was made with the same settings is kept, unless
+    A result that is newer than its probability map, and was made of that map with the same settings, is kept, unless
     ``--overwrite``. Returns the number of maps made.
 
     Raises:
@@ -297,7 +305,7 @@ def _refine_file(frame: Path | np.ndarray, source: Path, target: Path, settings:
     probability = load_probability(source)
     require_size(source, probability.shape, image.shape, name)
     text = PngImagePlugin.PngInfo()
-    text.add_text(FIELD, _settings_text(settings))
+    text.add_text(FIELD, json.dumps(_making(source, settings)))
     buffer = io.BytesIO()
     Image.fromarray(refine(image, probability, settings)).save(buffer, format="PNG", pnginfo=text)
     write_bytes(target, buffer.getvalue())
@@ -311,10 +319,12 @@ def _is_current(target: Path, source: Path, settings: CrfSettings) -> bool:
     try:
         with Image.open(target) as image:
             image.load()
-            return getattr(image, "text", {}).get(FIELD) == _settings_text(settings)
-    except (OSError, SyntaxError, ValueError):
-        return False  # damaged: it is made again
+            return json.loads(image.info[FIELD]) == _making(source, settings)
+    except (OSError, SyntaxError, ValueError, KeyError):
+        return False  # damaged, or of unknown making: it is made again
 
 
-def _settings_text(settings: CrfSettings) -> str:
-    return json.dumps({name: float(value) for name, value in asdict(settings).items()})
+def _making(source: Path, settings: CrfSettings) -> dict[str, Any]:
+    """What a refined map depends on. Times alone do not tell: a map copied or moved to its place keeps its own."""
+    numbers = {name: float(value) for name, value in asdict(settings).items()}
+    return {**numbers, MAP: hashlib.sha256(source.read_bytes()).hexdigest()[:16]}

@@ -15,6 +15,7 @@ from datasets.errors import DataError
 from datasets.sequences import VideoSequence, canonical_name
 from datasets.video_sequence import list_folders
 from utils.crf import FIELD as CRF_FIELD
+from utils.crf import MAP
 from utils.errors import UserError
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.scoring import FrameJob
@@ -185,7 +186,8 @@ def _making(unit: Unit, sequence: str, stem: str) -> Iterator[tuple[str, Any]]:
             yield key, value
     if unit.folders.get("uvos", Path()).parent.name == "crf":
         for key, value in (made_with(unit.results / "crf" / place, CRF_FIELD) or {}).items():
-            yield f"crf {key}", value
+            if key != MAP:  # of each frame its own
+                yield f"crf {key}", value
 
 
 def _short(value: Any) -> str:
