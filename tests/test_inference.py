@@ -402,6 +402,26 @@ def test_the_crf_of_ones_own_video(data: Path, weights: Path, tmp_path: Path, wo
         assert count_frames(tmp_path / folder / "overlay" / "clip_crf.mp4") == FRAMES
 
 
+def test_a_shorter_video_of_the_same_name_leaves_no_maps_of_the_longer_one(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Nor the overlay of refined maps that are no longer there."""
+    pytest.importorskip("cv2")
+    decoded, results = film(data, tmp_path), tmp_path / "r"
+    words = ["--video", tmp_path / "clip.mp4", "--workers", 1]
+    call(weights, results, *words)
+    refined, foreign = results / "crf" / "clip" / f"{decoded.stems[-1]}.png", results / "probability/clip/notes.png"
+    for path in (refined, foreign, results / "overlay" / "clip_crf.mp4"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", SIZE[::-1]).save(path, format="png")
+    write_video(tmp_path / "clip.mp4", decoded[:2], fps=10)
+    call(weights, results, *words, "--overwrite")
+    kept = [f"clip/{stem}.png" for stem in decoded.stems[:2]]
+    assert list(maps(results, "binary")) == kept and list(maps(results)) == [*kept, "clip/notes.png"]
+    assert not refined.exists() and not (results / "overlay" / "clip_crf.mp4").exists()
+    assert f"maps of {FRAMES - 2} frames removed" in capsys.readouterr().out
+
+
 def film(data: Path, folder: Path) -> VideoFrames:
     """A video of the data set as ``clip.mp4`` in a folder, and its frames as they are decoded."""
     frames = sorted((data / "DAVIS" / "JPEGImages" / "480p" / "video-001").iterdir())

@@ -43,6 +43,18 @@ def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray,
         write_bytes(path, buffer.getvalue())
 
 
+def remove_others(video: Video, save_dir: Path) -> int:
+    """Removes the maps that `write_maps` made of frames which the video does not have, with what the CRF made of them;
+    returns of how many frames. A video file may be replaced by a shorter one of the same name.
+    """
+    there = sorted((save_dir / "probability" / video.place).glob("*.png"))
+    gone = [path.stem for path in there if path.stem not in video.stems and made_with(path) is not None]
+    for stem in gone:
+        for kind in ("crf", "binary", "probability"):  # what says who made them comes last
+            (save_dir / kind / video.place / f"{stem}.png").unlink(missing_ok=True)
+    return len(gone)
+
+
 def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
     """Whether all maps of a video are there and were made with these settings, the files of frames and flow
     (`fingerprint`) among them.

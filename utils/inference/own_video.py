@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from datasets.video_sequence import FRAME_SUFFIXES
 from utils import crf
 from utils.inference import segment
+from utils.inference.maps import remove_others
 from utils.inference.videos import SharedFrames, Video
 from utils.inference.weights import Weights
 from utils.progress import progress_bar
@@ -100,7 +101,11 @@ def run_own(
         flows=SharedFrames(flows),
         sources=(*own.frames.files, *flows.files),
     )
-    segment.run(args, [video], processes, weights, written)
+    others = remove_others(video, save_dir)
+    if others:
+        print(f"test: maps of {others} frames removed, which {own.name} no longer has", flush=True)
+    if segment.run(args, [video], processes, weights, written):
+        refined_overlay(own, save_dir).unlink(missing_ok=True)  # as the refined maps that it shows
     path = write_overlay(own, save_dir, "probability", save_dir / "overlay" / f"{own.name}.mp4")
     print(f"masks: {save_dir / 'binary' / own.name}\noverlay: {path}", flush=True)
 
@@ -113,8 +118,12 @@ def run_own_crf(args: argparse.Namespace, own: OwnVideo) -> None:
     """
     save_dir = Path(args.save_dir)
     crf.run(args, [own.for_crf()], save_dir)
-    path = write_overlay(own, save_dir, "crf", save_dir / "overlay" / f"{own.name}_crf.mp4")
+    path = write_overlay(own, save_dir, "crf", refined_overlay(own, save_dir))
     print(f"after the CRF: {save_dir / 'crf' / own.name}\noverlay: {path}", flush=True)
+
+
+def refined_overlay(own: OwnVideo, save_dir: Path) -> Path:
+    return save_dir / "overlay" / f"{own.name}_crf.mp4"
 
 
 def write_overlay(own: OwnVideo, save_dir: Path, kind: str, path: Path) -> Path:
