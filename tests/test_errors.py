@@ -53,6 +53,19 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert not list(tmp_path.iterdir())
 
 
+def test_names_are_counted_in_bytes_and_those_too_long_are_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longest = tmp_path / ("\N{GRINNING FACE}" * 62 + ".json")  # 253 bytes of the 255 that file systems take
+    assert write_text(longest, "words").read_text() == "words"
+    for place, words in ((tmp_path / ("a" * 256), "rename"), (tmp_path, "a folder lies")):
+        with pytest.raises(SystemExit) as caught, exit_on_user_error():
+            write_text(place, "words")
+        message = capsys.readouterr().err
+        assert caught.value.code == 2 and message.startswith(f"error: {place}: ") and words in message
+    assert list(tmp_path.iterdir()) == [longest]
+
+
 def test_a_process_that_others_have_left_says_so_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, exit_on_user_error():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:14469.")

@@ -215,6 +215,15 @@ def test_a_rate_that_mpeg4_has_no_ticks_for_is_rounded(tmp_path: Path):
         assert open_video(tmp_path / "v.mp4").fps == pytest.approx(written, abs=0.01)
 
 
+def test_names_as_long_as_they_may_be(tmp_path: Path):
+    name = "\N{GRINNING FACE}" * 62 + ".mp4"  # 252 bytes of the 255 that file systems take
+    assert write_video(tmp_path / name, [np.zeros((16, 16, 3), np.uint8)]) == 1
+    with pytest.raises(OSError, match="aaaa.mp4") as caught:
+        write_video(tmp_path / ("a" * 252 + ".mp4"), [np.zeros((16, 16, 3), np.uint8)])
+    assert Path(caught.value.filename).name == "a" * 252 + ".mp4"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_interrupted_video_leaves_nothing_new_behind(tmp_path: Path):
     path = tmp_path / "made.mp4"
     path.write_bytes(b"older")

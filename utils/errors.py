@@ -40,6 +40,8 @@ PLACES = {
     "--save_dir; both have to be places to write to",
     errno.ENOTDIR: IN_THE_WAY,
     errno.EEXIST: IN_THE_WAY,
+    errno.EISDIR: "a folder lies where a file is expected; give the name of a file",
+    errno.ENAMETOOLONG: "results are called as the video and its frames are, with a few letters more; rename these",
 }
 """Refusals of the system that are the user's to mend, and what to do."""
 

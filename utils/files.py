@@ -31,7 +31,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -41,6 +41,11 @@ def _write(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the name of a temporary file for this path begins: file systems count a name's bytes, 255 at most."""
+    return f".{os.fsencode(path.name)[:64].decode(errors='ignore')}."
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -21,6 +21,7 @@ from datasets.errors import DataError
 from datasets.images import load_frame
 from datasets.video_sequence import FRAME_SUFFIXES, by_stem, list_files, raise_problem
 from utils.errors import UserError
+from utils.files import temporary_prefix
 
 # Frames kept decoded. Callers go through a video in batches, and flow looks one frame ahead or behind.
 WINDOW = 16
@@ -248,7 +249,7 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
     if not (math.isfinite(fps) and fps > 0):
         raise UserError(f"{path}: {fps} frames per second; expected a number above 0")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:64]}.", suffix=".mp4")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".mp4")
     os.close(handle)
     temporary = Path(name)
     # OpenCV makes the file itself, with the permissions that a new file has; mkstemp would leave it to its owner alone.
@@ -286,7 +287,11 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
         written.release()
         if not whole:
             raise UserError(f"{path}: OpenCV did not write all of the video; is the disk full? Make room there")
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            error.filename = str(path)  # that of the temporary file tells nobody anything
+            raise
     finally:
         if writer is not None:
             writer.release()
