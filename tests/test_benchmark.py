@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.errors import DataError
 from models import Predictor, build_dbsnet, save_weights
 from models.frame_store import FrameStore
-from utils.benchmark import bench
+from utils.benchmark import bench, training
 from utils.benchmark.network import (
     LazyPictures,
     bench_against_encoders,
@@ -179,6 +180,34 @@ def test_all_parts_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "frames_per_second" in output and "benchmark.json" in output
 
 
+def test_training_is_that_of_the_network_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Built(Exception):
+        pass
+
+    def build(*variant: str, **config: object) -> None:
+        raise Built(build_dbsnet(*variant, **config))
+
+    net = build_dbsnet("xxs", **SMALL)
+    save_weights(tmp_path / "w.safetensors", net)
+    args = parse("--bench_parts", "training", folder=tmp_path)
+    args.checkpoint, args.size = str(tmp_path / "w.safetensors"), [32, 64]
+    monkeypatch.setattr(training, "build_dbsnet", build)
+    with pytest.raises(Built) as caught:
+        bench.run(args)
+    assert {k: v.shape for k, v in caught.value.args[0].state_dict().items()} == {
+        k: v.shape for k, v in net.state_dict().items()
+    }
+
+
+def test_against_the_encoders_that_the_network_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    net = build_dbsnet("xxs", encoder={"appearance": "tf_efficientnet_lite0", "motion": "mobilevit"}, **SMALL).eval()
+    made, make = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: made.append(name) or make(name, **options))
+    result = bench_against_encoders(net, CPU, (32, 32), length=1, amp="none", repeats=1)
+    assert made == result["timm_encoders"] == ["tf_efficientnet_lite0", "mobilevit_xxs"]
+
+
 def test_against_timm() -> None:
     pytest.importorskip("timm")
     net = build_dbsnet("xxs", **SMALL).eval()
@@ -187,7 +216,15 @@ def test_against_timm() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["--bench_clip 0", "--bench_repeats 0", "--bench_threads 0", "--bench_frames -1", "--bench_host_memory -1"]
+    "words",
+    [
+        "--bench_clip 0",
+        "--bench_repeats 0",
+        "--bench_threads 0",
+        "--bench_frames -1",
+        "--bench_host_memory -1",
+        "--bench_json .",
+    ],
 )
 def test_options_out_of_range(words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words.split()[0]):
@@ -208,6 +245,14 @@ def test_sizes_that_will_not_do_are_told_before_anything_is_measured(
     args = parse(*words.split(), folder=tmp_path)
     args.size = size
     with pytest.raises(UserError, match=message):
+        bench.run(args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_that_is_not_there_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    args = parse(folder=tmp_path / "r")
+    args.datasets, args.data_dir = ["DAVIS-2016"], str(tmp_path)
+    with pytest.raises(DataError, match="DAVIS-2016"):
         bench.run(args)
     assert not list(tmp_path.iterdir())
 

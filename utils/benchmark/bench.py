@@ -79,11 +79,32 @@ def _size(text: str) -> tuple[int, int]:
     return height, width
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses what `run` would refuse before it measures anything, for whoever has much to do before.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    for name in ("bench_clip", "bench_frames", "bench_video_frames", "bench_repeats", "bench_processes"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    for name in ("bench_device_memory", "bench_host_memory"):
+        if (getattr(args, name) or 0) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: expected 0 or more")
+    for name in ("bench_threads", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if args.bench_json and Path(args.bench_json).is_dir():
+        raise UserError(f"--bench_json {args.bench_json}: a folder; expected the name of a file to write")
+    check_size(args.size)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what ``--bench_parts`` asks for; prints each figure as it comes, writes the JSON, and returns it.
 
     Raises:
-        UserError: options out of range, no CUDA where asked for, or part encoders without timm.
+        UserError: as `check`, sizes too small for a part, no CUDA where asked for, or part encoders without timm.
+        DataError: the data set of part pipeline is not there.
     """
     import torch
 
@@ -93,18 +114,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from utils.benchmark.propagation import arithmetic_rates, bench_propagation
     from utils.benchmark.timing import describe_machine
 
+    check(args)
     device = _device(args)
-    for name in ("bench_clip", "bench_frames", "bench_video_frames", "bench_repeats", "bench_processes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
-    for name in ("bench_device_memory", "bench_host_memory"):
-        if (getattr(args, name) or 0) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: expected 0 or more")
     if args.bench_threads is not None:
-        if args.bench_threads < 1:
-            raise UserError(f"--bench_threads {args.bench_threads}: expected 1 or more")
         torch.set_num_threads(args.bench_threads)
-    check_size(args.size)
     sizes = [tuple(args.size)] if args.size else list(args.bench_sizes)
     drawing = {"training"} | (set() if args.datasets else {"pipeline"})
     for height, width in sizes:
@@ -114,6 +127,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 f"size {height}x{width}: part {part} draws its own frames, {LEAST_SIDE} pixels or more a side; give a "
                 "larger size, or leave the part out"
             )
+    frames = _dataset_frames(args) if args.datasets and "pipeline" in args.bench_parts else None
     nets = [load_dbsnet(args.checkpoint)] if args.checkpoint else [make_net(variant) for variant in args.bench_variants]
 
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": describe_machine(device)}
@@ -137,15 +151,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             head = {**describe_net(net), "size": list(size), "dtype": "float32" if args.amp == "none" else args.amp}
             for part in ("network", "encoders", "profile", "video", "long", "pipeline", "training"):
                 if part in parts:
-                    add(part, {**head, **_measure(part, args, net, device, size)})
+                    add(part, {**head, **_measure(part, args, net, device, size, frames)})
     print(f"bench: {path}", flush=True)
     return report
 
 
 def _measure(
-    part: str, args: argparse.Namespace, net: DBSNet, device: torch.device, size: tuple[int, int]
+    part: str,
+    args: argparse.Namespace,
+    net: DBSNet,
+    device: torch.device,
+    size: tuple[int, int],
+    paths: Sequence[Path] | None = None,
 ) -> dict[str, Any]:
-    """One part for one network and size."""
+    """One part for one network and size.
+
+    paths: the frames of part pipeline; synthetic ones by default.
+    """
     from models import Predictor
     from utils.benchmark.network import bench_against_encoders, bench_clip, bench_long, bench_video, profile_clip
     from utils.benchmark.pipeline import bench_pipeline
@@ -173,25 +195,28 @@ def _measure(
     workers = args.workers if args.workers is not None else default_workers()
     if part == "pipeline":
         with tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder:
-            paths = _frames(args, Path(folder), size)
+            paths = paths or _drawn_frames(Path(folder), args.bench_video_frames, size)
             predictor = Predictor(net, device=device, size=size, **common)
             return bench_pipeline(predictor, paths, workers=max(1, workers), crf=args.bench_crf)
     return bench_training(
-        net.config["variant"], device, size, length=min(args.bench_clip, 5), batch=args.batch_size or 4, amp=args.amp,
+        net.config, device, size, length=min(args.bench_clip, 5), batch=args.batch_size or 4, amp=args.amp,
         workers=workers, steps=max(2, args.bench_repeats), processes=args.bench_processes,
     )  # fmt: skip
 
 
-def _frames(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> Sequence[Path]:
-    """Files of frames: of the first video of ``--datasets``, or synthetic ones, written now."""
-    if args.datasets:
-        from datasets.sequences import read_dataset
+def _dataset_frames(args: argparse.Namespace) -> Sequence[Path]:
+    """Files of frames of the first video of ``--datasets``."""
+    from datasets.sequences import read_dataset
 
-        sequences = read_dataset(args.datasets[0], Path(args.data_dir), split=args.split or "val")
-        return sequences[0].frames[: args.bench_video_frames]
+    sequences = read_dataset(args.datasets[0], Path(args.data_dir), split=args.split or "val")
+    return sequences[0].frames[: args.bench_video_frames]
+
+
+def _drawn_frames(folder: Path, count: int, size: tuple[int, int]) -> Sequence[Path]:
+    """Files of synthetic frames, written now."""
     from datasets.synthetic import write_dataset
 
-    root = write_dataset(folder, videos=1, frames=args.bench_video_frames, size=size, flows=False)
+    root = write_dataset(folder, videos=1, frames=count, size=size, flows=False)
     return sorted((root / "JPEGImages").rglob("*.jpg"))
 
 

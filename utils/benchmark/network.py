@@ -107,7 +107,7 @@ def bench_against_encoders(
     repeats: int,
     cuda_graphs: bool = False,
 ) -> dict[str, Any]:
-    """The whole network against timm's two encoders of its size alone, eager, in one run.
+    """The whole network against timm's encoders of its kind alone, one for each stream, eager, in one run.
 
     Raises:
         UserError: timm is not installed.
@@ -116,8 +116,10 @@ def bench_against_encoders(
         raise UserError("--bench_parts encoders compares with timm's encoders: pip install timm, or leave it out")
     import timm
 
-    name = f"mobilevit_{net.config['variant']}"
-    encoders = [timm.create_model(name, features_only=True, pretrained=False).to(device).eval() for _ in range(2)]
+    names = [
+        f"mobilevit_{net.config['variant']}" if name == "mobilevit" else name for name in encoder_names(net).values()
+    ]
+    encoders = [timm.create_model(name, features_only=True, pretrained=False).to(device).eval() for name in names]
     frames = torch.rand(1, length, 3, *size, device=device)
 
     def both() -> None:
@@ -131,6 +133,7 @@ def bench_against_encoders(
     base = getattr(times["encoders"], measure)
     return {
         "timm": timm.__version__,
+        "timm_encoders": names,
         "frames": length,
         **{name: timing.describe(length) for name, timing in times.items()},
         "ratios": {name: getattr(times[name], measure) / base for name in calls},
@@ -287,5 +290,16 @@ def make_net(variant: str) -> DBSNet:
     return build_dbsnet(variant=variant).eval()
 
 
+def encoder_names(net: DBSNet) -> dict[str, str]:
+    """What each stream's encoder is, as `DBSNet` takes it: ``mobilevit``, or the name of a network of timm."""
+    encoder = net.config["encoder"]
+    return {stream: encoder if isinstance(encoder, str) else encoder[stream] for stream in net.streams}
+
+
 def describe_net(net: DBSNet) -> dict[str, Any]:
-    return {"variant": net.config["variant"], "flavour": net.config["flavour"], "parameters": count_parameters(net)}
+    return {
+        "variant": net.config["variant"],
+        "flavour": net.config["flavour"],
+        "encoders": encoder_names(net),
+        "parameters": count_parameters(net),
+    }

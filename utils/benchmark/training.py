@@ -21,11 +21,14 @@ from utils.training.loading import ClipOrder, build_loader, to_device, to_floats
 
 
 class Step:
-    """One optimiser step of a network on a batch of uint8 clips, as main.py does it."""
+    """One optimiser step of a network on a batch of uint8 clips, as main.py does it.
 
-    def __init__(self, variant: str, device: torch.device, amp: str, *, distributed: bool = False) -> None:
+    config: what `build_dbsnet` makes the network of; its weights are random.
+    """
+
+    def __init__(self, config: dict[str, Any], device: torch.device, amp: str, *, distributed: bool = False) -> None:
         torch.manual_seed(0)
-        self.net = build_dbsnet(variant=variant).to(device).train()
+        self.net = build_dbsnet(**config).to(device).train()
         self.model = DistributedDataParallel(self.net) if distributed else self.net
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=device.type == "cuda")
         self.device, self.amp = device, amp
@@ -41,8 +44,8 @@ class Step:
 
 
 def bench_training(
-    variant: str, device: torch.device, size: tuple[int, int], *, length: int, batch: int, amp: str, workers: int,
-    steps: int, processes: int = 1,
+    config: dict[str, Any], device: torch.device, size: tuple[int, int], *, length: int, batch: int, amp: str,
+    workers: int, steps: int, processes: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Frames per second of the loader alone (procedural clips), of the step alone, and of both together.
 
@@ -51,7 +54,7 @@ def bench_training(
     """
     order = ClipOrder(batch=batch, accumulate=1, steps=steps + 2, rank=0, world_size=1, seed=0)
     pinned = device.type == "cuda"
-    step = Step(variant, device, amp)
+    step = Step(config, device, amp)
     first: dict[str, Any] = {}
 
     def epoch(learn: bool, defer: bool) -> float:
@@ -83,39 +86,47 @@ def bench_training(
         deferred = {"loader": epoch(learn=False, defer=True), "together": epoch(learn=True, defer=True)}
     rates = {"loader": frames / loading, "step": frames / learning, "together": frames / together}
     result = {
-        "variant": variant, "size": list(size), "clip_len": length, "batch_size": batch, "workers": workers,
+        "clip_len": length, "batch_size": batch, "workers": workers,
         "frames_per_second": rates, "together_over_slowest": rates["together"] / min(rates["loader"], rates["step"]),
         "augment_on_device": {"frames_per_second": {name: frames / seconds for name, seconds in deferred.items()}},
         "memory": memory.describe(),
     }  # fmt: skip
     if processes > 1:
-        result["scaling"] = bench_scaling(variant, size, length=length, batch=batch, steps=steps, processes=processes)
+        result["scaling"] = bench_scaling(config, size, length=length, batch=batch, steps=steps, processes=processes)
     return result
 
 
 def bench_scaling(
-    variant: str, size: tuple[int, int], *, length: int, batch: int, steps: int, processes: int
+    config: dict[str, Any], size: tuple[int, int], *, length: int, batch: int, steps: int, processes: int
 ) -> dict[str, Any]:
-    """One and several gloo processes, one thread and one batch each; perfect scaling has efficiency 1."""
+    """One and several gloo processes, one thread and one batch each, in float32; perfect scaling has efficiency 1."""
     rates = {}
     for world in (1, processes):
         with tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder:
-            mp.spawn(_steps_in_a_process, (world, folder, variant, size, length, batch, steps), nprocs=world)
+            mp.spawn(_steps_in_a_process, (world, folder, config, size, length, batch, steps), nprocs=world)
             seconds = float(torch.load(os.path.join(folder, "seconds.pt"), weights_only=True))
         rates[world] = world * steps * batch * length / seconds
     return {
+        "dtype": "float32",
         "frames_per_second": {str(world): rate for world, rate in rates.items()},
         "efficiency": rates[processes] / (processes * rates[1]),
     }
 
 
 def _steps_in_a_process(
-    rank: int, world: int, folder: str, variant: str, size: tuple[int, int], length: int, batch: int, steps: int
+    rank: int,
+    world: int,
+    folder: str,
+    config: dict[str, Any],
+    size: tuple[int, int],
+    length: int,
+    batch: int,
+    steps: int,
 ) -> None:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    step = Step(variant, device, "none", distributed=world > 1)
+    step = Step(config, device, "none", distributed=world > 1)
     clips: dict[str, Tensor] = {
         name: torch.randint(0, 256, (batch, length, 3, *size), dtype=torch.uint8) for name in ("frames", "flows")
     }
