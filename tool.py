@@ -111,6 +111,7 @@ def _check(args: argparse.Namespace) -> None:
     """What one option alone cannot tell, and what is cheaper to say now than after an hour of the first tool."""
     from models.errors import CheckpointError
     from utils import crf, export, report
+    from utils.benchmark import bench
     from utils.errors import UserError
     from utils.evaluation import evaluate
     from utils.flow import prepare
@@ -143,6 +144,8 @@ def _check(args: argparse.Namespace) -> None:
         evaluate.check(args, _dataset_names(args))
     if "report" in args.tools:
         report.check(args)
+    if "bench" in args.tools:
+        bench.check(args)
     if "export" in args.tools:
         export.check(args)
     for tool in ("test", "bench", "export"):
@@ -380,7 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end_workers()
         terminated = isinstance(stop, Terminated)
         print(
-            f"{'ended by SIGTERM' if terminated else 'interrupted'}; the same command goes on from here", file=sys.stderr
+            f"{'ended by SIGTERM' if terminated else 'interrupted'}; the same command goes on from here",
+            file=sys.stderr,
         )
         return Terminated.exit_code if terminated else INTERRUPTED
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,8 +26,9 @@ from datasets.synthetic import write_dataset
 from models import build_dbsnet, load_dbsnet
 from models.growth import keep_stream, put_back
 from models.weights import save_weights
+from utils import report
 from utils.inference.weights import read_notes
-from utils.report import describe_encoders
+from utils.report import Scores, describe_encoders
 
 FRAMES = 5
 
@@ -170,7 +172,39 @@ def test_the_page_is_not_of_other_maps_than_its_figures(
     (tmp_path / "kept").rename(folder / "evaluation.json")
     later = (folder / "evaluation.json").stat().st_mtime_ns + 10**9
     os.utime(folder / "test.json", ns=(later, later))
+    assert call(*words) == 0  # of a later run, on other data perhaps
+    os.utime(next((folder / "binary").rglob("*.png")), ns=(later, later))
     assert "--tools eval again" in fails(capsys, *words)
+
+
+def test_the_page_tells_how_its_own_maps_were_made(results: Path, weights: Path, tmp_path: Path) -> None:
+    """Not how the last run made those of other data, which test.json tells of."""
+    folder = shutil.copytree(results / "results", tmp_path / "r")
+    words = ["--tools", "report", "--save_dir", folder, "--data_dir", results / "data", "--datasets", "DAVIS-2016"]
+    record = json.loads((folder / "test.json").read_text())
+    other = {**record, "checkpoint": "another.pt", "sha256": "0" * 16, "parameters": 123456}
+    other["settings"] = {**record["settings"], "weights": "0" * 16, "flip": True}
+    (folder / "test.json").write_text(json.dumps(other))
+    assert call(*words) == 0
+    page = (folder / "report.html").read_text()
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    sha = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    assert facts["checkpoint"].startswith(f"SHA-256 {sha}…") and facts["test"] == "32×64, whole video"
+    assert "network" not in facts and "run" not in facts and "another.pt" not in page
+    if (folder / "crf").is_dir():
+        assert facts["CRF"].startswith("iters 1, gaussian_sxy 3,") and facts["CRF"].endswith("scale 1.05")
+
+
+def test_the_page_has_one_kind_of_figure() -> None:
+    """As the tables: J in percent, S as a fraction, and rounded alike."""
+    some = {"protocols": {}, "frames": {}, "dataset": "D"}
+    scores = Scores(
+        overall={"": {"S": 0.8155, "max_F": 0.5}}, sequences={"": {"a": {}}}, key="S", frame_key="S", **some
+    )
+    assert "<b>0.816</b>S<" in report._tiles(scores) and scores.words(0.25) == "0.250"
+    overall = {"": {"J_mean": 0.8155, "F_mean": 0.5}}
+    scores = Scores(overall=overall, sequences={"": {"a": {}}}, key="J_mean", frame_key="J", **some)
+    assert "<b>81.6</b>J<" in report._tiles(scores) and scores.words(0.25) == "25.0"
 
 
 def test_the_page_shows_published_figures_that_were_compared(results: Path, tmp_path: Path) -> None:
@@ -207,7 +241,17 @@ def test_the_page_shows_the_training_run(results: Path, data: Path, tmp_path: Pa
     log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st')
     words = ["--tools", "report", "--save_dir", results / "results", "--data_dir", results / "data"]
     assert call(*words, "--datasets", "DAVIS-2016", "--log", log, "--report", tmp_path / "page.html") == 0
-    assert "loss: 1.800 at step 10, 1.400 at step 30" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "loss: 1.800 at step 10, 1.400 at step 30" in page
+    assert 'aria-label="loss over the steps"' in page and page.count("<svg") == page.count('role="img" aria-label="')
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02}q\x00", b'3\n[1]\n{"kind": "train", "step": 1, "loss": 0.5}\n'])
+def test_a_log_that_is_none(content: bytes, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "last.pt").write_bytes(content)
+    words = ["--tools", "report", "--save_dir", results / "results", "--data_dir", results / "data"]
+    words += ["--datasets", "DAVIS-2016", "--report", tmp_path / "page.html"]
+    assert "last.pt: has neither" in fails(capsys, *words, "--log", tmp_path / "last.pt")
 
 
 def test_default_datasets_are_those_that_are_there(results: Path, weights: Path, tmp_path: Path) -> None:
@@ -531,6 +575,9 @@ CRF = ["--tools", "flow", "test", "crf"]
         (["--workers", -1], "--workers -1"),
         (["--tools", "check", "--workers", -1], "--workers -1"),
         (["--tools", "test", "report", "--log", "nowhere.jsonl"], "--log nowhere.jsonl: no such file"),
+        (["--tools", "flow", "report", "--report", "."], "--report .: a folder"),
+        (["--tools", "flow", "bench", "--bench_json", "."], "--bench_json .: a folder"),
+        (["--tools", "flow", "bench", "--batch_size", 0], "--batch_size 0"),
         (["--tools", "test", "export"], "--output : expected"),
         (["--tools", "test", "export", "--output", "o.safetensors", "--note", "licence"], "expected KEY=VALUE"),
         (["--tools", "test", "eval", "--data_dir", "nowhere"], "--data_dir nowhere: none of DAVIS-2016"),

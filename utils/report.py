@@ -8,6 +8,7 @@ import csv
 import html
 import io
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,13 @@ import numpy as np
 
 from datasets.images import load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence
+from utils.crf import FIELD as CRF_FIELD
+from utils.crf import MAP
 from utils.errors import UserError
 from utils.evaluation.scoring import THRESHOLD, read_map
-from utils.evaluation.tables import COLUMNS
+from utils.evaluation.tables import COLUMNS, Column
 from utils.files import write_text
+from utils.inference.maps import FIELD, made_with
 from utils.inference.segment import RECORD
 from utils.visualise import outline, overlay
 
@@ -44,10 +48,12 @@ def check(args: argparse.Namespace) -> None:
     """Refuses what `run` would refuse before it looks at scores, for whoever has much to do before.
 
     Raises:
-        UserError: ``--log`` is not there.
+        UserError: ``--log`` is not there, or ``--report`` is a folder.
     """
     if args.log and not Path(args.log).is_file():
         raise UserError(f"--log {args.log}: no such file; expected the log.jsonl of a training run")
+    if args.report and Path(args.report).is_dir():
+        raise UserError(f"--report {args.report}: a folder; expected the name of the page to write")
 
 
 def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[VideoSequence]]) -> Path:
@@ -58,16 +64,29 @@ def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[Vi
     """
     check(args)
     save_dir = Path(args.save_dir)
-    record = _json(save_dir / RECORD) if (save_dir / RECORD).is_file() else {}
-    scores = save_dir / "evaluation.json"
-    if record and scores.is_file() and (save_dir / RECORD).stat().st_mtime_ns > scores.stat().st_mtime_ns:
-        raise UserError(
-            f"{scores}: older than the maps that {RECORD} tells of, so its figures may be of "
-            "others; run --tools eval again, with the same --save_dir"
-        )
-    log = Path(args.log) if args.log else Path(record.get("checkpoint", save_dir / "none")).parent / "log.jsonl"
+    _require_newer(save_dir / "evaluation.json", save_dir, sequences_by_dataset)
+    log = Path(args.log) if args.log else None
+    if log is not None and not _curves_of(log):
+        raise UserError(f"--log {log}: has neither losses nor J of two steps; expected the log.jsonl of a training run")
     path = Path(args.report) if args.report else save_dir / "report.html"
-    return write_report(path, save_dir, sequences_by_dataset, log=log if log.is_file() else None)
+    return write_report(path, save_dir, sequences_by_dataset, log=log)
+
+
+def _require_newer(scores: Path, save_dir: Path, sequences_by_dataset: Mapping[str, Sequence[VideoSequence]]) -> None:
+    """Raises UserError where scores are older than a map of theirs: they may be of the map before it."""
+    if not scores.is_file():
+        return
+    time_of_scores = scores.stat().st_mtime_ns
+    for dataset, sequences in sequences_by_dataset.items():
+        for sequence in sequences:
+            for kind in ("probability", "binary", "crf"):
+                for stem in sequence.annotated:
+                    path = save_dir / kind / dataset / sequence.name / f"{stem}.png"
+                    if path.is_file() and path.stat().st_mtime_ns > time_of_scores:
+                        raise UserError(
+                            f"{scores}: older than {path} and so perhaps of the map that was there before; run --tools "
+                            "eval again, with the same --save_dir"
+                        )
 
 
 def write_report(
@@ -84,7 +103,8 @@ def write_report(
     Args:
         save_dir: holds evaluation.json and its CSV files, and the maps.
         introduction: paragraphs to begin with.
-        log: ``log.jsonl`` of the training run whose weights were tested.
+        log: ``log.jsonl`` of the training run whose weights were tested; by default that beside the checkpoint, where
+            all maps are of it.
 
     Raises:
         As `run`.
@@ -95,8 +115,12 @@ def write_report(
     record = _json(save_dir / RECORD) if (save_dir / RECORD).is_file() else {}
     body = [f"<h1>{_text(title)}</h1>", *(f"<p>{_text(paragraph)}</p>" for paragraph in introduction)]
     scores = [read_scores(save_dir, document, dataset) for dataset in sequences_by_dataset]
+    makings = {score.dataset: read_making(save_dir, score) for score in scores}
+    if log is None and all(tells_of(record, making) for making in makings.values()):
+        beside = Path(record["checkpoint"]).parent / "log.jsonl"
+        log = beside if beside.is_file() else None
     body += [_tiles(score) for score in scores]
-    body.append(_facts(record, scores))
+    body.append(_facts(record, scores, makings))
     for score in scores:
         body.append(f"<h2>{_text(score.dataset)}</h2>")
         body.append(_table(score))
@@ -138,6 +162,10 @@ class Scores:
     def measures(self) -> str:
         """Which of `utils.evaluation.tables.COLUMNS` the page shows."""
         return "uvos" if self.key == "J_mean" else "vsod"
+
+    def words(self, value: float | None) -> str:
+        """A figure as the tables print it: in percent for J and F, as a fraction for the others."""
+        return Column("", "", "", percent=self.measures == "uvos").format(value)
 
 
 def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Scores:
@@ -188,6 +216,31 @@ def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Score
     )
 
 
+def read_making(save_dir: Path, score: Scores) -> dict[str, dict[str, Any]]:
+    """What the maps of a data set say they were made with: by `--tools test` ("") and, where it was run, by the CRF.
+
+    `eval` scores maps of one making only, so that the first that says so speaks for all. `RECORD` would not do: it is
+    of the last run, which may have been of another data set or of somebody's own video.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for label, kind, field in (("", "probability", FIELD), ("crf", "crf", CRF_FIELD)):
+        for name, frames in score.frames.get(label, {}).items():
+            made = made_with(save_dir / kind / score.dataset / name / f"{next(iter(frames))}.png", field)
+            if made is not None:
+                found[label] = made
+                break
+    return found
+
+
+def tells_of(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> bool:
+    """Whether `RECORD` is of the run that made these maps."""
+
+    def alike(settings: dict[str, Any]) -> dict[str, Any]:  # but for what differs from video to video
+        return {**settings, "size": sorted(settings["size"]), "sources": None}
+
+    return bool(record) and "" in making and alike(record["settings"]) == alike(making[""])
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -202,17 +255,13 @@ def _text(words: object) -> str:
     return html.escape(str(words))
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
 def _tiles(score: Scores) -> str:
     """The figures that a reader came for."""
     keys = [("J_mean", "J"), ("F_mean", "F")] if score.measures == "uvos" else [("S", "S"), ("max_F", "max F")]
     tiles = []
     for key, name in keys:
         for label in score.overall:
-            value = _percent(score.overall[label].get(key))
+            value = score.words(score.overall[label].get(key))
             tiles.append(f'<div class="tile"><b>{value}</b>{name}{" after the CRF" if label else ""}</div>')
     tiles.append(f'<div class="tile"><b>{len(score.sequences[""])}</b>sequences of {_text(score.dataset)}</div>')
     return f'<div class="tiles">{"".join(tiles)}</div>'
@@ -227,33 +276,16 @@ def describe_encoders(network: dict[str, Any]) -> str:
     return own if encoder == "mobilevit" else encoder
 
 
-def _facts(record: dict[str, Any], scores: Sequence[Scores]) -> str:
+def _facts(record: dict[str, Any], scores: Sequence[Scores], makings: Mapping[str, dict[str, dict[str, Any]]]) -> str:
     """What was run, by what, and by which rule it was scored."""
     import torch
 
     rows: list[tuple[str, str]] = []
-    if record:
-        settings, network = record["settings"], record["network"]
-        notes = ", ".join(f"{key} {value}" for key, value in record["notes"].items())
-        rows += [
-            ("checkpoint", f"{record['checkpoint']} (SHA-256 {record['sha256']}…{'; ' + notes if notes else ''})"),
-            ("network", f"{describe_encoders(network)}, {record['parameters']:,} parameters"),
-            (
-                "test",
-                f"{settings['size'][0]}×{settings['size'][1]}, "
-                + (f"clips of {settings['clip_len']}" if settings["clip_len"] else "whole video")
-                + (", flip" if settings["flip"] else "")
-                + (f", scales {settings['scales']}" if settings["scales"] != [1.0] else "")
-                + (f", {settings['amp']}" if settings["amp"] != "none" else "")
-                + (f", without {settings['without']}" if settings.get("without") else "")
-                + (f", flow of {settings['flow_dir']}" if settings.get("flow_dir") else ""),
-            ),
-            (
-                "run",
-                f"{record['date']} on {record['device']}"
-                + (f", {record['frames_per_second']} frames/s" if record["frames_per_second"] else ""),
-            ),
-        ]
+    # Runs of several data sets that differ are told one by one.
+    several = len({json.dumps(_of_run(making), sort_keys=True) for making in makings.values()}) > 1
+    for dataset, making in makings.items() if several else list(makings.items())[:1]:
+        prefix = f"{dataset}, " if several else ""
+        rows += [(prefix + name, words) for name, words in _run_rows(record, making)]
     for score in scores:
         for measures, sentence in score.protocols.items():
             figures = "J and F" if measures == "uvos" else "MAE, S, F and E"
@@ -262,6 +294,53 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores]) -> str:
     rows.append(("page", f"{time.strftime('%Y-%m-%d %H:%M')}; {versions}"))
     cells = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in rows)
     return f"<dl>{cells}</dl>"
+
+
+def _of_run(making: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What `read_making` gives, without what differs from video to video and from frame to frame."""
+    return {
+        label: {key: sorted(value) if key == "size" else value for key, value in made.items() if key not in _OF_ONE}
+        for label, made in making.items()
+    }
+
+
+_OF_ONE = ("sources", MAP)
+
+
+def _run_rows(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """The checkpoint, the network and the options that made the maps of a data set, as far as it is known."""
+    if "" not in making:
+        return [("maps", "do not say how they were made")]
+    rows = []
+    settings, known = making[""], tells_of(record, making)
+    if known:
+        settings, network = record["settings"], record["network"]
+        notes = ", ".join(f"{key} {value}" for key, value in record["notes"].items())
+        rows += [
+            ("checkpoint", f"{record['checkpoint']} (SHA-256 {record['sha256']}…{'; ' + notes if notes else ''})"),
+            ("network", f"{describe_encoders(network)}, {record['parameters']:,} parameters"),
+        ]
+    else:
+        other = f" ({RECORD} tells of another run)" if record else ""
+        rows.append(("checkpoint", f"SHA-256 {settings['weights']}…{other}"))
+    rows.append(
+        (
+            "test",
+            f"{settings['size'][0]}×{settings['size'][1]}, "
+            + (f"clips of {settings['clip_len']}" if settings["clip_len"] else "whole video")
+            + (", flip" if settings["flip"] else "")
+            + (f", scales {settings['scales']}" if settings["scales"] != [1.0] else "")
+            + (f", {settings['amp']}" if settings["amp"] != "none" else "")
+            + (f", without {settings['without']}" if settings.get("without") else "")
+            + (f", flow of {settings['flow_dir']}" if settings.get("flow_dir") else ""),
+        )
+    )
+    if known:
+        rate = f", {record['frames_per_second']} frames/s" if record["frames_per_second"] else ""
+        rows.append(("run", f"{record['date']} on {record['device']}{rate}"))
+    if "crf" in making:
+        rows.append(("CRF", ", ".join(f"{key} {value:g}" for key, value in making["crf"].items() if key != MAP)))
+    return rows
 
 
 def _html_table(first: str, titles: Sequence[str], lines: Sequence[str]) -> str:
@@ -327,7 +406,7 @@ def _examples(save_dir: Path, score: Scores, sequences: Sequence[VideoSequence])
         for name in names:
             if name not in by_name:
                 continue
-            value = f"{score.frame_key} {_percent(score.sequences[''][name][score.key])}"
+            value = f"{score.frame_key} {score.words(score.sequences[''][name][score.key])}"
             parts.append(f"<h3>{_text(name)} <small>{kind}, {value}</small></h3>")
             pictures = _pictures(save_dir, score, by_name[name])
             parts.append(f'<div class="pictures">{"".join(pictures)}</div>')
@@ -359,7 +438,7 @@ def _pictures(save_dir: Path, score: Scores, sequence: VideoSequence) -> list[st
         picture = overlay(load_frame(frames[stem]), mask, contour=False)
         truth = load_mask(sequence.mask_path(stem), sequence.mask_rule) > 0
         picture[outline(truth, max(1, round(picture.shape[0] / 200)))] = TRUTH
-        parts.append(_figure(picture, f"{name} {stem}: {score.frame_key} {_percent(values[stem])}"))
+        parts.append(_figure(picture, f"{name} {stem}: {score.frame_key} {score.words(values[stem])}"))
     return parts
 
 
@@ -393,7 +472,8 @@ def _curves(score: Scores) -> str:
         for label, frames in score.frames.items():
             lines["crf" if label else "plain"] = [frames.get(name, {}).get(stem) for stem in stems]
         caption = f"{name}, {len(stems)} frames"
-        parts.append(f"<figure>{chart(lines)}<figcaption>{_text(caption)}</figcaption></figure>")
+        figure = chart(lines, name=f"{score.frame_key} of each frame of {name}")
+        parts.append(f"<figure>{figure}<figcaption>{_text(caption)}</figcaption></figure>")
     legend = '<p class="note"><span class="key plain"></span>as predicted'
     legend += ' <span class="key crf"></span>after the CRF' if "crf" in score.frames else ""
     return f'<h3>{score.frame_key} of each frame</h3>{legend}</p><div class="curves">{"".join(parts)}</div>'
@@ -401,33 +481,47 @@ def _curves(score: Scores) -> str:
 
 def _training(log: Path) -> str:
     """Loss over the steps, and J on the sequences held out where there were any."""
-    entries = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue  # the last line of a run that was cut off
-    losses = [(e["step"], e["loss"]) for e in entries if e.get("kind") == "train" and e.get("loss") is not None]
-    scores = [(e["step"], e["J"]) for e in entries if e.get("kind") == "val" and e.get("J") is not None]
     parts = []
-    for name, points in (("loss", losses), ("J on held-out sequences", scores)):
-        if len(points) > 1:
-            steps, values = zip(*points)
-            top = 1.0 if name.startswith("J") else max(values)
-            figure = chart({"plain": list(values)}, top=top, positions=list(steps))
-            caption = f"{name}: {values[0]:.3f} at step {steps[0]}, {values[-1]:.3f} at step {steps[-1]}"
-            parts.append(f"<figure>{figure}<figcaption>{_text(caption)}</figcaption></figure>")
+    for name, points in _curves_of(log).items():
+        steps, values = zip(*points)
+        top = 1.0 if name.startswith("J") else max(values)
+        figure = chart({"plain": list(values)}, name=f"{name} over the steps", top=top, positions=list(steps))
+        caption = f"{name}: {values[0]:.3f} at step {steps[0]}, {values[-1]:.3f} at step {steps[-1]}"
+        parts.append(f"<figure>{figure}<figcaption>{_text(caption)}</figcaption></figure>")
     if not parts:
         return ""
     return f'<h2>Training</h2><p class="note">{_text(log)}</p><div class="curves">{"".join(parts)}</div>'
 
 
+def _curves_of(log: Path) -> dict[str, list[tuple[float, float]]]:
+    """What a log has two values of or more, as (step, value). Lines that are none of `RunLog` are passed over, such as
+    the last one of a run that was cut off.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {"loss": [], "J on held-out sequences": []}
+    kinds = {"train": ("loss", "loss"), "val": ("J on held-out sequences", "J")}
+    for line in log.read_bytes().decode("utf-8", "replace").splitlines():
+        try:
+            entry = json.loads(line)
+            name, key = kinds[entry["kind"]]
+            point = entry["step"], entry[key]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if all(isinstance(number, (int, float)) and math.isfinite(number) for number in point):
+            curves[name].append(point)
+    return {name: points for name, points in curves.items() if len(points) > 1}
+
+
 def chart(
-    lines: Mapping[str, Sequence[float | None]], *, top: float = 1.0, positions: Sequence[float] | None = None
+    lines: Mapping[str, Sequence[float | None]],
+    *,
+    name: str,
+    top: float = 1.0,
+    positions: Sequence[float] | None = None,
 ) -> str:
     """An SVG of curves from 0 to ``top``; a line's name is its CSS class, None a gap.
 
     Args:
+        name: what it shows, for who does not see it.
         positions: of the values along the horizontal axis; evenly spaced by default.
     """
     width, height, left, right, border = 280, 110, 30, 6, 8
@@ -447,7 +541,7 @@ def chart(
         at, label = y(part * top), f"{part * top:.3g}"
         parts.append(f'<path class="grid" d="M{left} {at:.1f}H{width - right}"/>')
         parts.append(f'<text x="{left - 4}" y="{at + 3:.1f}" text-anchor="end">{label}</text>')
-    for name, values in lines.items():
+    for kind, values in lines.items():
         runs: list[list[str]] = [[]]
         for position, value in zip(positions, values):
             if value is None:
@@ -456,8 +550,8 @@ def chart(
                 runs[-1].append(f"{x(position):.1f} {y(value):.1f}")
         # A single point has a length, so that its round end is seen.
         path = "".join(f"M{run[0]}" + ("L" + " ".join(run[1:]) if run[1:] else "h.1") for run in runs if run)
-        parts.append(f'<path class="line {name}" d="{path}"/>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+        parts.append(f'<path class="line {kind}" d="{path}"/>')
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(name)}">{"".join(parts)}</svg>'
 
 
 _PAGE = """<!doctype html>
