@@ -1,7 +1,9 @@
 """``tool.py --tools bench``: how fast the network and the whole way are on this machine, as JSON and as a table.
 
-Every time is taken after warm-up, with the device synchronised, as the median of repeats; things that are compared run
-in turns. See docs/performance.md for what the figures mean.
+Times of calls (parts network, encoders, propagation, video) are taken after warm-up, with the device synchronised, as
+the median of repeats; things that are compared run in turns, but for CUDA graphs of part video. Parts long, pipeline
+and training go through their work once after a warm-up, one thing after the other: their ratios hold other work on the
+machine, too. See docs/performance.md for what the figures mean.
 """
 
 from __future__ import annotations
