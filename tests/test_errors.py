@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -109,3 +111,47 @@ def test_a_results_folder_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureF
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert "error: " in message and "--save_dir" in message and "Traceback" not in message
+
+
+def run_within(repository: Path, statement: str, shell: str = "{}", **environment: str) -> subprocess.CompletedProcess:
+    """A Python of its own that runs a statement as main.py and tool.py run theirs, in a shell's line."""
+    lines = f"from utils.errors import exit_on_user_error\nwith exit_on_user_error():\n    {statement}\n"
+    return subprocess.run(
+        ["bash", "-c", shell.format('"$0" -c "$1"'), sys.executable, lines],
+        cwd=repository,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_ends_the_program_without_a_traceback(repository: Path, unbuffered: str) -> None:
+    ended = run_within(
+        repository, "print('x' * 100000); print('y')", "{} | true; exit ${{PIPESTATUS[0]}}", PYTHONUNBUFFERED=unbuffered
+    )
+    assert ended.returncode == 141
+    assert ended.stderr == "ended: nobody reads the output any more; the same command goes on from here\n"
+
+
+def test_a_broken_pipe_of_another_kind_stays_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BrokenPipeError), exit_on_user_error():
+        raise BrokenPipeError(errno.EPIPE, "that of a worker process")
+
+
+def test_letters_that_the_terminal_lacks_are_escaped(repository: Path) -> None:
+    ended = run_within(repository, "print('S \\u2191')", PYTHONIOENCODING="ascii")
+    assert (ended.returncode, ended.stdout) == (0, "S \\u2191\n")
+
+
+def test_closed_streams_are_no_reason_to_fail(repository: Path, tmp_path: Path) -> None:
+    work = "import pathlib; from utils.progress import progress_bar; [print(i) for i in progress_bar(range(3))]"
+    ended = run_within(repository, f"{work}; pathlib.Path({str(tmp_path / 'done')!r}).touch()", "{} >&- 2>&-")
+    assert ended.returncode == 0 and (tmp_path / "done").exists()
+
+
+def test_an_older_python_is_told(repository: Path) -> None:
+    words = "import sys; sys.version_info = (3, 9, 2); sys.version = '3.9.2 (old)'; import utils"
+    ended = subprocess.run([sys.executable, "-c", words], cwd=repository, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: DBSNet needs Python 3.10 or newer") and "is 3.9.2" in ended.stderr

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import select
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from datasets.errors import DataError
 
@@ -62,16 +65,31 @@ PEER_GONE = ("Connection closed by peer", "Connection reset by peer")
 """What gloo says in the processes that were waiting for one that ended."""
 
 
+UNREAD = 128 + 13
+"""The exit code where nobody reads the output any more, as shells have it of SIGPIPE."""
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, `DataError` or `CheckpointError` raised inside into `error: …` on stderr and exit code 2.
 
     So it does with what the system refuses for a reason that is the user's to mend (`PLACES`), and with a GPU or a
     machine that has not enough memory. A process that others have left alone says so in a line, too, so that theirs can
-    be found.
+    be found. Where the output goes to is no reason to fail: see `_steady`; a reader that has gone (``| head -1``) ends
+    the program without a traceback.
     """
+    _steady()
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # or Python would find out only at its end that the reader has gone
+    except BrokenPipeError:
+        if not _unread(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at the end
+        print("ended: nobody reads the output any more; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(UNREAD) from None
     except OSError as error:
         if error.errno not in PLACES:
             raise
@@ -100,3 +118,23 @@ def exit_on_user_error() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _steady() -> None:
+    """Letters that the terminal or locale lacks are written as ``\\u2191``, and a closed stream is one to nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader has gone."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on Windows; a stream that is no file
+        return False
