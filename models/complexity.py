@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.dbsnet import build_dbsnet
 from models.mobilevit import FLAVOURS, VARIANTS
 
-# DESIGN.md, section 2: at 384x640, per frame, both streams. (MACs, parameters)
+# What the network was designed to stay below: at 384x640, per frame, both streams. (MACs, parameters)
 BUDGET_SIZE = (384, 640)
 BUDGETS = {"s": (40e9, 16e6), "xxs": (9e9, 4e6)}
 BUDGET_CLIP = 48  # frames: a video of several windows
