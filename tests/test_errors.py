@@ -17,8 +17,9 @@ from PIL import Image
 
 import tool
 from models import build_dbsnet, save_weights
-from utils.errors import PLACES, exit_on_user_error
+from utils.errors import PLACES, UserError, exit_on_user_error
 from utils.files import write_text
+from utils.training.loading import read_batches
 
 
 @pytest.mark.parametrize("number", PLACES)
@@ -155,3 +156,12 @@ def test_an_older_python_is_told(repository: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", words], cwd=repository, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: DBSNet needs Python 3.10 or newer") and "is 3.9.2" in ended.stderr
+
+
+def test_full_shared_memory_is_not_taken_for_a_full_disk() -> None:
+    class Loader:
+        def __iter__(self) -> None:  # as the queue of the loader's processes cannot be made
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="/dev/shm.*--workers 0"):
+        next(read_batches(Loader()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -105,7 +106,8 @@ def to_floats(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
     """The batches of an epoch. An error about the data that a worker met is raised here as it was there, and the end of
-    a worker, which the system ends where memory is short, as a UserError.
+    a worker, which the system ends where memory is short, as a UserError; so is shared memory that is full from the
+    start.
 
     PyTorch would hand it on with the worker's traceback as its message.
     """
@@ -114,6 +116,13 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
     except DataError as error:
         message = str(error).rstrip().rsplit(f"{DataError.__name__}: ", 1)[-1]
         raise DataError(message) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        raise UserError(
+            "shared memory (/dev/shm; docker's --shm-size), through which loader processes hand on batches, is full: "
+            "make room there, or give --workers 0; the same command goes on from the last checkpoint"
+        ) from None
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):  # not of a process that is gone
             raise
