@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import DBSNet, build_dbsnet
 
@@ -76,6 +76,41 @@ def test_other_sizes_are_padded_by_their_border_and_cropped_never_stretched() ->
 
     with torch.inference_mode():
         torch.testing.assert_close(net(frames, flows), net(extend(frames), extend(flows))[..., :50, :70])
+
+
+def test_the_network_is_its_parts_in_the_order_of_the_abstract() -> None:
+    """Each part is tested by itself; here they are put together once more, by the diagram in README.md."""
+    net = small(window=8).eval()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.startswith("fusion.") and name.endswith(("scale", "distance")):
+                parameter.normal_()  # they start at 0, and messages change nothing then
+    frames, flows = clip(1, 3, 64, 96)
+    with torch.inference_mode():
+        maps = {"appearance": net.encoders["appearance"](frames[0]), "motion": net.encoders["motion"](flows[0])}
+        fused = []
+        for level in range(3):  # strides 8, 16, 32; of the encoders' maps the first is that at stride 4
+            streams = [net.laterals[stream][level](maps[stream][level + 1]) for stream in ("appearance", "motion")]
+            x = net.propagation[level](torch.cat(streams, 1)[None])
+            if level > 0:
+                parts = zip(("appearance", "motion"), x.split(16, 2))
+                x = torch.cat([net.refinement[stream][level - 1](part) for stream, part in parts], 2)
+            fused.append(net.fusion[level](x[0]))
+        skip = net.skip(torch.cat([maps["appearance"][0], maps["motion"][0]], 1))
+        path = [net.decoder.blocks[0](fused[2])]
+        for block, finer in zip(net.decoder.blocks[1:], (fused[1], fused[0], skip)):
+            path.append(block(finer + nn.functional.interpolate(path[-1], scale_factor=2, mode="bilinear")))
+        expected = nn.functional.interpolate(net.decoder.head(path[3]), scale_factor=4, mode="bilinear")
+        logits, aux, given = net(frames, flows, return_path=True)
+        torch.testing.assert_close(logits[0], expected)
+        for found, stride in zip(aux, (8, 16, 32)):  # each head on the map of the path at its stride
+            (on,) = (x for x in path if x.shape[-1] == 96 // stride)
+            torch.testing.assert_close(found[0], net.decoder.aux_heads[(8, 16, 32).index(stride)](on))
+        for found, wanted in zip(given, path, strict=True):
+            torch.testing.assert_close(found, wanted)
+        # At stride 16 attention looks at 2 x 2 positions together, at 32, where a quarter as many are, at each.
+        for stream in ("appearance", "motion"):
+            assert [[layer.pool for layer in part.layers] for part in net.refinement[stream]] == [[2], [1]]
 
 
 def test_clips_of_a_batch_are_independent() -> None:

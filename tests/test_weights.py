@@ -8,11 +8,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from datasets.flow_colour import flow_to_image
 from models import CheckpointError, DBSNet, build_dbsnet, load_dbsnet, save_weights
 from models.state_dicts import read_state
 
@@ -38,6 +40,42 @@ def test_round_trip_is_exact(net: DBSNet, tmp_path: Path) -> None:
     for key, value in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value) and loaded.state_dict()[key].dtype == value.dtype
     assert [file.name for file in path.parent.iterdir()] == ["weights.safetensors"]  # no temporary file is left
+
+
+# Of each frame of `moving_disc`: the mean probability on the disc, of the files as they were when they were scored.
+MASKS = {
+    "dbsnet_xxs": [0.9780, 0.9788, 0.9798, 0.9766, 0.9767, 0.9722, 0.9747, 0.9760, 0.9807, 0.9815],
+    "dbsnet_lite2": [0.9225, 0.9235, 0.9650, 0.9459, 0.9813, 0.9811, 0.9563, 0.9104, 0.8158, 0.9128],
+}
+
+
+def moving_disc(length: int, size: tuple[int, int] = (64, 96)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames, flow images (T, H, W, 3) and masks (T, H, W) of a disc that moves four pixels a frame to the right."""
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.float64)
+    rest = np.stack([np.sin(x / (5 + c) + y / 7) + np.sin(y / (3 + c) - x / 11) for c in range(3)], axis=-1)
+    frames, flows, masks = [], [], []
+    for t in range(length):
+        masks.append(np.hypot(y - 32, x - (24 + 4 * t)) < 13)
+        disc = np.stack([np.sin((x - 4 * t) / 3 + c) * np.sin(y / 4 + 2 * c) for c in range(3)], axis=-1)
+        picture = np.where(masks[-1][..., None], 180 + 60 * disc * [1, 0.5, 0.2], 90 + 30 * rest)
+        frames.append(np.rint(picture).astype(np.uint8))
+        flows.append(flow_to_image(np.stack([4.0 * masks[-1] * (1 if t + 1 < length else -1), 0 * x], axis=-1)))
+    return np.stack(frames), np.stack(flows), np.stack(masks)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_published_weights_give_the_masks_that_they_were_scored_with(name: str, repository: Path) -> None:
+    """Whoever changes what the network computes, in however small a way, has to score and publish other weights."""
+    if name == "dbsnet_lite2":
+        pytest.importorskip("timm")
+    net = load_dbsnet(repository / "weights" / f"{name}.safetensors")
+    frames, flows, masks = moving_disc(10)  # longer than the Transformer's window
+    clip = (torch.from_numpy(images).permute(0, 3, 1, 2)[None].float() / 255 for images in (frames, flows))
+    with torch.inference_mode():
+        probability = net(*clip)[0, :, 0].sigmoid().double().numpy()
+    found = probability > 0.5
+    assert (found & masks).sum() / (found | masks).sum() > 0.9
+    np.testing.assert_allclose([p[mask].mean() for p, mask in zip(probability, masks)], MASKS[name], atol=1e-3)
 
 
 def test_half_is_half_the_size_and_loads_as_single_precision(net: DBSNet, tmp_path: Path) -> None:
