@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets.errors import DataError
-from datasets.rendering import stir
+from datasets.flow_colour import image_to_flow
+from datasets.rendering import _blur_along_flow, expose, stir
 from datasets.scene_motion import Motion
 from datasets.scene_textures import object_share
 from datasets.scenes import SceneOptions
@@ -146,6 +147,51 @@ def test_flow_errors_touch_the_picture_only() -> None:
     for key in ("frames", "flow", "masks"):
         np.testing.assert_array_equal(right[key], wrong[key])
     assert (right["flow_images"] != wrong["flow_images"]).any()
+
+
+def test_imperfect_flow_pictures_show_about_the_right_motion() -> None:
+    """They are most of what the motion stream learns from: coarse and a little wrong, but of the same place and way."""
+    exact, seen, speeds = [], [], []
+    for seed in range(12):
+        clip = make_clip((6, seed), 2, SIZE, options=replace(CLEAN, flow_errors=1.0, camera_static=0.0))
+        flow = clip["flow"].astype(np.float64)
+        exact.append(flow / np.linalg.norm(flow, axis=-1).max(axis=(1, 2), keepdims=True)[..., None])
+        seen.append(image_to_flow(clip["flow_images"]))
+        speeds.append(np.linalg.norm(seen[-1], axis=-1).max())
+    exact, seen = np.stack(exact), np.stack(seen)
+    moving = np.linalg.norm(exact, axis=-1) > 0.3
+    angle = np.arctan2(exact[..., 1], exact[..., 0]) - np.arctan2(seen[..., 1], seen[..., 0])
+    assert np.median(np.abs(np.angle(np.exp(1j * angle[moving])))) < 0.15  # radians
+    error = np.linalg.norm(exact - seen, axis=-1).mean()
+    assert 0.005 < error < 0.15 and min(speeds) > 0.8
+    # In its place: shifted by a twelfth of the frame either way, it fits worse.
+    for axis, step in ((2, 6), (2, -6), (3, 9), (3, -9)):
+        assert np.linalg.norm(exact - np.roll(seen, step, axis), axis=-1).mean() > error
+
+
+def test_motion_blur_smears_along_the_motion() -> None:
+    frames = torch.rand(2, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    flow = torch.zeros(2, 2, 20, 30)
+    flow[0, 0], flow[1, 1] = 6.0, -6.0  # to the right in the first frame, upwards in the second
+    blurred = _blur_along_flow(frames, flow, 0.5)  # a pixel either way
+    for frame, axis in ((0, 2), (1, 1)):
+        mean = sum(torch.roll(frames[frame], step, axis) for step in (-1, 0, 1)) / 3
+        torch.testing.assert_close(blurred[frame, :, 2:-2, 2:-2], mean[:, 2:-2, 2:-2], rtol=0, atol=1e-4)
+
+
+def test_light_changes_as_a_whole_and_noise_is_new_in_every_frame() -> None:
+    grey = torch.full((4, 3, 40, 60), 0.5)
+    off = SceneOptions().clean()
+    flow = torch.zeros(4, 2, 40, 60)
+    assert (expose(np.random.default_rng(0), grey.clone(), flow, off) == 128).all()
+    for seed in range(8):
+        lit = expose(np.random.default_rng(seed), grey.clone(), flow, replace(off, light=1.0)).float()
+        assert (lit == lit[:, :, :1, :1]).all()  # alike all over a frame
+        assert 255 * 0.2 < lit.min() and lit.max() < 255 * 0.8
+        noisy = expose(np.random.default_rng(seed), grey.clone(), flow, replace(off, noise=1.0)).float()
+        assert 0.5 < noisy.std() < 0.03 * 255 and abs(noisy.mean() - 128) < 1
+        planes = noisy.flatten(0, 1).flatten(1)
+        assert torch.corrcoef(planes).fill_diagonal_(0).abs().max() < 0.2
 
 
 def test_shapes_and_types() -> None:
