@@ -323,6 +323,28 @@ def test_resize_is_opt_in_and_leaves_the_files_alone(tmp_path):
     assert tree(tmp_path / "m") == before
 
 
+def test_maps_of_another_size_are_resized_by_what_they_hold(tmp_path):
+    """Grey maps between their pixels and thresholded then, masks by the nearest pixel: by another library."""
+    import cv2
+
+    sequence, shapes = make_sequence(tmp_path), {"grey": (23, 31), "mask": (23, 31)}
+    js = {kind: [] for kind in shapes}
+    for t, stem in enumerate(sequence.stems):
+        smooth = cv2.GaussianBlur(prediction(t) * np.float32(255), (0, 0), 3)
+        small = {"grey": cv2.resize(smooth, shapes["grey"][::-1]).astype(np.uint8)}
+        small["mask"] = (small["grey"] > 100) * np.uint8(255)
+        large = {
+            "grey": cv2.resize(small["grey"].astype(np.float32), SIZE[::-1], interpolation=cv2.INTER_LINEAR) > 127.5,
+            "mask": cv2.resize(small["mask"], SIZE[::-1], interpolation=cv2.INTER_NEAREST_EXACT) > 127,
+        }
+        for kind, values in small.items():
+            save(tmp_path / kind / "dog" / f"{stem}.png", values)
+            js[kind].append(jaccard(large[kind], blob(t)))
+    for kind, tolerance in (("grey", 2e-3), ("mask", 1e-12)):
+        result = score(tmp_path / kind, [sequence], "--resize", "--metrics", "uvos", table_dir=tmp_path / "out")
+        assert result["overall"]["J_mean"] == pytest.approx(np.mean(js[kind][1:-1]), abs=tolerance), kind
+
+
 # Pairing
 
 
