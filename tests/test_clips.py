@@ -284,6 +284,24 @@ def test_without_augmentation_the_whole_frame_is_resized(sequences: list[VideoSe
         assert (item["masks"][t, 0].numpy() == np.asarray(mask) // 255).mean() > 0.97
 
 
+def test_videos_are_read_with_room_for_crops_and_never_enlarged(sequences: list[VideoSequence], tmp_path: Path) -> None:
+    """Their flow may be of another size. 24 x 32 of 90 x 150: the height is the narrower side, 24 * 1.2 = 29 of 90."""
+    video = sequences[0]
+    flows = {stem: tmp_path / f"{stem}.png" for stem in video.flows}
+    for stem, path in flows.items():
+        Image.open(video.flows[stem]).resize((75, 45), Image.Resampling.BILINEAR).save(path)
+    video = replace(video, flows=flows)
+    for size, kept in (((24, 32), (29, 48)), ((16, 64), (46, 77)), ((90, 150), (90, 150)), ((200, 300), (90, 150))):
+        raw = VideoClips([video], 7, size, Augment(), strides=(1,), defer=True)[0]["raw"]
+        assert raw.planes.shape == (7, 7, *kept)
+        for t, stem in enumerate(video.stems):
+            for planes, path in ((raw.planes[t, :3], video.frames[t]), (raw.planes[t, 3:6], flows[stem])):
+                picture = Image.open(path).convert("RGB").resize(kept[::-1], Image.Resampling.BILINEAR)
+                assert np.abs(planes.permute(1, 2, 0).numpy().astype(int) - np.asarray(picture)).mean() < 3
+            share = (np.asarray(Image.open(video.masks[stem])) > 0).mean()
+            assert raw.planes[t, 6].float().mean() == pytest.approx(share, abs=0.02)
+
+
 def test_a_mixture_keeps_its_weights_and_repeats_nothing(sequences: list[VideoSequence]) -> None:
     videos = replace(sequences[0], name="a"), sequences[1]
     one, two = (VideoClips([video], 2, (24, 32), Augment(), "ram", 3) for video in videos)
