@@ -21,12 +21,13 @@ from safetensors import safe_open
 import main
 from datasets.scenes import SceneOptions
 from datasets.synthetic import write_dataset
+from datasets.transforms import Augment
 from models import Predictor, build_dbsnet, load_dbsnet, save_weights
 from utils.errors import UserError
 from utils.training import resuming
 from utils.training.checkpoint import save_checkpoint
 from utils.training.config import TrainConfig, load_config, parse_args
-from utils.training.data import build_scene, build_sequences
+from utils.training.data import build_clips, build_scene, build_sequences
 
 SMALL = ["streams:[appearance]", "depth:0", "dilations:[1]", "rounds:1"]  # --network, to be quick
 OPTIONS = {"streams": ["appearance"], "depth": 0, "dilations": [1], "rounds": 1}
@@ -333,20 +334,35 @@ def test_accumulated_batches_equal_one_batch(tmp_path: Path) -> None:
             assert torch.equal(value, started[name]), name
 
 
-def test_validation_keeps_the_best(videos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "size", "count"), [([], (32, 64), 5), (["--val_size", "64", "96", "--val_frames", "4"], (64, 96), 4)]
+)
+def test_validation_keeps_the_best(
+    options: list[str], size: tuple[int, int], count: int, videos: Path, tmp_path: Path
+) -> None:
     names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    start = seeded_network().eval()
+    first = sorted((videos / "JPEGImages" / "480p" / names[0]).iterdir())[0]
+    picture = torch.from_numpy(load_image(first).copy()).permute(2, 0, 1)[None, None].float() / 255
+    with torch.no_grad():  # else all its answers lie on one side of the threshold, and J is 0 whatever is done wrong
+        logits, head = start(picture, picture), start.decoder.head
+        head.bias.sub_(logits.mean()).div_(logits.std()).add_(0.5)
+        head.weight.div_(logits.std())
+    save_weights(tmp_path / "start.safetensors", start)
     data = ["--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", names[0], names[2]]
-    assert main.main([*TINY, *data, "--val_every", "2", "--save_dir", str(tmp_path)]) == 0
+    data += ["--finetune", str(tmp_path / "start.safetensors"), "--bn", "frozen", "--lr", "1e-7"]
+    assert main.main([*TINY, *data, *options, "--val_every", "2", "--save_dir", str(tmp_path)]) == 0
     scores = lines(tmp_path, "val")
     assert [line["step"] for line in scores] == [2, 4]
     assert all(set(line["sequences"]) == {names[0], names[2]} for line in scores)
+    assert all(0.01 < score < 0.99 for line in scores for score in line["sequences"].values())
     best = max(scores, key=lambda line: line["J"])
     assert read(tmp_path, "best.pt")["step"] == best["step"] == read(tmp_path)["best"]["step"]
     # The score again, from the file and pixel by pixel: frames 1 … 3 of 0 … 4, at the video's own size.
-    predictor = Predictor(load_dbsnet(tmp_path / "weights.safetensors"), size=(32, 64))
+    predictor = Predictor(load_dbsnet(tmp_path / "weights.safetensors"), size=size)
     for name in (names[0], names[2]):
         images, flows, masks = (
-            [load_image(path) for path in sorted((videos / folder / "480p" / name).iterdir())]
+            [load_image(path) for path in sorted((videos / folder / "480p" / name).iterdir())[:count]]
             for folder in ("JPEGImages", "Flows", "Annotations")
         )
         found = []
@@ -355,6 +371,21 @@ def test_validation_keeps_the_best(videos: Path, tmp_path: Path) -> None:
             union = np.count_nonzero(mask | truth)
             found.append(np.count_nonzero(mask & truth) / union if union else 1.0)
         assert best["sequences"][name] == pytest.approx(np.mean(found[1:-1]), abs=1e-6)
+
+
+def test_validation_and_stops_leave_the_training_as_it_is(videos: Path, tmp_path: Path) -> None:
+    """Also without an average of the weights, where the network that trains is the one that is validated, and with
+    dropout, whose draws must not hang on what came before.
+    """
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    arguments = [*TINY, "dropout:0.5", "--ema", "0", "--save_dir"]
+    validated = ["--val_datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name, "--val_every", "1"]
+    assert main.main([*arguments, str(tmp_path / "plain")]) == 0
+    assert main.main([*arguments, str(tmp_path / "validated"), *validated, "--stop_after", "2"]) == 0
+    assert main.main([*arguments, str(tmp_path / "validated"), *validated]) == 0
+    assert [line["step"] for line in lines(tmp_path / "validated", "val")] == [1, 2, 3, 4]
+    for key in ("model", "optimizer"):
+        equal(read(tmp_path / "validated")[key], read(tmp_path / "plain")[key], key)
 
 
 @pytest.mark.parametrize("broken", ["best.pt", "last.pt"])
@@ -432,6 +463,52 @@ def test_held_out_sequences_are_not_trained_on(videos: Path) -> None:
         build_sequences(TrainConfig(**{**vars(config), "val_sequences": [names[1] + "x"]}))
     with pytest.raises(UserError, match="DAVIS-2016 has no training sequence left"):
         build_sequences(TrainConfig(**{**vars(config), "val_sequences": names}))
+
+
+def test_options_of_the_data_reach_the_clips(videos: Path, tmp_path: Path) -> None:
+    """What clips make of them is for tests/test_clips.py and tests/test_synthetic.py."""
+    flow = tmp_path / "flow"
+    shutil.copytree(videos / "Flows", flow / "DAVIS-2016" / "Flows")
+    words = [
+        *("--datasets", "DAVIS-2016:3", "synthetic:1", "--data_dir", str(videos), "--flow_dir", str(flow)),
+        *"--clip_len 3 --size 64 96 --strides 2 4 --flow_drop 0.2 --frame_drop 0.1 --frame_faults 0.25".split(),
+        *"--cache ram --augment_on device --samples_per_epoch 20 --steps_per_epoch 0 --seed 7".split(),
+        *"--scale 0.7 0.9 --aspect 0.8 1.1 --flip 0.4 --rotation 5 --rotation_probability 0.3".split(),
+        *"--colour 0.2 --sharpness 0.6 --scene occluder:0.5".split(),
+    ]
+    config, _ = parse_args([*TINY[:2], *words])
+    training, _ = build_sequences(config)
+    assert all(flow in path.parents for video in training["DAVIS-2016"] for path in video.flows.values())
+    faulty, steps = build_clips(config, training, step_clips=3)
+    assert (steps, len(faulty), faulty.probability) == (6, 18, 0.25)
+    assert faulty.part.weights == [0.75, 0.25]
+    clips, made = faulty.part.parts
+    assert [video.name for video in clips.sequences] == [video.name for video in training["DAVIS-2016"]]
+    for part in (clips, made):
+        assert (part.clip_len, part.size, part.seed, part.defer, len(part)) == (3, (64, 96), 7, True, 18)
+    assert (clips.strides, clips.flow_drop, clips.frame_drop) == ((2, 4), 0.2, 0.1) and clips.cached_bytes()
+    assert made.stills is None and made.options == SceneOptions(occluder=0.5)
+    assert clips.augment == Augment(
+        scale=(0.7, 0.9), aspect=(0.8, 1.1), flip=0.4, rotation=5, rotation_probability=0.3, brightness=0.2,
+        contrast=0.2, saturation=0.2, sharpness=0.6,
+    )  # fmt: skip
+    plain, _ = parse_args([*TINY[:2], "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--no-augment",
+                            "--steps_per_epoch", "0"])  # fmt: skip
+    clips, steps = build_clips(plain, build_sequences(plain)[0], step_clips=1)
+    assert clips.augment is None
+    assert steps == len(clips) == 15 // plain.clip_len  # as many as the 15 labelled frames make
+
+
+def test_every_fifth_frame_of_youtube_vos_is_trained_on(tmp_path: Path) -> None:
+    """`--num_frames` is the one option that the authors' README is about."""
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "png"), ("Flows", "png")):
+        (tmp_path / "train" / folder / "video").mkdir(parents=True)
+        for frame in range(12):
+            (tmp_path / "train" / folder / "video" / f"{frame:05d}.{suffix}").touch()  # not decoded before training
+    words = ["--datasets", "YouTube-VOS-2018", "--data_dir", str(tmp_path), "--val_sequences", "none"]
+    for number, kept in (([], [0, 5, 10]), (["--num_frames", "4"], [0, 4, 8])):
+        (video,) = build_sequences(parse_args([*words, *number])[0])[0]["YouTube-VOS-2018"]
+        assert [int(stem) for stem in video.stems] == kept
 
 
 def test_an_interrupted_validation_comes_first_in_the_next_call(
@@ -810,6 +887,46 @@ def test_the_learning_rate_over_the_steps() -> None:
     config = TrainConfig(warmup_steps=0, schedule="step", step_epochs=2)
     drops = [main.lr_factor(config, step, 60, 10) for step in (19, 20, 40)]
     assert drops == pytest.approx([1, 0.1, 0.01])
+
+
+def test_a_step_is_as_long_as_the_options_say(tmp_path: Path) -> None:
+    """By plain gradient descent: the weights move by lr times the gradient, whose length is clipped or not."""
+    start = {key: value.clone() for key, value in seeded_network().state_dict().items()}
+    words = "--optimizer sgd --momentum 0 --weight_decay 0 --lr 0.5 --schedule constant --warmup_steps 0 --max_steps 1"
+    for number, (clip, factor) in enumerate((("0", "1"), ("1e-3", "1"), ("1e-3", "0"))):
+        folder = tmp_path / str(number)
+        options = [*words.split(), "--grad_clip", clip, "--backbone_lr_factor", factor, "--ema", "0.9"]
+        assert main.main([*TINY, *options, "--save_dir", str(folder)]) == 0
+        made, average, (line,) = read(folder)["model"], read(folder)["ema"], lines(folder)
+        trained = {key for key, _ in seeded_network().named_parameters()}
+        moved = {key: (made[key] - start[key]).double().norm() for key in trained}
+        encoder = math.hypot(*(moved[key] for key in moved if key.startswith("encoders.")))
+        whole = math.hypot(*moved.values())
+        if factor == "0":
+            assert encoder == 0 and 0 < whole < 0.5 * 1e-3
+            continue
+        assert encoder > 0
+        assert whole == pytest.approx(0.5 * (1e-3 if float(clip) else line["grad_norm"]), rel=1e-2)
+        assert line["grad_norm"] > 1e-2  # that of the loss, before it is clipped
+        for key in trained:  # at the first step the average keeps 2 / 11 of the start
+            torch.testing.assert_close(average[key], (2 * start[key] + 9 * made[key]) / 11, rtol=0, atol=1e-6)
+
+
+def seeded_network() -> torch.nn.Module:
+    torch.manual_seed(TrainConfig().seed)
+    return build_dbsnet("xxs", **OPTIONS)
+
+
+def test_the_loss_is_weighted_as_the_options_say(tmp_path: Path) -> None:
+    first = {}
+    for name, words in (("plain", "--aux_weight 0.7"), ("edges", "--edge_weight 5 --aux_weight 0")):
+        assert main.main([*TINY, *words.split(), "--max_steps", "1", "--save_dir", str(tmp_path / name)]) == 0
+        (first[name],) = lines(tmp_path / name)
+    plain, edges = first["plain"], first["edges"]
+    assert plain["loss"] == pytest.approx(plain["bce"] + plain["iou"] + 0.7 * plain["aux"])
+    assert edges["loss"] == pytest.approx(edges["bce"] + edges["iou"])
+    # The same network and clips: only what weighs pixels differs, and outlines are where a mask is hardest.
+    assert edges["aux"] == pytest.approx(plain["aux"]) and edges["bce"] != pytest.approx(plain["bce"], rel=1e-4)
 
 
 def test_parameter_groups() -> None:
