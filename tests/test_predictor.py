@@ -183,6 +183,26 @@ def test_scales_are_averaged_at_the_frames_own_size(net: DBSNet, video: tuple) -
     assert np.abs(alone[0] - alone[1]).max() > 0.01
 
 
+def test_pictures_are_resized_as_pillow_does_and_logits_back(net: DBSNet) -> None:
+    """Frames and flow of two sizes, both larger than the network's: smoothed, or thin things would come and go."""
+    from PIL import Image
+
+    def resized(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR))
+
+    def shrunk(images: list[np.ndarray]) -> list[np.ndarray]:
+        return [np.stack([resized(x[..., c], SIZE) for c in range(3)], axis=-1) for x in images]
+
+    frames, flows = make_video(3, (150, 170))[0], make_video(3, (120, 200))[1]
+    with torch.inference_mode():
+        logits = 5 * net(as_clip(shrunk(frames)), as_clip(shrunk(flows)))[0, :, 0].numpy()
+    expected = 1 / (1 + np.exp(-np.stack([resized(x, (150, 170)) for x in logits])))
+    sharp = copy.deepcopy(net)  # so that a probability between two is not that of a logit between theirs
+    for parameter in sharp.decoder.head.parameters():
+        parameter.data.mul_(5)
+    np.testing.assert_allclose(collect(exact(sharp, size=SIZE)(frames, flows)), expected, atol=1e-3)
+
+
 def test_results_come_at_the_frames_own_size_whatever_the_networks(net: DBSNet) -> None:
     frames, _ = make_video(2, (45, 61))
     _, flows = make_video(2, (90, 122))
