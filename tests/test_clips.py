@@ -312,6 +312,12 @@ def test_a_mixture_keeps_its_weights_and_repeats_nothing(sequences: list[VideoSe
     assert len({i["frames"].numpy().tobytes() for i in items}) == 200
     again = MixedClips([(one, 3.0), (two, 1.0)], length=200)
     assert all(same(again[i], items[i]) for i in (199, 0, 77))
+    # Another epoch is another order, and the same for whoever begins with it: a run that was resumed.
+    fresh = MixedClips([(one, 3.0), (two, 1.0)], length=200)
+    for mixture in (again, fresh):
+        mixture.set_epoch(1)
+    names = [[mixture[i]["sequence"] for i in range(40)] for mixture in (again, fresh)]
+    assert names[0] == names[1] != [i["sequence"] for i in items[:40]]
 
 
 def test_impossible_options_are_refused(sequences: list[VideoSequence]) -> None:
