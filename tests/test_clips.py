@@ -188,8 +188,9 @@ def test_faults_are_of_single_frames(sequences: list[VideoSequence]) -> None:
                 assert (flow == 255).all()
             elif not flow_differs.any() and not (frame[:, picture_differs] == 128).all():
                 seen["blurred"] += 1
-                detail = [(x[:, :, 1:].int() - x[:, :, :-1].int()).abs().sum() for x in (frame, before["frames"][t])]
-                assert detail[0] < detail[1]
+                for axis in (1, 2):  # smooth both ways
+                    detail = [x.float().diff(dim=axis).abs().sum() for x in (frame, before["frames"][t])]
+                    assert detail[0] < 0.9 * detail[1]
             else:  # what differs lies in one rectangle, which shows nothing
                 seen["hidden"] += 1
                 rows, columns = torch.nonzero(picture_differs | flow_differs, as_tuple=True)

@@ -75,7 +75,7 @@ def test_the_published_weights_give_the_masks_that_they_were_scored_with(name: s
         probability = net(*clip)[0, :, 0].sigmoid().double().numpy()
     found = probability > 0.5
     assert (found & masks).sum() / (found | masks).sum() > 0.9
-    np.testing.assert_allclose([p[mask].mean() for p, mask in zip(probability, masks)], MASKS[name], atol=1e-3)
+    np.testing.assert_allclose([p[mask].mean() for p, mask in zip(probability, masks)], MASKS[name], atol=2e-4)
 
 
 def test_half_is_half_the_size_and_loads_as_single_precision(net: DBSNet, tmp_path: Path) -> None:
