@@ -119,6 +119,22 @@ def test_crops_seldom_lose_the_object() -> None:
     assert np.mean(kept) == 1
 
 
+def test_crops_go_all_over_the_source_where_the_object_stays_in_view() -> None:
+    """Not always to the object, which would teach that it lies in the middle."""
+    mask = torch.zeros(1, 90, 150, dtype=torch.uint8)
+    mask[:, 40:50, 70:80] = 1
+    options = Augment(scale=(0.7, 0.7), aspect=(1, 1), flip=0.0, rotation_probability=0.0)
+    places = []
+    for seed in range(200):
+        matrix, _ = draw_view(mask, (60, 80), options, np.random.default_rng(seed))
+        room = np.array([75, 45]) - (matrix[0, 0], matrix[1, 1])  # of the crop's centre, from that of the source
+        places.append(matrix[:, 2] / room)
+    # Evenly from edge to edge, whose standard deviation is 0.58; the object is in every such crop's height.
+    spread = np.std(places, axis=0)
+    assert 0.4 < spread[0] < 0.65 and 0.53 < spread[1] < 0.63 and np.abs(np.mean(places, axis=0)).max() < 0.15
+    assert np.abs(places).max() <= 1 + 1e-9
+
+
 def test_a_sampled_view_is_what_a_plain_loop_finds() -> None:
     rng = np.random.default_rng(3)
     clip = torch.randint(0, 256, (1, 7, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
