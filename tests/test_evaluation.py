@@ -110,8 +110,10 @@ def test_davis_drops_first_and_last_and_averages_sequences(tmp_path):
     result = score(maps, [long, short], table_dir=tmp_path / "out")
     for sequence in (long, short):
         expected = by_hand(sequence, list(sequence.stems[1:-1]))
+        row = result["sequences"][sequence.name]
         for key, value in expected.items():
-            assert result["sequences"][sequence.name][key] == pytest.approx(value, abs=1e-12)
+            assert row[key] == pytest.approx(value, abs=1e-12)
+        assert row["J&F"] == pytest.approx((expected["J_mean"] + expected["F_mean"]) / 2, abs=1e-12)
     for key in ("J_mean", "J_recall", "J_decay", "F_mean", "F_recall", "F_decay", "J&F"):
         values = [result["sequences"][name][key] for name in ("long", "short")]
         assert result["overall"][key] == pytest.approx(sum(values) / 2)  # not weighted by frames
@@ -129,6 +131,7 @@ def test_fbms_scores_annotated_frames_and_names_the_alternatives(tmp_path, capsy
     assert result["overall"]["J_mean"] == pytest.approx(np.mean(js))
     assert result["overall"]["uvos_frames"] == len(annotated)
     assert result["overall"]["vsod_frames"] == 3  # the DAVSOD rule drops the ends on every set
+    assert result["warnings"] == []  # a single frame without foreground is nothing odd
     alternatives = {(a["skip_first"], a["skip_empty"]): a for a in result["alternatives"]}
     assert alternatives[(True, False)]["J_mean"] == pytest.approx(np.mean(js[1:-1]))
     assert alternatives[(False, True)]["J_mean"] == pytest.approx(np.mean([js[i] for i in (0, 1, 3, 4)]))
