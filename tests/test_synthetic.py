@@ -106,6 +106,29 @@ def test_motion_and_its_inverse() -> None:
         np.testing.assert_allclose(points[1], y[0].numpy() + 0 * sx, atol=1e-2)
 
 
+@pytest.mark.parametrize("waves", [False, True])
+def test_the_box_of_a_layer_holds_all_of_it(waves: bool) -> None:
+    """Beyond it nothing is drawn, so that an object would be cut off along straight lines."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        matrices = np.eye(3) + rng.normal(0, 0.2, (3, 3, 3))
+        matrices[:, :2, 2], matrices[:, 2] = rng.normal(0, 20, (3, 2)), [0.001, -0.0008, 1.0]
+        wave_x, wave_y = ((rng.normal(0, 6, 3), rng.normal(0, 1, 3), 0.1) for _ in range(2))
+        motion = Motion(matrices, wave_x, wave_y) if waves else Motion(matrices)
+        left, top, right, bottom = motion.box([0, 2], (40, 70))
+        y, x = np.mgrid[-20:20:41j, -35:35:71j]
+        places = []
+        for t in (0, 2):
+            sx = x + wave_x[0][t] * np.sin(wave_x[2] * y + wave_x[1][t]) * waves
+            sy = y + wave_y[0][t] * np.sin(wave_y[2] * sx + wave_y[1][t]) * waves
+            points = matrices[t] @ np.stack([sx, sy, np.ones_like(sx)]).reshape(3, -1)
+            places.append(points[:2] / points[2])
+        low, high = np.min(places, axis=(0, 2)), np.max(places, axis=(0, 2))
+        assert left <= low[0] + 1e-9 and top <= low[1] + 1e-9 and right >= high[0] - 1e-9 and bottom >= high[1] - 1e-9
+        if not waves:  # and no more than that
+            np.testing.assert_allclose((left, top, right, bottom), (*low, *high))
+
+
 def test_where_nothing_moves_there_is_no_flow() -> None:
     clip = make_clip(3, 3, SIZE, options=STILL_LIFE)
     assert (clip["flow"] == 0).all()
