@@ -805,7 +805,8 @@ def test_what_validation_would_stumble_over_is_said_before_training(
     root = write_dataset(tmp_path / "data", videos=2, frames=4, size=(48, 80), seed=1, validation=0)
     name = sorted(path.name for path in (root / "JPEGImages" / "480p").iterdir())[0]
     words = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(root), "--val_sequences", name]
-    assert "no labelled frame" in fails([*words, "--val_frames", "2", "--save_dir", str(tmp_path / "a")], capsys)
+    told = fails([*words, "--val_frames", "2", "--save_dir", str(tmp_path / "a")], capsys)
+    assert "no labelled frame" in told and "of val_frames 2; give val_frames 3 or more" in told
     assert not (tmp_path / "a").exists()
     mask = root / "Annotations" / "480p" / name / "00001.png"
     Image.fromarray(np.zeros((24, 40), np.uint8)).save(mask)

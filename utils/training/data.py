@@ -83,9 +83,13 @@ def check_validation(config: TrainConfig, sequence: VideoSequence) -> None:
     for stem in stems:
         sequence.flow_path(stem)
     if not any(stem in sequence.masks for stem in stems[1:-1]):
+        # The first labelled frame that is neither the first nor the last, and one frame more behind it.
+        inner = enumerate(sequence.stems[1:-1], 1)
+        enough = next((index + 2 for index, stem in inner if stem in sequence.masks), None)
         raise UserError(
             f"val_sequences: {sequence.name} has no labelled frame between its first and its last"
             + (f" of val_frames {config.val_frames}" if config.val_frames else "")
+            + (f"; give val_frames {enough} or more" if enough else "; take another sequence")
         )
 
 
