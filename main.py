@@ -24,6 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import utils  # noqa: F401 - before the packages of requirements.txt, as it says which of them is missing
+
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor, nn

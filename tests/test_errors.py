@@ -158,6 +158,26 @@ def test_an_older_python_is_told(repository: Path) -> None:
     assert ended.stderr.startswith("error: DBSNet needs Python 3.10 or newer") and "is 3.9.2" in ended.stderr
 
 
+@pytest.mark.parametrize("program", ["main.py", "tool.py"])
+def test_where_the_requirements_are_not_installed_a_line_says_so(program: str, repository: Path) -> None:
+    # -S: without site-packages, as in an environment into which nothing was installed.
+    ended = subprocess.run([sys.executable, "-S", program, "--help"], cwd=repository, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: numpy is not installed; pip install -r requirements.txt\n"
+
+
+def test_only_a_package_that_is_missing_altogether_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        raise ModuleNotFoundError("No module named 'cv2'", name="cv2")
+    assert caught.value.code == 2
+    line = "error: opencv-python-headless is not installed; pip install -r requirements.txt\n"
+    assert capsys.readouterr().err == line
+    for defect in (ModuleNotFoundError("x", name="torch.nowhere"), ImportError("broken", name="cv2")):
+        with pytest.raises(ImportError) as caught, exit_on_user_error():
+            raise defect
+        assert caught.value is defect
+
+
 def test_full_shared_memory_is_not_taken_for_a_full_disk() -> None:
     class Loader:
         def __iter__(self) -> None:  # as the queue of the loader's processes cannot be made

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from datasets.errors import DataError
+from utils import PACKAGES, not_installed
 
 
 class UserError(ValueError):
@@ -73,10 +74,10 @@ UNREAD = 128 + 13
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, `DataError` or `CheckpointError` raised inside into `error: …` on stderr and exit code 2.
 
-    So it does with what the system refuses for a reason that is the user's to mend (`PLACES`), and with a GPU or a
-    machine that has not enough memory. A process that others have left alone says so in a line, too, so that theirs can
-    be found. Where the output goes to is no reason to fail: see `_steady`; a reader that has gone (``| head -1``) ends
-    the program without a traceback.
+    So it does with what the system refuses for a reason that is the user's to mend (`PLACES`), with a GPU or a machine
+    that has not enough memory, and where a package of requirements.txt is missing. A process that others have left
+    alone says so in a line, too, so that theirs can be found. Where the output goes to is no reason to fail: see
+    `_steady`; a reader that has gone (``| head -1``) ends the program without a traceback.
     """
     _steady()
     try:
@@ -109,6 +110,11 @@ def exit_on_user_error() -> Iterator[None]:
             print(f"error: {HOST_MEMORY}", file=sys.stderr, flush=True)
         else:
             raise
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:  # also a part of a package that is there, which is a defect of it or of ours
+            raise
+        print(not_installed(error.name), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except ValueError as error:
         # Imported only now: `models` imports torch, which worker processes that need this module do without.
