@@ -1,0 +1,254 @@
+"""A run that is stopped goes on exactly where it was, and what it has is never lost or mixed with another run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import main
+from models import load_dbsnet
+from tests.training.runs import TINY, equal, fails, lines, read
+from utils.errors import UserError
+from utils.training.config import TrainConfig
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*TINY, "--save_dir", str(tmp_path)]
+    for stop, more in ((2, "2"), (3, "1")):  # inside an epoch, and between two
+        assert main.main([*arguments, "--stop_after", more]) == 0
+        assert f"stopped at step {stop} of 4" in capsys.readouterr().out
+        assert read(tmp_path)["step"] == stop
+    assert main.main(arguments) == 0
+    assert f"resuming {tmp_path / 'last.pt'} at step 3" in capsys.readouterr().out
+    resumed, whole = read(tmp_path), read(finished)
+    for key in ("model", "ema", "optimizer", "scheduler", "step", "epoch", "best", "rng"):
+        equal(resumed[key], whole[key], key)
+    exact = ("step", "epoch", "loss", "bce", "iou", "aux", "lr", "grad_norm")
+    assert [[line[key] for key in exact] for line in lines(tmp_path)] == [
+        [line[key] for key in exact] for line in lines(finished)
+    ]
+
+
+def test_a_finished_run_is_left_as_it_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "last.pt").read_bytes()
+    assert main.main([*TINY, "--save_dir", str(finished)]) == 0
+    assert "done: 4 steps" in capsys.readouterr().out
+    assert (finished / "last.pt").read_bytes() == before
+    assert len(lines(finished)) == 4
+
+
+def test_a_run_begun_on_a_gpu_goes_on_without_one(finished: Path, tmp_path: Path) -> None:
+    """There AdamW is the fused one, and the optimiser's state says so."""
+    arguments = [*TINY, "--save_dir", str(tmp_path)]
+    assert main.main([*arguments, "--stop_after", "2"]) == 0
+    checkpoint = read(tmp_path)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["fused"] = True
+    torch.save(checkpoint, tmp_path / "last.pt")
+    assert main.main(arguments) == 0
+    assert not any(group["fused"] for group in read(tmp_path)["optimizer"]["param_groups"])
+    for name, value in read(finished)["model"].items():
+        assert torch.equal(read(tmp_path)["model"][name], value), name
+
+
+def test_a_finished_run_has_no_weights_to_offer_elsewhere(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*TINY, "--resume", str(finished / "last.pt"), "--save_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "has its 4 steps already" in said and "weights to test with" not in said
+
+
+def test_resume_none_starts_anew_and_keeps_the_old_run(tmp_path: Path) -> None:
+    arguments = [*TINY, "--save_dir", str(tmp_path), "--max_steps", "1", "--tensorboard"]
+    assert main.main(arguments) == 0
+    first = (tmp_path / "last.pt").read_bytes()
+    assert main.main([*arguments, "--resume", "none", "--seed", "5"]) == 0
+    assert (tmp_path / "previous-1" / "last.pt").read_bytes() == first
+    assert len(list((tmp_path / "previous-1").glob("events*"))) == len(list(tmp_path.glob("events*"))) == 1
+    assert len(lines(tmp_path)) == 1
+    new, old = (read(folder)["model"] for folder in (tmp_path, tmp_path / "previous-1"))
+    assert any(not torch.equal(new[name], old[name]) for name in new)
+
+
+def test_a_call_that_is_refused_leaves_the_folder_as_it_was(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    arguments = [*TINY, "--save_dir", str(folder)]
+    assert main.main([*arguments, "--save_dir", str(tmp_path / "one"), "--stop_after", "1"]) == 0
+    os.replace(tmp_path / "one" / "last.pt", folder / "one.pt")
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    before = content()
+    fails([*arguments, "--resume", str(folder / "one.pt"), "--batch_size", "3"], capsys)
+    fails([*arguments, "--resume", "none", "--datasets", "nowhere"], capsys)
+    assert content() == before and not list(folder.glob("previous-*"))
+
+
+def test_anew_from_the_weights_of_the_folder_itself(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "panels").mkdir()
+    arguments = [*TINY, "--save_dir", str(folder), "--finetune", str(folder / "last.pt"), "--resume", "none"]
+    assert main.main([*arguments, "--lr", "0", "--bn", "frozen", "--ema", "0", "--max_steps", "1"]) == 0
+    equal(read(folder)["model"], read(finished)["ema"])
+    assert (folder / "previous-1" / "panels").is_dir() and not (folder / "panels").exists()
+
+
+def test_the_best_weights_of_a_run_without_its_last_checkpoint_are_kept(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    data = ["--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    arguments = [*TINY, *data, "--max_steps", "1", "--save_dir", str(tmp_path)]
+    assert main.main(arguments) == 0
+    best = (tmp_path / "best.pt").read_bytes()
+    (tmp_path / "last.pt").unlink()
+    capsys.readouterr()
+    assert main.main([*arguments, "--seed", "4"]) == 0
+    assert (tmp_path / "previous-1" / "best.pt").read_bytes() == best != (tmp_path / "best.pt").read_bytes()
+    assert f"are in {tmp_path / 'previous-1'} now" in capsys.readouterr().out
+
+
+def test_going_on_in_another_folder_keeps_its_run_and_hands_out_no_weights_of_others(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    data = ["--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    first, other = tmp_path / "first", tmp_path / "other"
+    scores = iter((0.9, 0.1))
+    monkeypatch.setattr(main, "validate", lambda run: {name: next(scores)})
+    assert main.main([*TINY, *data, "--max_steps", "3", "--save_dir", str(first)]) == 0
+    assert main.main([*TINY, "--seed", "3", "--save_dir", str(other)]) == 0
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    capsys.readouterr()
+    going_on = [*TINY, *data, "--resume", str(first / "last.pt"), "--save_dir", str(other)]
+    assert main.main(going_on) == 0
+    said = capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (other / "previous-1").iterdir()} == before
+    assert "J 0.9000 at step 3" in said and "best J 0.1000 at step 4" in said
+    assert read(other, "best.pt")["step"] == 4
+    equal(dict(load_dbsnet(other / "weights.safetensors").state_dict()), read(other)["ema"])
+
+
+def test_who_goes_back_to_an_earlier_checkpoint_gets_weights_of_what_comes_after_it(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    arguments = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    arguments += ["--save_dir", str(tmp_path), "--steps_per_epoch", "1", "--max_steps"]
+    scores = iter((0.2, 0.9, 0.1))
+    monkeypatch.setattr(main, "validate", lambda run: {name: next(scores)})
+    assert main.main([*arguments, "1"]) == 0
+    shutil.copy(tmp_path / "last.pt", tmp_path / "early.pt")
+    assert main.main([*arguments, "2"]) == 0  # not what was wanted: back
+    capsys.readouterr()
+    assert main.main([*arguments, "2", "--resume", str(tmp_path / "early.pt"), "--lr", "1e-4"]) == 0
+    said = capsys.readouterr().out
+    # Not "best J 0.2 at step 1" with the weights of the step that had 0.9.
+    assert (
+        "J 0.2000 at step 1, is not in" in said and "which is of step 2" in said and "best J 0.1000 at step 2" in said
+    )
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        assert (file.metadata()["step"], file.metadata()["J"]) == ("2", "0.1000")
+
+
+def test_a_launcher_that_starts_again_would_begin_anew_each_time(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    for resume in ("none", str(finished / "last.pt")):
+        message = fails([*TINY, "--resume", resume, "--save_dir", str(tmp_path)], capsys)
+        assert f"--resume {resume}" in message and "--max-restarts" in message and "--resume auto" in message
+    assert main.main([*TINY, "--max_steps", "1", "--save_dir", str(tmp_path)]) == 0
+
+
+def test_a_run_that_cannot_go_on_says_why(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [*TINY, "--save_dir", str(finished)]
+    assert "2 clips per step" in fails([*run, "--batch_size", "3"], capsys)
+    assert "3 steps per epoch" in fails([*run, "--steps_per_epoch", "4"], capsys)
+    assert "--ema" in fails([*run, "--ema", "0"], capsys)
+    assert "--optimizer adamw" in fails([*run, "--optimizer", "sgd"], capsys)
+    # Weights that would not be read any more.
+    assert "(pretrained)" in fails([*run, "--pretrained", "mobilevit.pt"], capsys)
+    config = TrainConfig(save_dir=str(finished), keep_stream="motion")
+    with pytest.raises(UserError, match="keep_stream none, not motion"):
+        main.find_checkpoint(config, main.start_processes("cpu"))
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "give another" in fails([*TINY, "--resume", "none", "--save_dir", str(file)], capsys)
+    assert "nowhere.pt" in fails([*TINY, "--save_dir", str(tmp_path), "--resume", "nowhere.pt"], capsys)
+    # Also where a checkpoint says what to build and nothing else would look at it.
+    for start in ([], ["--finetune", str(finished / "last.pt")]):
+        message = fails([*TINY, "widht:3", "--save_dir", str(tmp_path), *start], capsys)
+        assert "unknown key 'widht'; did you mean width" in message
+    assert "width must be a whole number" in fails([*TINY, "width:-1", "--save_dir", str(tmp_path)], capsys)
+    assert "clips (1000000000 steps of 2)" in fails([*run, "--steps_per_epoch", "1000000000"], capsys)
+    checkpoint = read(finished)
+    checkpoint["config_model"]["rounds"] = -1  # of a version that took it
+    torch.save(checkpoint, tmp_path / "other.pt")
+    message = fails([*TINY, "--save_dir", str(tmp_path / "x"), "--resume", str(tmp_path / "other.pt")], capsys)
+    assert "other.pt: its configuration does not describe a network of this version (rounds" in message
+
+
+def test_a_resumed_run_takes_the_momentum_asked_for(tmp_path: Path) -> None:
+    words = [*TINY, "--optimizer", "sgd", "--lr", "1e-4", "--save_dir", str(tmp_path)]
+    assert main.main([*words, "--stop_after", "1"]) == 0
+    assert main.main([*words, "--momentum", "0.1", "--weight_decay", "0.25"]) == 0
+    groups = read(tmp_path)["optimizer"]["param_groups"]
+    assert {group["momentum"] for group in groups} == {0.1}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.25}
+
+
+def test_max_minutes_stops_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([*TINY, "--save_dir", str(tmp_path), "--max_minutes", "1e-6"]) == 0
+    assert "run the same command again" in capsys.readouterr().out
+    assert read(tmp_path)["step"] == 0
+
+
+# To the whole group, loader workers included, as a terminal sends the one and SLURM the other.
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_stops_with_a_checkpoint(number: signal.Signals, tmp_path: Path, repository: Path) -> None:
+    arguments = [*TINY, "--workers", "1", "--max_steps", "100000", "--save_dir", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *arguments],
+        cwd=repository,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ((tmp_path / "log.jsonl").is_file() and lines(tmp_path)):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    last = out.splitlines()[-1]
+    assert last.startswith("stopped at step") and number.name in last and "run the same command again" in last
+    assert read(tmp_path)["step"] == lines(tmp_path)[-1]["step"] >= 1
+    main.main([*arguments, "--stop_after", "1"])
+    steps = [line["step"] for line in lines(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
