@@ -40,9 +40,10 @@ def count_macs(call: Callable[[], Any]) -> int:
     """Multiply-accumulates of convolutions and matrix products in one call.
 
     Attention is made to run as plain matrix products: the counter has no formula for every fused kernel (none for the
-    CPU's), and would pass it over in silence.
+    CPU's), and would pass it over in silence. Not in inference mode, where the counter of PyTorch 2.4 sees layers whole
+    and counts nothing.
     """
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() // 2  # the counter counts the multiplication and the addition
 

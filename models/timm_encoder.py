@@ -46,11 +46,12 @@ class TimmEncoder(nn.Module):
                 self.net = timm.create_model(name, pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
             except (IndexError, AssertionError):  # four stages, the first at stride 4 already (ConvNeXt)
                 self.net = timm.create_model(name, pretrained=False, features_only=True, out_indices=(0, 1, 2, 3))
+            info = self.net.feature_info
+            strides = tuple(info.reduction())  # where older versions of timm find out that a stage is missing
         except (RuntimeError, ValueError, AttributeError, IndexError, AssertionError) as error:
             raise ValueError(f"timm's {name} cannot be an encoder: {error}") from None
-        info = self.net.feature_info
-        if tuple(info.reduction()) != self.reductions:
-            raise ValueError(f"timm's {name} has maps at strides {tuple(info.reduction())}, expected {self.reductions}")
+        if strides != self.reductions:
+            raise ValueError(f"timm's {name} has maps at strides {strides}, expected {self.reductions}")
         self.name, self.channels = name, tuple(info.channels())
         self._try()
         given = timm.get_pretrained_cfg(name)

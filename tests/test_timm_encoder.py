@@ -118,7 +118,7 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
         build_dbsnet("xxs", encoder="tf_efficientnet_lite9")
     with pytest.raises(ValueError, match="strides"):
         TimmEncoder("vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="timm's levit_128s cannot be an encoder: feature index"):  # of three stages
+    with pytest.raises(ValueError, match="timm's levit_128s cannot be an encoder: .*index"):  # of three stages
         TimmEncoder("levit_128s")
     with pytest.raises(ValueError, match=r"coat_tiny cannot be an encoder of any size of picture: .*224"):
         TimmEncoder("coat_tiny")

@@ -237,7 +237,11 @@ def set_batch_norm(net: nn.Module, mode: str, processes: Processes) -> nn.Module
         if of_timm:  # PyTorch's conversion would lose the activations that they contain
             from timm.layers import convert_sync_batchnorm
 
-            return convert_sync_batchnorm(net)
+            modes = {name: module.training for name, module in net.named_modules()}
+            net = convert_sync_batchnorm(net)
+            for name, module in net.named_modules():
+                module.training = modes[name]  # older versions of timm leave the new ones in training mode
+            return net
         return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in norms:
         # The subclass adds no state, so the module itself can take its forward; no copy, no renamed key.
