@@ -53,20 +53,21 @@ class BiConvLSTM(nn.Module):
         first piece has, of course, not seen the second: `models.predictor` gives `chains` mirrored pieces for that).
         """
         parts = [x.unflatten(2, (self.streams, -1))]  # (B, T, S*C, H, W) -> (B, T, S, C, H, W)
-        forward, backward, state = self.chains(parts, parts, state)
+        forward, backward, state = self.chains(parts, None, state)
         return torch.cat([forward, backward], 3), state
 
     def chains(
-        self, forward: Sequence[Tensor], backward: Sequence[Tensor], state: State | None = None
+        self, forward: Sequence[Tensor], backward: Sequence[Tensor] | None, state: State | None = None
     ) -> tuple[Tensor, Tensor, State]:
         """The forward chain over the frames of `forward`, the backward chain over those of `backward`, last to first.
 
+        None for `backward`: those of `forward` (not told by `is`, which PyTorch 2.4 cannot compile of two lists).
         Each is a list of maps (B, T, S, C_i, H, W) in the order of time, whose channels one after the other are the
         input's. Returns the hidden states of each chain, (B, T, S, h, H, W) in the order of time, and the last state.
         """
         if self.apart(forward[0]):
-            return self._one_by_one(forward, backward, state)
-        if forward is backward:
+            return self._one_by_one(forward, forward if backward is None else backward, state)
+        if backward is None:
             z = self._project(forward).unbind(3)  # 2 of (B, T, S, 4*h, H, W); the gradient of unbind is one copy
         else:
             z = [self._project(parts, direction).squeeze(3) for direction, parts in enumerate((forward, backward))]
@@ -256,6 +257,6 @@ class DenseBiConvLSTM(nn.Module):
             return x
         parts = [x.unflatten(2, (self.streams, -1))]  # (B, T, S*d, H, W) -> (B, T, S, d, H, W)
         for layer in self.layers:
-            forward, backward, _ = layer.chains(parts, parts)
+            forward, backward, _ = layer.chains(parts, None)
             parts = [*parts, forward, backward]
         return self.merge(parts)

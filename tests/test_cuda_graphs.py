@@ -208,6 +208,12 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(models.convlstm, "_fused_cell", cell)  # which has no shapes without a GPU
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode(), torch.device("cuda"):
+        try:
+            torch.empty(1).uniform_()
+        except RuntimeError as error:  # PyTorch 2.4 built for CUDA
+            if "CUDA driver" not in str(error):
+                raise
+            pytest.skip("this PyTorch fills no tensors without numbers where there is no CUDA driver")
         yield
 
 
