@@ -120,7 +120,7 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
         TimmEncoder("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="timm's levit_128s cannot be an encoder: .*index"):  # of three stages
         TimmEncoder("levit_128s")
-    with pytest.raises(ValueError, match=r"coat_tiny cannot be an encoder of any size of picture: .*224"):
+    with pytest.raises(ValueError, match="coat_tiny cannot be an encoder"):
         TimmEncoder("coat_tiny")
     with pytest.raises(ValueError, match="maxvit_pico_rw_256 cannot be an encoder of any size of picture"):
         TimmEncoder("maxvit_pico_rw_256")
