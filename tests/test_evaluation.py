@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -460,6 +462,24 @@ def test_our_own_results_with_crf(tmp_path):
     assert float(rows["mean"]["J_mean"]) == document["overall"]["J_mean"]
     only = score(own, [sequence], "--eval_folder", "crf", table_dir=tmp_path / "out")
     assert only["overall"] == document["crf"]["overall"]
+
+
+def test_scores_that_a_full_disk_cut_short_are_not_taken_for_whole(tmp_path, monkeypatch):
+    sequence = make_sequence(tmp_path / "data", "s", 5)
+    own = write_own(tmp_path / "run", sequence, crf=False)
+    score(own, [sequence], table_dir=tmp_path / "run")
+    assert (own / "evaluation.json").is_file()
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    for name in ("write_text", "write_json"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(evaluate, name, full)
+            score(own, [sequence], table_dir=tmp_path / "run")
+        assert not (own / "evaluation.json").exists()
+    score(own, [sequence], table_dir=tmp_path / "run")
+    assert (own / "evaluation.json").is_file()
 
 
 def test_masks_of_others_inside_the_table_folder_stay_as_they_are(tmp_path):

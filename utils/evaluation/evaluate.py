@@ -139,11 +139,14 @@ def run(
         target = folder if is_own(folder) else Path(table_dir) / name.replace("/", "_")
         if not is_own(folder) and target.resolve() == folder.resolve():
             target = target.with_name(f"{target.name}_scores")
-        write_json(target / "evaluation.json", documents[name])
+        # The old one goes first and the new one comes last: cut short between them (a full disk, Ctrl-C), `report`
+        # would else show new figures beside the frames of old ones.
+        (target / "evaluation.json").unlink(missing_ok=True)
         for score in of_folder:
             suffix = f"_{score.unit.label}" if score.unit.label else ""
             write_text(target / f"evaluation_{score.unit.dataset}{suffix}.csv", sequences_csv(score))
             write_text(target / f"evaluation_{score.unit.dataset}{suffix}_frames.csv", frames_csv(score))
+        write_json(target / "evaluation.json", documents[name])
         print(f"{name}: {target / 'evaluation.json'}")
 
     comparison = _comparison(args, scores)
