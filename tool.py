@@ -103,8 +103,22 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     local_rank = os.environ.get("LOCAL_RANK", "0")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=local_rank, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if set(args.tools) == {"demo"}:
+        _refuse_without_effect(args, parser)
     _check(args)
     return args
+
+
+def _refuse_without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """What would be passed over by the demo alone, which makes its own data and weights and has a folder of its own."""
+    from utils.errors import UserError
+
+    for name in ("save_dir", "checkpoint", "data_dir", "flow_dir", "datasets", "size"):
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(
+                f"--{name} has no effect on --tools demo, which makes its own data and weights: leave it out; "
+                "--demo_dir DIR says where all of it goes"
+            )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -158,9 +172,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_device(args: argparse.Namespace, processes: Processes) -> None:
-    """What an option wants of a device that is known only now."""
+    """What an option or a tool wants of a device and of the number of processes, which are known only now."""
     from utils.errors import UserError
 
+    if "demo" in args.tools and processes.world_size > 1:
+        raise UserError("--tools demo runs in one process: python tool.py --tools demo")
     if args.cuda_graphs and processes.device.type != "cuda" and {"test", "bench"} & set(args.tools):
         raise UserError(f"--cuda_graphs needs a GPU, and the device is {processes.device}: leave it out")
 
@@ -260,10 +276,7 @@ def run_report(args: argparse.Namespace, processes: Processes) -> int:
 def run_demo(args: argparse.Namespace, processes: Processes) -> int:
     from main import main as train
     from utils import demo
-    from utils.errors import UserError
 
-    if processes.world_size > 1:
-        raise UserError("--tools demo runs in one process: python tool.py --tools demo")
     demo.run(args, train, main)
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("cv2")
@@ -18,6 +19,7 @@ import tool
 from models import build_dbsnet, load_dbsnet
 from models.weights import save_weights
 from utils import demo
+from utils.distributed import Processes
 from utils.training.config import CONFIGS, load_config
 
 
@@ -105,6 +107,38 @@ def test_other_steps_name_the_options_of_the_demo(
     assert tool.main([*words, "2", "--overwrite"]) == 0
     assert "1 -> 2" not in capsys.readouterr().out  # trained anew, not gone on with
     assert (tmp_path / "d/trained/previous-1/last.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--save_dir", "mine"], ["--checkpoint", "w.pt"], ["--data_dir", "mine"], ["--datasets", "FBMS"]],
+    ids=lambda words: words[0],
+)
+def test_options_that_it_would_pass_over_are_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+    monkeypatch.setattr(tool, "TOOLS", {name: lambda *_, name=name: ran.append(name) for name in tool.TOOLS})
+    with pytest.raises(SystemExit) as caught:
+        tool.main(["--tools", "demo", "--device", "cpu", *words])
+    assert caught.value.code == 2 and ran == []
+    shown = capsys.readouterr().err
+    assert f"error: {words[0]} has no effect" in shown and "--demo_dir" in shown
+    # A tool after it may need them.
+    assert tool.main(["--tools", "demo", "flow", "--device", "cpu", *words]) == 0 and ran == ["demo", "flow"]
+
+
+def test_several_processes_are_refused_before_any_tool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+    monkeypatch.setattr(tool, "TOOLS", {name: lambda *_: ran.append("a tool") for name in tool.TOOLS})
+    two = Processes(rank=1, local_rank=1, world_size=2, device=torch.device("cpu"))
+    monkeypatch.setattr("utils.distributed.start_processes", lambda *_: two)
+    with pytest.raises(SystemExit) as caught:
+        tool.main(["--tools", "flow", "demo"])
+    assert caught.value.code == 2 and ran == []
+    assert "--tools demo runs in one process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
