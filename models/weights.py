@@ -59,7 +59,9 @@ def save_weights(
         key: (_halved(tensor) if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for key, tensor in net.state_dict().items()
     }
-    data = save(state, {"format": FORMAT, "config": json.dumps(net.config, sort_keys=True), **(metadata or {})})
+    data = _ordered(
+        save(state, {"format": FORMAT, "config": json.dumps(net.config, sort_keys=True), **(metadata or {})})
+    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -73,6 +75,20 @@ def save_weights(
         if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)  # what a full disk refuses has no name
         raise
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order.
+
+    The library writes them in another order each time: the same weights would be another file by its SHA-256, which
+    tells whether maps are of these weights.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _halved(tensor: torch.Tensor) -> torch.Tensor:

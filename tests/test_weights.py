@@ -116,6 +116,18 @@ def test_metadata_holds_the_configuration_and_what_is_given(net: DBSNet, tmp_pat
     assert metadata["step"] == "1200" and metadata["data"] == "DAVIS-2016"
 
 
+def test_the_same_weights_are_the_same_file(net: DBSNet, tmp_path: Path) -> None:
+    """Its SHA-256 tells whether maps are of these weights, and who downloads them that they are whole."""
+    notes = {f"key {number}": f"größe {number}" for number in range(8)}
+    for number in range(6):
+        save_weights(tmp_path / f"{number}.safetensors", net, metadata=dict(reversed(notes.items())))
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(6)}) == 1
+    with safe_open(str(tmp_path / "0.safetensors"), "pt") as file:
+        assert file.metadata().items() >= notes.items()
+    for key, value in load_dbsnet(tmp_path / "0.safetensors").state_dict().items():
+        assert torch.equal(value, net.state_dict()[key])
+
+
 def test_a_failing_write_leaves_the_old_file(net: DBSNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"old")
