@@ -370,6 +370,9 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--size" in fails(capsys, *words, "--note", "size=3")
     assert ".safetensors" in fails(capsys, "--tools", "export", "--checkpoint", weights, "--output", "out.pt")
     assert "--checkpoint" in fails(capsys, "--tools", "export", "--output", out)
+    (tmp_path / "folder.safetensors").mkdir()
+    message = fails(capsys, *words, "--output", tmp_path / "folder.safetensors")
+    assert "--output" in message and "a folder" in message
 
 
 def test_export_of_a_mean(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -558,6 +561,7 @@ def test_options_out_of_range(data: Path, weights: Path, capsys: pytest.CaptureF
 
 
 CRF = ["--tools", "flow", "test", "crf"]
+EXPORT = ["--tools", "test", "export", "--output", "o.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -580,6 +584,8 @@ CRF = ["--tools", "flow", "test", "crf"]
         (["--tools", "flow", "bench", "--batch_size", 0], "--batch_size 0"),
         (["--tools", "test", "export"], "--output : expected"),
         (["--tools", "test", "export", "--output", "o.safetensors", "--note", "licence"], "expected KEY=VALUE"),
+        ([*EXPORT, "--average", "nowhere.pt"], "--average nowhere.pt: no such file"),
+        ([*EXPORT, "--stream_from", "nowhere.pt"], "--stream_from nowhere.pt: no such file"),
         (["--tools", "test", "eval", "--data_dir", "nowhere"], "--data_dir nowhere: none of DAVIS-2016"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",

@@ -76,6 +76,12 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output or ''}: expected the name of a .safetensors file to write")
     if args.without and args.without not in PARTS:
         raise UserError(f"--without {args.without}: export can leave out {', '.join(PARTS)}")
+    for option, paths in (("average", args.average), ("stream_from", [args.stream_from] if args.stream_from else [])):
+        for path in paths:
+            if not Path(path).is_file():
+                raise UserError(f"--{option} {path}: no such file; give a .safetensors, .pt, .pth or .pth.tar file")
+    if Path(args.output).is_dir():
+        raise UserError(f"--output {args.output}: a folder; expected the name of a file to write")
     check_size(args.size)
     parse_notes(args.note)
 
