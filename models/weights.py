@@ -64,7 +64,11 @@ def save_weights(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        error.filename = str(path)  # the temporary file's name, which is random, tells nobody anything
+        raise
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

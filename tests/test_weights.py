@@ -108,6 +108,18 @@ def test_a_full_disk_says_which(net: DBSNet, tmp_path: Path, monkeypatch: pytest
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
+def test_a_read_only_place_is_told_by_the_name_of_the_weights(
+    net: DBSNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object, *_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("tempfile._os.open", refuse)
+    with pytest.raises(OSError) as caught:
+        save_weights(tmp_path / "w.safetensors", net)
+    assert (caught.value.errno, caught.value.filename) == (errno.EROFS, str(tmp_path / "w.safetensors"))
+
+
 def test_metadata_holds_the_configuration_and_what_is_given(net: DBSNet, tmp_path: Path) -> None:
     save_weights(tmp_path / "w.safetensors", net, metadata={"step": "1200", "data": "DAVIS-2016"})
     with safe_open(str(tmp_path / "w.safetensors"), "pt") as file:
