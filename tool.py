@@ -123,14 +123,13 @@ def _refuse_without_effect(args: argparse.Namespace, parser: argparse.ArgumentPa
 
 def _check(args: argparse.Namespace) -> None:
     """What one option alone cannot tell, and what is cheaper to say now than after an hour of the first tool."""
-    from models.errors import CheckpointError
     from utils import crf, export, report
     from utils.benchmark import bench
     from utils.errors import UserError
     from utils.evaluation import evaluate
     from utils.flow import prepare
     from utils.inference import segment
-    from utils.inference.weights import find_checkpoint
+    from utils.inference.weights import check_file, find_checkpoint
 
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected 0 (no extra process) or more")
@@ -166,9 +165,7 @@ def _check(args: argparse.Namespace) -> None:
         # The demo makes a checkpoint, and bench can do without one.
         if tool not in args.tools or _follows(args, tool, "demo") or (tool != "test" and not args.checkpoint):
             continue
-        path = find_checkpoint(args.checkpoint)
-        if not path.is_file():
-            raise CheckpointError(f"--checkpoint {path}: no such file; give a .safetensors, .pt, .pth or .pth.tar file")
+        check_file("checkpoint", find_checkpoint(args.checkpoint))
 
 
 def _check_device(args: argparse.Namespace, processes: Processes) -> None:
@@ -390,10 +387,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with exit_on_user_error():
             return _run_tools(arguments)
     except KeyboardInterrupt as stop:
-        from utils.parallel import end_workers
         from utils.stopping import INTERRUPTED, Terminated
 
-        end_workers()
         terminated = isinstance(stop, Terminated)
         print(
             f"{'ended by SIGTERM' if terminated else 'interrupted'}; the same command goes on from here",

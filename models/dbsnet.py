@@ -75,13 +75,12 @@ class DBSNet(nn.Module):
             "dropout": dropout, "encoder": encoder,
         }  # fmt: skip
         self.streams, self.width, self.window = streams, width, window
+        self.encoder_names: dict[str, str] = {stream: names[stream] for stream in streams}
         count = len(streams)
         self.encoders = nn.ModuleDict(
             {
-                stream: MobileViT(variant, flavour, dropout=dropout)
-                if names[stream] == "mobilevit"
-                else TimmEncoder(names[stream])
-                for stream in streams
+                stream: MobileViT(variant, flavour, dropout=dropout) if name == "mobilevit" else TimmEncoder(name)
+                for stream, name in self.encoder_names.items()
             }
         )
         self.multiple = max(encoder.multiple for encoder in self.encoders.values())

@@ -151,10 +151,7 @@ def keep_stream(net: DBSNet, stream: str) -> DBSNet:
         raise ValueError(f"there is no stream {stream!r}; the two are {' and '.join(STREAMS)}")
     if len(net.streams) != len(STREAMS):
         raise ValueError(f"expected a network of both streams, got one of {list(net.streams)}")
-    encoder = net.config["encoder"]
-    if isinstance(encoder, dict):
-        encoder = encoder[stream]
-    one = build_dbsnet(**{**net.config, **ABSENT, "streams": [stream], "encoder": encoder})
+    one = build_dbsnet(**{**net.config, **ABSENT, "streams": [stream], "encoder": net.encoder_names[stream]})
     old, state = net.state_dict(), {}
     for key, place in one.state_dict().items():
         value = old[key]

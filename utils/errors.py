@@ -31,6 +31,12 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return "the valid names are " + ", ".join(prefix + name for name in known)
 
 
+def refuse_folder(option: str, path: str | None, what: str = "a file") -> None:
+    """Raises UserError where an option for what is to be written is the name of a folder."""
+    if path and os.path.isdir(path):
+        raise UserError(f"--{option} {path}: a folder; expected the name of {what} to write")
+
+
 NO_ROOM = "make room there, or give another place; the same command then goes on where it stopped"
 FORBIDDEN = "it cannot be read or written by this user; give another place, for results --save_dir, for flow --flow_dir"
 IN_THE_WAY = "a file lies where a folder is expected; give another place, for results --save_dir"

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.errors import UserError
+from utils.errors import UserError, refuse_folder
 
 if TYPE_CHECKING:
     from models.dbsnet import DBSNet
@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: an option that is missing or wrong.
     """
-    from utils.inference.weights import PARTS, check_size
+    from utils.inference.weights import PARTS, check_file, check_size
 
     if not args.checkpoint:
         raise UserError("--tools export: give --checkpoint FILE, the training checkpoint (best.pt or last.pt)")
@@ -78,10 +78,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--without {args.without}: export can leave out {', '.join(PARTS)}")
     for option, paths in (("average", args.average), ("stream_from", [args.stream_from] if args.stream_from else [])):
         for path in paths:
-            if not Path(path).is_file():
-                raise UserError(f"--{option} {path}: no such file; give a .safetensors, .pt, .pth or .pth.tar file")
-    if Path(args.output).is_dir():
-        raise UserError(f"--output {args.output}: a folder; expected the name of a file to write")
+            check_file(option, path)
+    refuse_folder("output", args.output)
     check_size(args.size)
     parse_notes(args.note)
 

@@ -21,12 +21,11 @@ import numpy as np
 from datasets.images import load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence
 from utils.crf import FIELD as CRF_FIELD
-from utils.crf import MAP
-from utils.errors import UserError
+from utils.errors import UserError, refuse_folder
 from utils.evaluation.scoring import THRESHOLD, read_map
-from utils.evaluation.tables import COLUMNS, Column
+from utils.evaluation.tables import COLUMNS
 from utils.files import write_text
-from utils.inference.maps import FIELD, made_with
+from utils.inference.maps import FIELD, made_with, of_run
 from utils.inference.segment import RECORD
 from utils.visualise import outline, overlay
 
@@ -52,8 +51,7 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.log and not Path(args.log).is_file():
         raise UserError(f"--log {args.log}: no such file; expected the log.jsonl of a training run")
-    if args.report and Path(args.report).is_dir():
-        raise UserError(f"--report {args.report}: a folder; expected the name of the page to write")
+    refuse_folder("report", args.report, "the page")
 
 
 def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[VideoSequence]]) -> Path:
@@ -165,7 +163,7 @@ class Scores:
 
     def words(self, value: float | None) -> str:
         """A figure as the tables print it: in percent for J and F, as a fraction for the others."""
-        return Column("", "", "", percent=self.measures == "uvos").format(value)
+        return COLUMNS[self.measures][0].format(value)
 
 
 def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Scores:
@@ -234,11 +232,7 @@ def read_making(save_dir: Path, score: Scores) -> dict[str, dict[str, Any]]:
 
 def tells_of(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> bool:
     """Whether `RECORD` is of the run that made these maps."""
-
-    def alike(settings: dict[str, Any]) -> dict[str, Any]:  # but for what differs from video to video
-        return {**settings, "size": sorted(settings["size"]), "sources": None}
-
-    return bool(record) and "" in making and alike(record["settings"]) == alike(making[""])
+    return bool(record) and "" in making and of_run(record["settings"]) == of_run(making[""])
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -282,7 +276,8 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores], makings: Mapping[st
 
     rows: list[tuple[str, str]] = []
     # Runs of several data sets that differ are told one by one.
-    several = len({json.dumps(_of_run(making), sort_keys=True) for making in makings.values()}) > 1
+    runs = [{label: of_run(made) for label, made in making.items()} for making in makings.values()]
+    several = any(run != runs[0] for run in runs)
     for dataset, making in makings.items() if several else list(makings.items())[:1]:
         prefix = f"{dataset}, " if several else ""
         rows += [(prefix + name, words) for name, words in _run_rows(record, making)]
@@ -294,17 +289,6 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores], makings: Mapping[st
     rows.append(("page", f"{time.strftime('%Y-%m-%d %H:%M')}; {versions}"))
     cells = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in rows)
     return f"<dl>{cells}</dl>"
-
-
-def _of_run(making: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What `read_making` gives, without what differs from video to video and from frame to frame."""
-    return {
-        label: {key: sorted(value) if key == "size" else value for key, value in made.items() if key not in _OF_ONE}
-        for label, made in making.items()
-    }
-
-
-_OF_ONE = ("sources", MAP)
 
 
 def _run_rows(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
@@ -339,7 +323,7 @@ def _run_rows(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> list
         rate = f", {record['frames_per_second']} frames/s" if record["frames_per_second"] else ""
         rows.append(("run", f"{record['date']} on {record['device']}{rate}"))
     if "crf" in making:
-        rows.append(("CRF", ", ".join(f"{key} {value:g}" for key, value in making["crf"].items() if key != MAP)))
+        rows.append(("CRF", ", ".join(f"{key} {value:g}" for key, value in of_run(making["crf"]).items())))
     return rows
 
 

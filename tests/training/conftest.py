@@ -19,7 +19,7 @@ def at_the_checkout(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     """Folder of a run of four steps, epochs of three, in one go."""
     folder = tmp_path_factory.mktemp("finished")
@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of three synthetic videos in DAVIS's layout, all in its train split."""
     return write_dataset(tmp_path_factory.mktemp("data"), videos=3, frames=5, size=(48, 80), seed=1, validation=0)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import UserError
+from utils.errors import UserError, refuse_folder
 from utils.files import write_json
 from utils.inference.weights import check_size
 from utils.parallel import default_workers
@@ -96,8 +96,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("bench_threads", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
-    if args.bench_json and Path(args.bench_json).is_dir():
-        raise UserError(f"--bench_json {args.bench_json}: a folder; expected the name of a file to write")
+    refuse_folder("bench_json", args.bench_json)
     check_size(args.size)
 
 

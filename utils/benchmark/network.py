@@ -117,7 +117,7 @@ def bench_against_encoders(
     import timm
 
     names = [
-        f"mobilevit_{net.config['variant']}" if name == "mobilevit" else name for name in encoder_names(net).values()
+        f"mobilevit_{net.config['variant']}" if name == "mobilevit" else name for name in net.encoder_names.values()
     ]
     encoders = [timm.create_model(name, features_only=True, pretrained=False).to(device).eval() for name in names]
     frames = torch.rand(1, length, 3, *size, device=device)
@@ -290,16 +290,10 @@ def make_net(variant: str) -> DBSNet:
     return build_dbsnet(variant=variant).eval()
 
 
-def encoder_names(net: DBSNet) -> dict[str, str]:
-    """What each stream's encoder is, as `DBSNet` takes it: ``mobilevit``, or the name of a network of timm."""
-    encoder = net.config["encoder"]
-    return {stream: encoder if isinstance(encoder, str) else encoder[stream] for stream in net.streams}
-
-
 def describe_net(net: DBSNet) -> dict[str, Any]:
     return {
         "variant": net.config["variant"],
         "flavour": net.config["flavour"],
-        "encoders": encoder_names(net),
+        "encoders": net.encoder_names,
         "parameters": count_parameters(net),
     }

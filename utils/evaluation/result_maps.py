@@ -15,12 +15,11 @@ from datasets.errors import DataError
 from datasets.sequences import VideoSequence, canonical_name
 from datasets.video_sequence import list_folders
 from utils.crf import FIELD as CRF_FIELD
-from utils.crf import MAP
 from utils.errors import UserError
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.scoring import FrameJob
 from utils.inference.maps import FIELD as TEST_FIELD
-from utils.inference.maps import made_with
+from utils.inference.maps import made_with, of_run
 
 KINDS = ("binary", "crf", "probability")
 
@@ -178,16 +177,10 @@ def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]]) -> None:
 def _making(unit: Unit, sequence: str, stem: str) -> Iterator[tuple[str, Any]]:
     """What `test` and the CRF wrote into their maps of a frame about how they were made."""
     place = Path(unit.dataset, sequence, f"{stem}.png")
-    settings = made_with(unit.results / "probability" / place, TEST_FIELD) or {}
-    for key, value in settings.items():
-        if key == "size":  # turned for upright videos
-            value = sorted(value)
-        if key != "sources":  # of each video its own
-            yield key, value
+    yield from of_run(made_with(unit.results / "probability" / place, TEST_FIELD) or {}).items()
     if unit.folders.get("uvos", Path()).parent.name == "crf":
-        for key, value in (made_with(unit.results / "crf" / place, CRF_FIELD) or {}).items():
-            if key != MAP:  # of each frame its own
-                yield f"crf {key}", value
+        for key, value in of_run(made_with(unit.results / "crf" / place, CRF_FIELD) or {}).items():
+            yield f"crf {key}", value
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.crf import MAP
 from utils.evaluation.scoring import THRESHOLD
 from utils.files import write_bytes
 from utils.inference.videos import Video
@@ -86,3 +87,12 @@ def made_with(path: Path, field: str = FIELD) -> dict[str, Any] | None:
             return json.loads(image.info[field])
     except (OSError, SyntaxError, ValueError, KeyError):
         return None
+
+
+def of_run(made: dict[str, Any]) -> dict[str, Any]:
+    """What `made_with` gives, as far as it is alike for all maps of a run: without which files a video is made of and
+    which map of a frame the CRF refined, and with the size as one that is not turned for upright videos.
+    """
+    return {
+        key: sorted(value) if key == "size" else value for key, value in made.items() if key not in ("sources", MAP)
+    }

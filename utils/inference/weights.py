@@ -56,6 +56,12 @@ def find_checkpoint(given: str | Path | None) -> Path:
     )
 
 
+def check_file(option: str, path: str | Path) -> None:
+    """Raises UserError where the checkpoint that an option names is not there."""
+    if not Path(path).is_file():
+        raise UserError(f"--{option} {path}: no such file; give a .safetensors, .pt, .pth or .pth.tar file")
+
+
 def check_size(size: Sequence[int] | None) -> None:
     """Raises UserError for a ``--size`` (H, W) that no network's input has; None is the checkpoint's own."""
     if size is not None and min(size) < 1:
