@@ -92,7 +92,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--batch_size", type=int, metavar="N", help="frames at once; default: 4 on a CPU, 16 on a GPU")
     network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: full precision")
     network.add_argument(
-        "--cuda_graphs", action="store_true", help="on a GPU: record the work of a batch once and launch it as a whole"
+        "--cuda_graphs",
+        action=argparse.BooleanOptionalAction,
+        help="record the work of a batch once and launch it as a whole; default: on a GPU",
     )
 
     parallel.add_arguments(parser)
@@ -169,13 +171,17 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_device(args: argparse.Namespace, processes: Processes) -> None:
-    """What an option or a tool wants of a device and of the number of processes, which are known only now."""
+    """What an option or a tool wants of a device and of the number of processes, which are known only now, and the
+    default that follows from the device.
+    """
     from utils.errors import UserError
 
     if "demo" in args.tools and processes.world_size > 1:
         raise UserError("--tools demo runs in one process: python tool.py --tools demo")
     if args.cuda_graphs and processes.device.type != "cuda" and {"test", "bench"} & set(args.tools):
         raise UserError(f"--cuda_graphs needs a GPU, and the device is {processes.device}: leave it out")
+    if args.cuda_graphs is None:
+        args.cuda_graphs = processes.device.type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------------------- tools

@@ -67,9 +67,14 @@ class CudaGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             return Recording(work, inputs, self._pool, self._stream)
-        except BaseException:
+        except BaseException as error:
             self.clear()  # a recording cut short leaves the memory of all in no known state
-            raise
+            if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RuntimeError(
+                "the work of a batch could not be recorded as a CUDA graph; cuda_graphs=False (--no-cuda_graphs) does "
+                f"without, and is slower: {error}"
+            ) from error
 
 
 class Recording:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import models.convlstm
+import models.cuda_graphs
 import models.predictor
 from models import Predictor, build_dbsnet
 from models.cuda_graphs import CudaGraphs
@@ -176,6 +177,24 @@ def test_what_changed_is_recorded_anew(how: str, emulated: Counter) -> None:
 def test_it_needs_a_gpu() -> None:
     with pytest.raises(ValueError, match="cuda_graphs needs a GPU"):
         Predictor(make_net(), device="cpu", cuda_graphs=True)
+
+
+def test_what_cannot_be_recorded_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(*_: Any) -> None:
+        raise error
+
+    graphs = CudaGraphs(torch.device("cpu"))
+    graphs._stream, graphs._pool = object(), (0, 0)  # which only a GPU has
+    monkeypatch.setattr(models.cuda_graphs, "Recording", cut_short)
+    for error, said in (
+        (RuntimeError("operation not permitted"), "--no-cuda_graphs.*: operation not permitted"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "^CUDA out of memory$"),  # told by `utils.errors`
+    ):
+        graphs._recorded["other"] = object()
+        with pytest.raises(type(error), match=said):
+            graphs._record(lambda x: (x,), (torch.ones(1),))
+        assert not graphs._recorded and graphs._pool is None
+        graphs._pool = (0, 0)
 
 
 # ------------------------------------------------------------------------------------------ what a graph cannot record

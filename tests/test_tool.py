@@ -560,6 +560,16 @@ def test_options_out_of_range(data: Path, weights: Path, capsys: pytest.CaptureF
     assert "--num_frames 0" in fails(capsys, *words, "--num_frames", 0)
 
 
+@pytest.mark.parametrize(
+    ("words", "on_a_gpu", "on_a_cpu"), [([], True, False), (["--no-cuda_graphs"], False, False)], ids=str
+)
+def test_graphs_are_the_default_on_a_gpu(words: list[str], on_a_gpu: bool, on_a_cpu: bool) -> None:
+    for device, expected in (("cuda", on_a_gpu), ("cpu", on_a_cpu)):
+        args = tool.parse_args(["--tools", "bench", *words])
+        tool._check_device(args, SimpleNamespace(device=torch.device(device), world_size=1))
+        assert args.cuda_graphs is expected
+
+
 CRF = ["--tools", "flow", "test", "crf"]
 EXPORT = ["--tools", "test", "export", "--output", "o.safetensors"]
 

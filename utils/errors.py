@@ -61,8 +61,8 @@ TEMPORARY = (
 )
 
 MEMORY = (
-    "The GPU has not enough memory: give a smaller --batch_size or --size, in flow a smaller --flow_batch (RAFT needs "
-    "memory by the fourth power of a frame's side; --flow_size limits it), or --device cpu"
+    "The GPU has not enough memory: give a smaller --batch_size or --size, --no-cuda_graphs in test, in flow a smaller "
+    "--flow_batch (RAFT needs memory by the fourth power of a frame's side; --flow_size limits it), or --device cpu"
 )
 
 HOST_MEMORY = "this machine has not enough memory: give smaller --size, --scales, --clip_len, --batch_size or --workers"
