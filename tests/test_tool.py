@@ -396,6 +396,13 @@ def test_export_of_a_mean(weights: Path, tmp_path: Path, capsys: pytest.CaptureF
     other = build_dbsnet(**{**nets[0].config, "rounds": nets[0].config["rounds"] + 1})
     save_weights(tmp_path / "other.safetensors", other, metadata={"size": "32 64"})
     assert "rounds" in fails(capsys, *words, tmp_path / "other.safetensors")
+    # Half precision must not take the place of what may be nowhere else in full.
+    (tmp_path / "link.safetensors").symlink_to(files[0])
+    before = [file.read_bytes() for file in files]
+    for output, option in ((files[0], "--checkpoint"), (files[1], "--average"), ("link.safetensors", "--checkpoint")):
+        message = fails(capsys, *words, *files[1:], "--output", tmp_path / output)
+        assert f"the file of {option}" in message and "another name" in message
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_export_without_a_part(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

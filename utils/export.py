@@ -79,9 +79,19 @@ def check(args: argparse.Namespace) -> None:
     for option, paths in (("average", args.average), ("stream_from", [args.stream_from] if args.stream_from else [])):
         for path in paths:
             check_file(option, path)
+            _refuse_own_source(args.output, option, path)
+    _refuse_own_source(args.output, "checkpoint", args.checkpoint)
     refuse_folder("output", args.output)
     check_size(args.size)
     parse_notes(args.note)
+
+
+def _refuse_own_source(output: str, option: str, source: str) -> None:
+    """Half precision would take the place of weights that may be nowhere else in full."""
+    if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
+        raise UserError(
+            f"--output {output}: the file of --{option}, which half precision would replace; give another name"
+        )
 
 
 def run(args: argparse.Namespace) -> Path:
