@@ -88,7 +88,7 @@ def check(args: argparse.Namespace) -> None:
 
 def _refuse_own_source(output: str, option: str, source: str) -> None:
     """Half precision would take the place of weights that may be nowhere else in full."""
-    if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
+    if Path(output).resolve() == Path(source).resolve():
         raise UserError(
             f"--output {output}: the file of --{option}, which half precision would replace; give another name"
         )
