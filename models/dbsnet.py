@@ -112,13 +112,18 @@ class DBSNet(nn.Module):
         """Frames and flow images (N, 3, H, W), padded -> laterals (N, S*d, h, w) at strides 8, 16, 32 and the skip
         (N, d, H/4, W/4).
         """
-        laterals, skips = [], []
-        for stream in self.streams:
-            maps = self.encoders[stream](frames if stream == "appearance" else flows)
-            skips.append(maps[0])
-            laterals.append([lateral(x) for lateral, x in zip(self.laterals[stream], maps[1:])])
+        return self.join(self.encoder_maps(frames, flows))
+
+    def encoder_maps(self, frames: Tensor, flows: Tensor) -> dict[str, list[Tensor]]:
+        """The maps of each stream's encoder at strides 4, 8, 16, 32, each (N, C, h, w)."""
+        return {s: self.encoders[s](frames if s == "appearance" else flows) for s in self.streams}
+
+    def join(self, maps: dict[str, list[Tensor]]) -> tuple[list[Tensor], Tensor]:
+        """What `encode` gives, of `encoder_maps`."""
+        laterals = [[lateral(x) for lateral, x in zip(self.laterals[s], maps[s][1:])] for s in self.streams]
         # In planes also after channels-last encoders: recurrence and graph attention cut the maps by channel.
-        return [torch.cat(level, 1).contiguous() for level in zip(*laterals)], self.skip(torch.cat(skips, 1))
+        levels = [torch.cat(level, 1).contiguous() for level in zip(*laterals)]
+        return levels, self.skip(torch.cat([maps[s][0] for s in self.streams], 1))
 
     def refine(self, level: int, x: Tensor) -> Tensor:
         """Spatio-temporal Transformer of one level (0, 1, 2 for strides 8, 16, 32) on (B, T, S*d, h, w); level 0 has

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.consensus import agree, describe_looks
 from models.convlstm import BiConvLSTM, DenseBiConvLSTM
 from models.cuda_graphs import CudaGraphs, Work
 from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
@@ -165,6 +166,8 @@ class Predictor:
         cuda_graphs: on a GPU, record what is done for a batch and replay it for the next ones (`models.cuda_graphs`).
             Changes speed and memory, not the result. Recordings are kept from video to video while the weights and the
             sizes stay the same; one predictor's videos come one after the other then (RuntimeError in turns).
+        consensus: let what looks alike in other frames vote on each frame's result (`models.consensus`), which is not of
+            the paper. Not with `clip_len`, nor of a network without the appearance stream (ValueError).
         on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
             pass, before its first result comes. With `clip_len`, results come on the way, and it is not called.
 
@@ -180,7 +183,7 @@ class Predictor:
                  mirror_flow: Callable[[np.ndarray], np.ndarray] | None = None, scales: Sequence[float] = (1.0,),
                  channels_last: bool = True, fold: bool = True, piece: int = 16,
                  store_dtype: torch.dtype = torch.float16, device_memory: int = 4 << 30,
-                 host_memory: int = 1 << 30, cuda_graphs: bool = False,
+                 host_memory: int = 1 << 30, cuda_graphs: bool = False, consensus: bool = False,
                  on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
         if amp not in AMP:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
@@ -209,13 +212,18 @@ class Predictor:
             raise ValueError(f"scales must be one or several numbers above 0, got {scales!r}")
         if cuda_graphs and (self.device.type != "cuda" or not fold):
             raise ValueError(f"cuda_graphs needs a GPU and fold=True, got {self.device} and fold={fold}")
+        if consensus and (clip_len or "appearance" not in net.streams):
+            raise ValueError(
+                "consensus needs whole videos and the appearance stream, got "
+                + (f"clip_len={clip_len}" if clip_len else f"a network of {net.streams}")
+            )
         self.net = net.to(self.device).eval()
         self.size, self.batch_size, self.amp, self.clip_len = size, batch_size, AMP[amp], clip_len
         self.flip, self.mirror_flow, self.scales = flip, mirror_flow, tuple(scales)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.fold, self.piece, self.store_dtype = fold, piece, store_dtype
         self.device_memory, self.host_memory = device_memory, host_memory
-        self.cuda_graphs, self.on_encoded = cuda_graphs, on_encoded
+        self.cuda_graphs, self.consensus, self.on_encoded = cuda_graphs, consensus, on_encoded
         self._graphs = CudaGraphs(self.device)
         self._recorded: _Recorded | None = None
         self._busy = False
@@ -279,7 +287,8 @@ class Predictor:
         if not self.cuda_graphs:
             return inference_copy(self.net, self.amp, self.memory_format), directly
         self._graphs.begin()
-        state, kept, settings = self.net.state_dict(), self._recorded, (sizes, self.amp, self.memory_format)
+        state, kept = self.net.state_dict(), self._recorded
+        settings = (sizes, self.amp, self.memory_format, self.consensus)
         if kept is None or kept.settings != settings or not _same(kept.state, state):
             self._recorded = None  # their memory first
             self._graphs.clear()
@@ -357,11 +366,12 @@ class Predictor:
         net, size, length = way.net, way.size, len(frames)
 
         def encode(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-            levels, skip = net.encode(self._input(x, size), self._input(y, size))
-            return *levels, skip
+            maps = net.encoder_maps(self._input(x, size), self._input(y, size))
+            levels, skip = net.join(maps)
+            return *levels, skip, *([describe_looks(maps["appearance"][1])] if self.consensus else [])
 
-        def decode(skip: Tensor, *levels: Tensor) -> tuple[Tensor]:
-            return (self._finish(net.decode(list(levels), skip), way),)
+        def finish(logits: Tensor) -> tuple[Tensor]:
+            return (self._finish(logits, way),)
 
         storage = Storage(
             length, self.device, self.store_dtype, self.device_memory // way.count, self.host_memory // way.count
@@ -378,24 +388,40 @@ class Predictor:
                         features[index].write(start, value)
                 if self.on_encoded is not None:
                     self.on_encoded(len(x))
+            looks = features.pop() if self.consensus else None
             for index, block in enumerate(net.propagation):
                 with torch.inference_mode(), self._autocast():
                     propagate_store(block, features[index], storage, self.piece, self.device, way.run, index)
-            for windows in batches_of_windows(refinement_windows(length, net.window), self.batch_size):
-                first, last = windows[0][2], windows[-1][3]  # what they keep is without gaps
-                with torch.inference_mode(), self._autocast():
-                    levels = [features[0].read(first, last, self.device)]
-                    for index in range(1, len(features) - 1):
-                        levels.append(self._refine(way, index, features[index], windows))
-                    skip = features[-1].read(first, last, self.device)
-                for start in range(0, last - first, self.batch_size):
-                    part = slice(start, start + self.batch_size)
-                    with torch.inference_mode(), self._autocast():
-                        key = ("decode", size, way.flip)
-                        (results,) = way.run(key, decode, skip[part], *(level[part] for level in levels))
-                    yield results
+            if looks is None:
+                yield from self._decoded(way, features, length, finish)
+                return
+            logits = self._decoded(way, features, length, lambda logits: (logits,))
+            for batch in agree(logits, looks, length, self.batch_size, self.device, way.run):
+                with torch.inference_mode():
+                    (results,) = way.run(("finish", size, way.flip), finish, batch)
+                yield results
         finally:
             storage.close()
+
+    def _decoded(self, way: Pass, features: Sequence[FrameStore], length: int, finish: Work) -> Iterator[Tensor]:
+        """Propagated features, refined in windows and decoded in batches, and what `finish` makes of their logits."""
+
+        def decode(skip: Tensor, *levels: Tensor) -> tuple[Tensor, ...]:
+            return finish(way.net.decode(list(levels), skip))
+
+        for windows in batches_of_windows(refinement_windows(length, way.net.window), self.batch_size):
+            first, last = windows[0][2], windows[-1][3]  # what they keep is without gaps
+            with torch.inference_mode(), self._autocast():
+                levels = [features[0].read(first, last, self.device)]
+                for index in range(1, len(features) - 1):
+                    levels.append(self._refine(way, index, features[index], windows))
+                skip = features[-1].read(first, last, self.device)
+            for start in range(0, last - first, self.batch_size):
+                part = slice(start, start + self.batch_size)
+                with torch.inference_mode(), self._autocast():
+                    key = ("decode", way.size, way.flip)
+                    (results,) = way.run(key, decode, skip[part], *(level[part] for level in levels))
+                yield results
 
     def _refine(self, way: Pass, level: int, features: FrameStore, windows: Sequence[Window]) -> Tensor:
         """What windows of one length keep of a level's refined maps, joined: (n, S*d, h, w)."""

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="average over these multiples of --size"
     )
     group.add_argument(
+        "--consensus",
+        action=argparse.BooleanOptionalAction,
+        help="let what looks alike in other frames vote on each frame's mask, which is not of the paper; default: for "
+        "whole videos, where the network sees their frames",
+    )
+    group.add_argument(
         "--without",
         choices=(*BLANKS, *PARTS),
         help="blind one stream, to see what the other does alone (flow, frames), or take out a part of the network, to "
@@ -64,13 +70,32 @@ def check(args: argparse.Namespace) -> None:
     if not all(0 < scale < math.inf for scale in args.scales):
         raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0")
     check_size(args.size)
+    if args.consensus and (args.clip_len or args.without == "frames"):
+        other = f"--clip_len {args.clip_len}" if args.clip_len else "--without frames"
+        raise UserError(
+            f"--consensus and {other}: give one of them; what votes is how the frames of the whole video look"
+        )
+
+
+def wants_consensus(args: argparse.Namespace, weights: Weights) -> bool:
+    """Whether frames vote on each other: as ``--consensus`` says, and where it says nothing wherever they can.
+
+    Raises:
+        UserError: asked for, and the network does not look at frames.
+    """
+    looks = "appearance" in weights.net.streams
+    if args.consensus and not looks:
+        raise UserError(f"--consensus: {weights.path} has no appearance stream, by which frames vote: leave it out")
+    if args.consensus is not None:
+        return args.consensus
+    return looks and not args.clip_len and args.without != "frames"
 
 
 def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     """What the maps depend on. Not the batch size, nor the device, which change them by rounding alone.
 
     Raises:
-        As `check`.
+        As `check` and `wants_consensus`.
     """
     check(args)
     return {
@@ -81,6 +106,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         "scales": list(args.scales),
         "amp": args.amp,
         "without": args.without,
+        "consensus": wants_consensus(args, weights),
         **({"flow_dir": str(Path(args.flow_dir).resolve())} if args.flow_dir else {}),
     }
 
@@ -148,6 +174,7 @@ def run(
         flip=args.flip,
         mirror_flow=mirror_flow,
         scales=args.scales,
+        consensus=settings["consensus"],
     )
     waiting: deque[tuple[Future, Path]] = deque()
 
