@@ -166,8 +166,8 @@ class Predictor:
         cuda_graphs: on a GPU, record what is done for a batch and replay it for the next ones (`models.cuda_graphs`).
             Changes speed and memory, not the result. Recordings are kept from video to video while the weights and the
             sizes stay the same; one predictor's videos come one after the other then (RuntimeError in turns).
-        consensus: let what looks alike in other frames vote on each frame's result (`models.consensus`), which is not of
-            the paper. Not with `clip_len`, nor of a network without the appearance stream (ValueError).
+        consensus: let what looks alike in other frames vote on each frame's result (`models.consensus`); not of the
+            paper. Not with `clip_len`, nor with a network that has no appearance stream (ValueError).
         on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
             pass, before its first result comes. With `clip_len`, results come on the way, and it is not called.
 

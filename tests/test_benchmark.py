@@ -98,8 +98,11 @@ def test_propagation_benchmark() -> None:
     assert results[1]["GMAC"] == pytest.approx(3 * results[0]["GMAC"])
 
 
+@pytest.mark.parametrize("consensus", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (50, 70)])
-def test_bytes_kept_of_a_frame_are_those_of_the_stores(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_kept_of_a_frame_are_those_of_the_stores(
+    size: tuple[int, int], consensus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, most, kept = 0, 0, []
     start, close = FrameStore.__init__, FrameStore.close
 
@@ -120,8 +123,9 @@ def test_bytes_kept_of_a_frame_are_those_of_the_stores(size: tuple[int, int], mo
     monkeypatch.setattr(FrameStore, "__init__", counted)
     monkeypatch.setattr(FrameStore, "close", closed)
     net = build_dbsnet("xxs", dilations=(1, 2))
-    run_video(Predictor(net, host_memory=0), 3, size)
-    assert feature_bytes_per_frame(net, size) == {"features": kept[3], "most": most}
+    run_video(Predictor(net, host_memory=0, consensus=consensus), 3, size)
+    expected = {"features": kept[4 if consensus else 3], "most": most}
+    assert feature_bytes_per_frame(net, size, consensus=consensus) == expected
 
 
 def test_long_video_benchmark() -> None:
@@ -279,7 +283,7 @@ def test_memory_does_not_grow_with_the_video() -> None:
     net = build_dbsnet("xxs", **SMALL)
     limit = 8 << 20
     size = (96, 160)
-    predictor = Predictor(net, size=size, host_memory=limit)
+    predictor = Predictor(net, size=size, host_memory=limit, consensus=True)
     run_video(predictor, 60, size)  # libraries allocate once
     peaks = []
     for frames in (60, 600):

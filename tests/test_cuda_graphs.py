@@ -115,7 +115,8 @@ def test_the_third_call_is_recorded(emulated: Counter) -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"flip": True}, {"scales": (1.0, 2.0), "flip": True}, {"clip_len": 4}, {"clip_len": 4, "flip": True},
-     {"batch_size": 2, "piece": 3}, {"host_memory": 200_000}, {"size": (32, 64)}],
+     {"batch_size": 2, "piece": 3}, {"host_memory": 200_000}, {"size": (32, 64)},
+     {"consensus": True}, {"consensus": True, "flip": True, "batch_size": 1}],
 )  # fmt: skip
 def test_a_video_comes_out_the_same(options: dict[str, Any], emulated: Counter) -> None:
     options = {**FINE, **options}

@@ -44,11 +44,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def weights_file(path: Path, seed: int = 0) -> Path:
+def weights_file(path: Path, seed: int = 0, spread: float = 100) -> Path:
     torch.manual_seed(seed)
     net = build_dbsnet("xxs", depth=1, dilations=[1])
     with torch.no_grad():  # a random network says about the same everywhere; this spreads its answers around 0.5
-        net.decoder.head.weight.mul_(100)
+        net.decoder.head.weight.mul_(spread)
     save_weights(path, net, metadata={"size": "32 64"})
     return path
 
@@ -113,6 +113,41 @@ def test_options_reach_the_predictor(data: Path, weights: Path, tmp_path: Path) 
     wanted = expected(weights, data, flip=True, scales=(1.0, 1.5), clip_len=3, mirror_flow=segment.mirror_flow)
     for name, grey in maps(tmp_path).items():
         assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name
+
+
+def test_frames_vote_where_they_can_and_nobody_said_otherwise(tmp_path: Path) -> None:
+    root, weights = tmp_path / "data", weights_file(tmp_path / "w.safetensors", spread=2000)
+    write_dataset(root, "DAVIS", videos=1, frames=12, size=SIZE, seed=3, validation=1)
+    voted, plain = expected(weights, root, consensus=True), expected(weights, root)
+    assert max(np.abs(voted[name].astype(int) - plain[name]).max() for name in voted) > 4
+    for number, (words, wanted) in enumerate((
+        ((), voted), (("--consensus",), voted), (("--no-consensus",), plain),
+        (("--clip_len", 4), expected(weights, root, clip_len=4)),
+        (("--without", "frames"), expected(weights, root, frame_level=128)),
+    )):  # fmt: skip
+        save_dir = tmp_path / str(number)
+        call(weights, save_dir, "--data_dir", root, *words)
+        for name, grey in maps(save_dir).items():
+            assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, (words, name)
+        record = json.loads((save_dir / "test.json").read_text())
+        assert record["settings"]["consensus"] is (wanted is voted)
+
+
+def test_a_consensus_that_cannot_be_is_refused(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blind = tmp_path / "blind.safetensors"
+    save_weights(blind, build_dbsnet("xxs", depth=1, dilations=[1], streams=("motion",)))
+    for file, words, said in (
+        (weights, ("--consensus", "--clip_len", "4"), "--consensus and --clip_len 4"),
+        (weights, ("--consensus", "--without", "frames"), "--consensus and --without frames"),
+        (blind, ("--consensus",), "has no appearance stream"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            call(file, tmp_path / "r", "--data_dir", data, *words)
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    call(blind, tmp_path / "b", "--data_dir", data)
+    assert json.loads((tmp_path / "b" / "test.json").read_text())["settings"]["consensus"] is False
 
 
 @pytest.mark.parametrize(("without", "level"), [("flow", {"flow_level": 255}), ("frames", {"frame_level": 128})])

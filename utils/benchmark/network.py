@@ -166,7 +166,7 @@ def profile_clip(
 
 
 def feature_bytes_per_frame(
-    net: DBSNet, size: tuple[int, int], store_dtype: torch.dtype = torch.float16
+    net: DBSNet, size: tuple[int, int], store_dtype: torch.dtype = torch.float16, consensus: bool = False
 ) -> dict[str, int]:
     """Bytes that `Predictor` keeps of each frame of a video: of features, and at most (during the finest recurrence).
 
@@ -178,7 +178,8 @@ def feature_bytes_per_frame(
     skip = config["width"] * (height // 4) * (width // 4)
     finest = net.levels[0]
     hidden = len(config["dilations"]) * 2 * streams * config["hidden"] * (height // finest) * (width // finest)
-    features = (sum(levels) + skip) * store_dtype.itemsize
+    looks = net.encoders["appearance"].channels[1] * (height // 16) * (width // 16) if consensus else 0
+    features = (sum(levels) + skip + looks) * store_dtype.itemsize
     return {"features": features, "most": features + hidden * store_dtype.itemsize}
 
 
@@ -209,16 +210,23 @@ def bench_video(
 ) -> dict[str, Any]:
     """Whole videos through `Predictor`: uint8 pictures in host memory in, probability maps in host memory out."""
 
-    def measure(cuda_graphs: bool) -> dict[str, Any]:
-        predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, cuda_graphs=cuda_graphs)
+    def measure(**options: bool) -> dict[str, Any]:
+        predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, **options)
         with PeakMemory(device) as memory:
             times = time_calls({"video": lambda: run_video(predictor, length, size)}, device, repeats)
         return {
             "batch_size": predictor.batch_size, **times["video"].describe(length), "memory": memory.describe(),
         }  # fmt: skip
 
-    with_graphs = {"CUDA graphs": measure(True)} if cuda_graphs else {}
-    return {"frames": length, **measure(False), **with_graphs}
+    others = {"CUDA graphs": measure(cuda_graphs=True)} if cuda_graphs else {}
+    if votes(net):
+        others["consensus"] = measure(cuda_graphs=cuda_graphs, consensus=True)
+    return {"frames": length, **measure(), **others}
+
+
+def votes(net: DBSNet) -> bool:
+    """Whether frames of a video vote on each other with this network in `tool.py --tools test`, if nobody says no."""
+    return "appearance" in net.streams
 
 
 def bench_long(
@@ -230,7 +238,8 @@ def bench_long(
     Args:
         options: of `Predictor`, as `host_memory`.
     """
-    predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, **options)
+    consensus = votes(net)
+    predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, consensus=consensus, **options)
     run_video(predictor, min(16, length), size)  # warm-up: libraries allocate once
     spilled = _watch_spill()
     parts = []
@@ -254,7 +263,9 @@ def bench_long(
     return {
         "runs": parts,
         "ratio_of_time_per_frame": parts[-1][key] / parts[0][key],
-        "kept_per_frame_MiB": {k: v / 2**20 for k, v in feature_bytes_per_frame(net, size).items()},
+        "kept_per_frame_MiB": {
+            k: v / 2**20 for k, v in feature_bytes_per_frame(net, size, consensus=consensus).items()
+        },
     }
 
 
