@@ -110,18 +110,20 @@ def agree(
         seen += len(logits)
         while done < seen and (seen == length or done + batch_size - 1 + STEP * REACH < seen):
             stop = min(done + batch_size, length)
+            first, last = max(done - STEP * REACH, 0), min(stop + STEP * REACH, length)
+            around = looks.read(first, last, device)
+            said = torch.stack([opinions[frame] for frame in range(first, last)])
             for offsets, group in groupby(range(done, stop), key=lambda frame: voters(frame, length)):
-                frames = list(group)
-                x = torch.stack([waiting.popleft() for _ in frames])
+                count = len(list(group))
+                x, start = torch.stack([waiting.popleft() for _ in range(count)]), done - first
                 if offsets:
-                    seen_by = [looks.read(frame, frame + 1, device) for frame in frames]
-                    others = [
-                        torch.cat([looks.read(frame + o, frame + o + 1, device) for o in offsets]) for frame in frames
-                    ]
-                    said = [torch.stack([opinions[frame + offset] for offset in offsets]) for frame in frames]
-                    work = (x, torch.cat(seen_by), torch.stack(others), torch.stack(said))
+                    others, opinion_of = (
+                        torch.stack([of[start + offset : start + offset + count] for offset in offsets], 1)
+                        for of in (around, said)
+                    )  # (count, M, …)
+                    work = (x, around[start : start + count], others, opinion_of)
                     (x,) = run(("consensus",), lambda *inputs: (correct(*inputs),), *work)
                 yield x
-            done = stop
+                done += count
             for frame in [frame for frame in opinions if frame < done - STEP * REACH]:
                 del opinions[frame]

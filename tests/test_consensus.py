@@ -175,3 +175,13 @@ def test_what_cannot_vote() -> None:
     blind: DBSNet = build_dbsnet("xxs", streams=("motion",))
     with pytest.raises(ValueError, match="appearance stream"):
         Predictor(blind, consensus=True)
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu_is_close() -> None:
+    logits, looks = make_maps(40)
+    batches = iter(logits.cuda().split(4))
+    store = FrameStore(40, tuple(looks.shape[1:]), torch.float32, torch.device("cuda"))
+    store.write(0, looks)
+    result = torch.cat(list(agree(batches, store, 40, 8, torch.device("cuda"), directly))).cpu()
+    torch.testing.assert_close(result, corrected(logits, looks), atol=0.1, rtol=0)

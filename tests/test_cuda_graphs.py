@@ -274,7 +274,8 @@ def test_what_waits_is_noticed() -> None:
 @pytest.mark.parametrize(
     ("amp", "options"),
     [(None, {}), ("bf16", {}), ("fp16", {}), ("bf16", {"clip_len": 4}), ("bf16", {"device_memory": 0}),
-     ("fp16", {"flip": True}), (None, {"scales": (0.5, 1.0)})],
+     ("fp16", {"flip": True}), (None, {"scales": (0.5, 1.0)}), (None, {"consensus": True}),
+     ("bf16", {"consensus": True})],
 )  # fmt: skip
 def test_a_video_comes_out_the_same_on_a_gpu(amp: str | None, options: dict[str, Any]) -> None:
     options = {"device": "cuda", "amp": amp, "batch_size": 4, "piece": 4, **options}

@@ -115,7 +115,9 @@ def test_options_reach_the_predictor(data: Path, weights: Path, tmp_path: Path) 
         assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name
 
 
-def test_frames_vote_where_they_can_and_nobody_said_otherwise(tmp_path: Path) -> None:
+def test_frames_vote_where_they_can_and_nobody_said_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, weights = tmp_path / "data", weights_file(tmp_path / "w.safetensors", spread=2000)
     write_dataset(root, "DAVIS", videos=1, frames=12, size=SIZE, seed=3, validation=1)
     voted, plain = expected(weights, root, consensus=True), expected(weights, root)
@@ -131,6 +133,7 @@ def test_frames_vote_where_they_can_and_nobody_said_otherwise(tmp_path: Path) ->
             assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, (words, name)
         record = json.loads((save_dir / "test.json").read_text())
         assert record["settings"]["consensus"] is (wanted is voted)
+        assert ("frames vote" in capsys.readouterr().out) is (wanted is voted)
 
 
 def test_a_consensus_that_cannot_be_is_refused(

@@ -162,7 +162,8 @@ def run(
         others = f", {total} of them here" if processes.world_size > 1 else ""
         sizes = dict.fromkeys("×".join(map(str, each["size"])) for each in own.values())
         size = " and ".join(sizes) or "×".join(map(str, settings["size"]))
-        print(f"test: {weights.path} at {size}, {frames} frames to do{others}{kept}", flush=True)
+        voting = "; frames vote (--no-consensus: the network alone)" if settings["consensus"] else ""
+        print(f"test: {weights.path} at {size}, {frames} frames to do{others}{kept}{voting}", flush=True)
     predictor = Predictor(
         without_part(weights, args.without) if args.without in PARTS else weights.net,
         device=processes.device,
