@@ -189,7 +189,9 @@ def test_the_page_tells_how_its_own_maps_were_made(results: Path, weights: Path,
     page = (folder / "report.html").read_text()
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     sha = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
-    assert facts["checkpoint"].startswith(f"SHA-256 {sha}…") and facts["test"] == "32×64, whole video, consensus of frames"
+    assert (
+        facts["checkpoint"].startswith(f"SHA-256 {sha}…") and facts["test"] == "32×64, whole video, consensus of frames"
+    )
     assert "network" not in facts and "run" not in facts and "another.pt" not in page
     if (folder / "crf").is_dir():
         assert facts["CRF"].startswith("iters 1, gaussian_sxy 3,") and facts["CRF"].endswith("scale 1.05")
