@@ -10,13 +10,14 @@ by the appearance encoder's map at stride 8.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.cuda_graphs import Run
 from models.frame_store import FrameStore
 
 # Chosen on the four videos of `MODEL_CARD.md` that no training saw; docs/experiments.md has what other values gave.
@@ -25,7 +26,10 @@ TEMPERATURE = 0.03  # of the softmax over cosines
 LIMIT = 3.0  # logits by which a vote moves a position at most: it overrules a network that is unsure
 _CERTAIN = 1e-3  # probabilities count as no nearer to 0 and 1
 
-Run = Callable[..., tuple[Tensor, ...]]  # as in `models.predictor`
+
+def can_agree(streams: Collection[str]) -> bool:
+    """Whether a network of these streams sees how frames look."""
+    return "appearance" in streams
 
 
 def describe_looks(maps: Tensor) -> Tensor:
@@ -63,15 +67,15 @@ def vote(looks: Tensor, others: Tensor, opinions: Tensor) -> Tensor:
     return agreed[:, 0, :, 0].float()
 
 
-def correct(logits: Tensor, looks: Tensor, others: Tensor, opinions: Tensor) -> Tensor:
+def correct(logits: Tensor, looks: Tensor, own: Tensor, others: Tensor, opinions: Tensor) -> Tensor:
     """Logits at stride 4, (n, 1, H/4, W/4), moved by what `vote` says of the positions at stride 16.
 
     Args:
         looks: (n, C, H/16, W/16), from `describe_looks`.
-        others: (n, M, C, H/16, W/16).
-        opinions: (n, M, H/16, W/16), from `opinion`.
+        own: (n, H/16, W/16), from `opinion`.
+        others: (n, M, C, H/16, W/16), the looks of those who vote.
+        opinions: (n, M, H/16, W/16), theirs.
     """
-    own = opinion(logits)
     agreed = vote(
         looks.flatten(2).transpose(1, 2),  # (n, C, h, w) -> (n, N, C)
         others.flatten(3).transpose(2, 3),  # (n, M, C, h, w) -> (n, M, N, C)
@@ -116,12 +120,12 @@ def agree(
                 count = len(list(group))
                 x, start = torch.stack([waiting.popleft() for _ in range(count)]), done - first
                 if offsets:
-                    others, opinion_of = (
+                    own = [of[start : start + count] for of in (around, said)]  # (count, …)
+                    voting = [
                         torch.stack([of[start + offset : start + offset + count] for offset in offsets], 1)
                         for of in (around, said)
-                    )  # (count, M, …)
-                    work = (x, around[start : start + count], others, opinion_of)
-                    (x,) = run(("consensus",), lambda *inputs: (correct(*inputs),), *work)
+                    ]  # (count, M, …)
+                    (x,) = run(("consensus",), lambda *inputs: (correct(*inputs),), x, *own, *voting)
                 yield x
                 done += count
             for frame in [frame for frame in opinions if frame < done - STEP * REACH]:

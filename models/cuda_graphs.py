@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Work = Callable[..., tuple[Tensor, ...]]  # of tensors on one device
+Run = Callable[..., tuple[Tensor, ...]]  # run(key, work, *inputs): a `CudaGraphs`, or what does without
 
 
 class CudaGraphs:

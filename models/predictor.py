@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.consensus import agree, describe_looks
+from models.consensus import agree, can_agree, describe_looks
 from models.convlstm import BiConvLSTM, DenseBiConvLSTM
-from models.cuda_graphs import CudaGraphs, Work
+from models.cuda_graphs import CudaGraphs, Run, Work
 from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
 from models.fold import inference_copy
 from models.frame_store import FrameStore, Storage
@@ -34,7 +34,6 @@ AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Size = tuple[int, int]  # height, width
 Window = tuple[int, int, int, int]  # of `models.refinement.temporal_windows`: start, stop, first and last kept
-Run = Callable[..., tuple[Tensor, ...]]  # run(key, work, *inputs): `directly`, or a `CudaGraphs`
 
 
 def directly(key: Hashable, work: Work, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -212,7 +211,7 @@ class Predictor:
             raise ValueError(f"scales must be one or several numbers above 0, got {scales!r}")
         if cuda_graphs and (self.device.type != "cuda" or not fold):
             raise ValueError(f"cuda_graphs needs a GPU and fold=True, got {self.device} and fold={fold}")
-        if consensus and (clip_len or "appearance" not in net.streams):
+        if consensus and (clip_len or not can_agree(net.streams)):
             raise ValueError(
                 "consensus needs whole videos and the appearance stream, got "
                 + (f"clip_len={clip_len}" if clip_len else f"a network of {net.streams}")

@@ -124,7 +124,7 @@ def test_what_one_frame_found_alone_is_outvoted() -> None:
     assert ((result[16] > 0) == truth[16])[inside].all() and ((result > 0) == truth)[torch.arange(33) != 16].all()
 
 
-def test_frames_come_as_soon_as_those_that_vote_are_there_() -> None:
+def test_frames_come_as_soon_as_those_that_vote_are_there() -> None:
     logits, looks = make_maps(300)
     asked = 0
 

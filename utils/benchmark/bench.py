@@ -170,7 +170,8 @@ def _measure(
     paths: the frames of part pipeline; synthetic ones by default.
     """
     from models import Predictor
-    from utils.benchmark.network import bench_against_encoders, bench_clip, bench_long, bench_video, profile_clip, votes
+    from models.consensus import can_agree
+    from utils.benchmark.network import bench_against_encoders, bench_clip, bench_long, bench_video, profile_clip
     from utils.benchmark.pipeline import bench_pipeline
     from utils.benchmark.training import bench_training
 
@@ -197,7 +198,7 @@ def _measure(
     if part == "pipeline":
         with tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder:
             paths = paths or _drawn_frames(Path(folder), args.bench_video_frames, size)
-            predictor = Predictor(net, device=device, size=size, consensus=votes(net), **common)
+            predictor = Predictor(net, device=device, size=size, consensus=can_agree(net.streams), **common)
             return bench_pipeline(predictor, paths, workers=max(1, workers), crf=args.bench_crf)
     return bench_training(
         net.config, device, size, length=min(args.bench_clip, 5), batch=args.batch_size or 4, amp=args.amp,

@@ -12,6 +12,7 @@ import torch
 
 from models import Predictor, build_dbsnet
 from models.complexity import count_parameters, macs_per_frame
+from models.consensus import can_agree
 from models.cuda_graphs import CudaGraphs
 from models.dbsnet import DBSNet
 from models.fold import inference_copy
@@ -219,14 +220,9 @@ def bench_video(
         }  # fmt: skip
 
     others = {"CUDA graphs": measure(cuda_graphs=True)} if cuda_graphs else {}
-    if votes(net):
+    if can_agree(net.streams):
         others["consensus"] = measure(cuda_graphs=cuda_graphs, consensus=True)
     return {"frames": length, **measure(), **others}
-
-
-def votes(net: DBSNet) -> bool:
-    """Whether frames of a video vote on each other with this network in `tool.py --tools test`, if nobody says no."""
-    return "appearance" in net.streams
 
 
 def bench_long(
@@ -238,7 +234,7 @@ def bench_long(
     Args:
         options: of `Predictor`, as `host_memory`.
     """
-    consensus = votes(net)
+    consensus = can_agree(net.streams)  # as `tool.py --tools test` does by default
     predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, consensus=consensus, **options)
     run_video(predictor, min(16, length), size)  # warm-up: libraries allocate once
     spilled = _watch_spill()

@@ -83,7 +83,9 @@ def wants_consensus(args: argparse.Namespace, weights: Weights) -> bool:
     Raises:
         UserError: asked for, and the network does not look at frames.
     """
-    looks = "appearance" in weights.net.streams
+    from models.consensus import can_agree
+
+    looks = can_agree(weights.net.streams)
     if args.consensus and not looks:
         raise UserError(f"--consensus: {weights.path} has no appearance stream, by which frames vote: leave it out")
     if args.consensus is not None:
