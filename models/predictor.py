@@ -29,6 +29,7 @@ from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
 from models.fold import inference_copy
 from models.frame_store import FrameStore, Storage
 from models.refinement import refinement_windows, temporal_windows
+from models.zoom import FIRST, View, extents, follow, magnify, put_back
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -165,10 +166,13 @@ class Predictor:
         cuda_graphs: on a GPU, record what is done for a batch and replay it for the next ones (`models.cuda_graphs`).
             Changes speed and memory, not the result. Recordings are kept from video to video while the weights and the
             sizes stay the same; one predictor's videos come one after the other then (RuntimeError in turns).
+        zoom: segment a video twice, first at two thirds of `size`, then what a window around the object shows, at
+            `size` (`models.zoom`); not of the paper. Not with `clip_len` (ValueError).
         consensus: let what looks alike in other frames vote on each frame's result (`models.consensus`); not of the
             paper. Not with `clip_len`, nor with a network that has no appearance stream (ValueError).
         on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
-            pass, before its first result comes. With `clip_len`, results come on the way, and it is not called.
+            pass (twice with `zoom`), before its first result comes. With `clip_len`, results come on the way, and it is
+            not called.
 
     `frames` and `flows` are sequences (``len`` and indexing, lists or lazy) of (H, W, 3) uint8 RGB arrays; flow
     images may have another size than frames, but all frames have one size, and all flow images. Images are asked for
@@ -182,7 +186,7 @@ class Predictor:
                  mirror_flow: Callable[[np.ndarray], np.ndarray] | None = None, scales: Sequence[float] = (1.0,),
                  channels_last: bool = True, fold: bool = True, piece: int = 16,
                  store_dtype: torch.dtype = torch.float16, device_memory: int = 4 << 30,
-                 host_memory: int = 1 << 30, cuda_graphs: bool = False, consensus: bool = False,
+                 host_memory: int = 1 << 30, cuda_graphs: bool = False, zoom: bool = False, consensus: bool = False,
                  on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
         if amp not in AMP:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
@@ -211,6 +215,8 @@ class Predictor:
             raise ValueError(f"scales must be one or several numbers above 0, got {scales!r}")
         if cuda_graphs and (self.device.type != "cuda" or not fold):
             raise ValueError(f"cuda_graphs needs a GPU and fold=True, got {self.device} and fold={fold}")
+        if zoom and clip_len:
+            raise ValueError(f"zoom needs whole videos, got clip_len={clip_len}")
         if consensus and (clip_len or not can_agree(net.streams)):
             raise ValueError(
                 "consensus needs whole videos and the appearance stream, got "
@@ -222,7 +228,7 @@ class Predictor:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.fold, self.piece, self.store_dtype = fold, piece, store_dtype
         self.device_memory, self.host_memory = device_memory, host_memory
-        self.cuda_graphs, self.consensus, self.on_encoded = cuda_graphs, consensus, on_encoded
+        self.cuda_graphs, self.zoom, self.consensus, self.on_encoded = cuda_graphs, zoom, consensus, on_encoded
         self._graphs = CudaGraphs(self.device)
         self._recorded: _Recorded | None = None
         self._busy = False
@@ -287,7 +293,7 @@ class Predictor:
             return inference_copy(self.net, self.amp, self.memory_format), directly
         self._graphs.begin()
         state, kept = self.net.state_dict(), self._recorded
-        settings = (sizes, self.amp, self.memory_format, self.consensus)
+        settings = (sizes, self.amp, self.memory_format, self.zoom, self.consensus)
         if kept is None or kept.settings != settings or not _same(kept.state, state):
             self._recorded = None  # their memory first
             self._graphs.clear()
@@ -298,18 +304,22 @@ class Predictor:
 
     def _scaled(self, own: tuple[int, int], scale: float) -> tuple[int, int]:
         height, width = self.size or own
-        if scale == 1.0:
-            return height, width
+        return (height, width) if scale == 1.0 else self._multiple((height, width), scale)
+
+    def _multiple(self, size: Size, scale: float) -> Size:
         m = self.net.multiple
-        return max(m, round(height * scale / m) * m), max(m, round(width * scale / m) * m)
+        height, width = (max(m, round(side * scale / m) * m) for side in size)
+        return height, width
 
     def _on_device(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True)
 
-    def _input(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """uint8 (n, 3, H, W) -> float [0, 1] at `size`, padded."""
+    def _input(self, images: Tensor, size: Size, views: Sequence[View] = ()) -> Tensor:
+        """uint8 (n, 3, H, W), or what `views` show of each -> float [0, 1] at `size`, padded."""
         x = images.float().div_(255)
-        if tuple(x.shape[-2:]) != tuple(size):
+        if views:
+            x = magnify(x, views, size).clamp_(0, 1)
+        elif tuple(x.shape[-2:]) != tuple(size):
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
         return pad_to_multiple(x, self.net.multiple).contiguous(memory_format=self.memory_format)
 
@@ -329,11 +339,22 @@ class Predictor:
 
     def _finish(self, logits: Tensor, way: Pass) -> Tensor:
         """Logits (n, 1, H/4, W/4) of the padded input -> probabilities (n, H, W) at the frames' own size."""
+        return self._probabilities(self._enlarged(self._unpadded(logits, way), way), way)
+
+    def _unpadded(self, logits: Tensor, way: Pass) -> Tensor:
+        """Logits (n, 1, H/4, W/4) of the padded input -> (n, 1, h, w) of the input."""
         padded = (logits.shape[-2] * 4, logits.shape[-1] * 4)
-        x = upsample_logits(logits.float(), padded, way.size)
-        if tuple(way.size) != tuple(way.own):
-            x = F.interpolate(x, size=way.own, mode="bilinear", align_corners=False)
-        x = x.sigmoid()
+        return upsample_logits(logits.float(), padded, way.size)
+
+    def _enlarged(self, logits: Tensor, way: Pass) -> Tensor:
+        """Logits of the input -> of the frames' own size, (n, 1, H, W)."""
+        if tuple(way.size) == tuple(way.own):
+            return logits
+        return F.interpolate(logits, size=way.own, mode="bilinear", align_corners=False)
+
+    def _probabilities(self, logits: Tensor, way: Pass) -> Tensor:
+        """Logits (n, 1, H, W) -> probabilities (n, H, W), mirrored back."""
+        x = logits.sigmoid()
         return (x.flip(-1) if way.flip else x)[:, 0]
 
     def _autocast(self) -> torch.autocast:
@@ -362,47 +383,103 @@ class Predictor:
             yield results
 
     def _whole(self, way: Pass, frames: Images, flows: Images) -> Iterator[Tensor]:
-        net, size, length = way.net, way.size, len(frames)
-
-        def encode(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-            maps = net.encoder_maps(self._input(x, size), self._input(y, size))
-            levels, skip = net.join(maps)
-            return *levels, skip, *([describe_looks(maps["appearance"][1])] if self.consensus else [])
-
-        def finish(logits: Tensor) -> tuple[Tensor]:
-            return (self._finish(logits, way),)
-
+        length = len(frames)
         storage = Storage(
             length, self.device, self.store_dtype, self.device_memory // way.count, self.host_memory // way.count
         )
         try:
-            features: list[FrameStore] = []
-            spans = [(start, min(start + self.batch_size, length)) for start in range(0, length, self.batch_size)]
-            for (start, _), (x, y) in zip(spans, self._batches(frames, flows, spans, way.flip)):
-                with torch.inference_mode(), self._autocast():
-                    maps = way.run(("encode", size), encode, self._on_device(x), self._on_device(y))
-                    for index, value in enumerate(maps):
-                        if start == 0:
-                            features.append(storage.new(tuple(value.shape[1:])))
-                        features[index].write(start, value)
-                if self.on_encoded is not None:
-                    self.on_encoded(len(x))
-            looks = features.pop() if self.consensus else None
-            for index, block in enumerate(net.propagation):
-                with torch.inference_mode(), self._autocast():
-                    propagate_store(block, features[index], storage, self.piece, self.device, way.run, index)
-            if looks is None:
-                yield from self._decoded(way, features, length, finish)
-                return
-            logits = self._decoded(way, features, length, lambda logits: (logits,))
-            for batch in agree(logits, looks, length, self.batch_size, self.device, way.run):
-                with torch.inference_mode():
-                    (results,) = way.run(("finish", size, way.flip), finish, batch)
-                yield results
+            if self.zoom:
+                yield from self._zoomed(way, storage, frames, flows)
+            else:
+                yield from self._look(way, "", storage, frames, flows, lambda logits: self._finish(logits, way))
         finally:
             storage.close()
 
-    def _decoded(self, way: Pass, features: Sequence[FrameStore], length: int, finish: Work) -> Iterator[Tensor]:
+    def _zoomed(self, way: Pass, storage: Storage, frames: Images, flows: Images) -> Iterator[Tensor]:
+        """Two looks (`models.zoom`), in a mirrored pass at the mirrored video."""
+        first = way._replace(size=self._multiple(way.size, FIRST))
+        kept: FrameStore | None = None
+        found: list[Tensor] = []
+        done = 0
+        for logits in self._look(first, "first", storage, frames, flows, lambda logits: logits):
+            with torch.inference_mode():
+                if kept is None:
+                    kept = storage.new(tuple(logits.shape[1:]))
+                kept.write(done, logits)
+                found.append(extents(self._unpadded(logits, first).sigmoid()[:, 0]))
+            done += len(logits)
+        views = follow(torch.cat(found).cpu().numpy().astype(np.float64))
+        closer = self._look(way, "closer", storage, frames, flows, lambda logits: self._unpadded(logits, way), views)
+        done = 0
+        for logits in closer:
+            with torch.inference_mode():
+                stop = done + len(logits)
+                whole = self._enlarged(self._unpadded(kept.read(done, stop, self.device), first), first)
+                yield self._probabilities(put_back(whole, logits, views[done:stop]), way)
+            done = stop
+
+    def _look(
+        self,
+        way: Pass,
+        name: str,
+        storage: Storage,
+        frames: Images,
+        flows: Images,
+        finish: Callable[[Tensor], Tensor],
+        views: Sequence[View] = (),
+    ) -> Iterator[Tensor]:
+        """What `finish` makes of a video's logits, in batches.
+
+        Args:
+            name: of what is recorded here: the same for the same `finish` and for views or none.
+            views: one for each frame: what the network sees of it, the whole frame by default.
+        """
+        net, size, length = way.net, way.size, len(frames)
+
+        def encode(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            if not views:  # with them, each batch has others
+                x, y = self._input(x, size), self._input(y, size)
+            maps = net.encoder_maps(x, y)
+            levels, skip = net.join(maps)
+            return *levels, skip, *([describe_looks(maps["appearance"][1])] if self.consensus else [])
+
+        features: list[FrameStore] = []
+        spans = [(start, min(start + self.batch_size, length)) for start in range(0, length, self.batch_size)]
+        for (start, stop), images in zip(spans, self._batches(frames, flows, spans, way.flip)):
+            with torch.inference_mode(), self._autocast():
+                x, y = (self._on_device(each) for each in images)
+                if views:
+                    x, y = (self._input(each, size, views[start:stop]) for each in (x, y))
+                maps = way.run(("encode", name, size), encode, x, y)
+                for index, value in enumerate(maps):
+                    if start == 0:
+                        features.append(storage.new(tuple(value.shape[1:])))
+                    features[index].write(start, value)
+            if self.on_encoded is not None:
+                self.on_encoded(stop - start)
+        made = list(features)
+        looks = features.pop() if self.consensus else None
+        for index, block in enumerate(net.propagation):
+            with torch.inference_mode(), self._autocast():
+                propagate_store(block, features[index], storage, self.piece, self.device, way.run, index)
+
+        def finished(logits: Tensor) -> tuple[Tensor]:
+            return (finish(logits),)
+
+        if looks is None:
+            yield from self._decoded(way, name, features, length, finished)
+        else:
+            plain = self._decoded(way, name, features, length, lambda logits: (logits,))
+            for batch in agree(plain, looks, length, self.batch_size, self.device, way.run):
+                with torch.inference_mode():
+                    (results,) = way.run(("finish", name, size, way.flip), finished, batch)
+                yield results
+        for store in made:
+            storage.free(store)
+
+    def _decoded(
+        self, way: Pass, name: str, features: Sequence[FrameStore], length: int, finish: Work
+    ) -> Iterator[Tensor]:
         """Propagated features, refined in windows and decoded in batches, and what `finish` makes of their logits."""
 
         def decode(skip: Tensor, *levels: Tensor) -> tuple[Tensor, ...]:
@@ -418,7 +495,7 @@ class Predictor:
             for start in range(0, last - first, self.batch_size):
                 part = slice(start, start + self.batch_size)
                 with torch.inference_mode(), self._autocast():
-                    key = ("decode", way.size, way.flip)
+                    key = ("decode", name, way.size, way.flip)
                     (results,) = way.run(key, decode, skip[part], *(level[part] for level in levels))
                 yield results
 
