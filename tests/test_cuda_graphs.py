@@ -116,7 +116,8 @@ def test_the_third_call_is_recorded(emulated: Counter) -> None:
     "options",
     [{}, {"flip": True}, {"scales": (1.0, 2.0), "flip": True}, {"clip_len": 4}, {"clip_len": 4, "flip": True},
      {"batch_size": 2, "piece": 3}, {"host_memory": 200_000}, {"size": (32, 64)},
-     {"consensus": True}, {"consensus": True, "flip": True, "batch_size": 1}],
+     {"consensus": True}, {"consensus": True, "flip": True, "batch_size": 1},
+     {"zoom": True}, {"zoom": True, "consensus": True, "flip": True, "size": (96, 160)}],
 )  # fmt: skip
 def test_a_video_comes_out_the_same(options: dict[str, Any], emulated: Counter) -> None:
     options = {**FINE, **options}
@@ -275,7 +276,7 @@ def test_what_waits_is_noticed() -> None:
     ("amp", "options"),
     [(None, {}), ("bf16", {}), ("fp16", {}), ("bf16", {"clip_len": 4}), ("bf16", {"device_memory": 0}),
      ("fp16", {"flip": True}), (None, {"scales": (0.5, 1.0)}), (None, {"consensus": True}),
-     ("bf16", {"consensus": True})],
+     ("bf16", {"consensus": True}), (None, {"zoom": True}), ("bf16", {"zoom": True, "consensus": True})],
 )  # fmt: skip
 def test_a_video_comes_out_the_same_on_a_gpu(amp: str | None, options: dict[str, Any]) -> None:
     options = {"device": "cuda", "amp": amp, "batch_size": 4, "piece": 4, **options}

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import models.predictor
 import tool
 from datasets.errors import DataError
 from datasets.flow_colour import flow_to_image
@@ -27,6 +28,7 @@ from datasets.synthetic import write_dataset
 from models import DBSNet, Predictor, build_dbsnet, load_dbsnet
 from models.growth import PARTS, take_out
 from models.weights import save_weights
+from models.zoom import View
 from utils.crf import refine
 from utils.distributed import share, share_out
 from utils.inference import segment
@@ -44,12 +46,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def weights_file(path: Path, seed: int = 0, spread: float = 100) -> Path:
+def weights_file(path: Path, seed: int = 0, spread: float = 100, **notes: str) -> Path:
     torch.manual_seed(seed)
     net = build_dbsnet("xxs", depth=1, dilations=[1])
     with torch.no_grad():  # a random network says about the same everywhere; this spreads its answers around 0.5
         net.decoder.head.weight.mul_(spread)
-    save_weights(path, net, metadata={"size": "32 64"})
+    save_weights(path, net, metadata={"size": "32 64", **notes})
     return path
 
 
@@ -134,6 +136,41 @@ def test_frames_vote_where_they_can_and_nobody_said_otherwise(
         record = json.loads((save_dir / "test.json").read_text())
         assert record["settings"]["consensus"] is (wanted is voted)
         assert ("frames vote" in capsys.readouterr().out) is (wanted is voted)
+
+
+def test_a_closer_look_is_taken_where_the_weights_say_so_or_the_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a network without training finds is everywhere.
+    monkeypatch.setattr(models.predictor, "follow", lambda found: [View(0.2, 0.3, 0.5)] * len(found))
+    root = tmp_path / "data"
+    write_dataset(root, "DAVIS", videos=1, frames=FRAMES, size=SIZE, seed=3, validation=1)
+    files = {note: weights_file(tmp_path / f"{note}.safetensors", spread=2000, zoom=note) for note in ("yes", "no")}
+    zoomed, plain = expected(files["yes"], root, zoom=True), expected(files["yes"], root)
+    assert max(np.abs(zoomed[name].astype(int) - plain[name]).max() for name in zoomed) > 4
+    for number, (note, words, wanted) in enumerate((
+        ("yes", (), zoomed), ("yes", ("--no-zoom",), plain), ("no", (), plain), ("no", ("--zoom",), zoomed),
+        ("yes", ("--clip_len", 3), expected(files["yes"], root, clip_len=3)),
+    )):  # fmt: skip
+        save_dir = tmp_path / str(number)
+        call(files[note], save_dir, "--data_dir", root, *words)
+        for name, grey in maps(save_dir).items():
+            assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, (note, words, name)
+        record = json.loads((save_dir / "test.json").read_text())
+        assert record["settings"]["zoom"] is (wanted is zoomed)
+        assert ("a closer look" in capsys.readouterr().out) is (wanted is zoomed)
+
+
+@pytest.mark.parametrize(("note", "words", "said"), [
+    ("yes", ("--zoom", "--clip_len", "4"), "--zoom and --clip_len 4: give one of them"),
+    ("maybe", (), "its metadata say zoom=maybe; expected yes or no"),
+])  # fmt: skip
+def test_a_zoom_that_cannot_be_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], note: str, words: tuple, said: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        call(weights_file(tmp_path / "w.safetensors", zoom=note), tmp_path / "r", "--data_dir", data, *words)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_consensus_that_cannot_be_is_refused(

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write --checkpoint's network with the encoder and lateral convolutions of this one, which has one stream",
     )
     group.add_argument(
-        "--note", nargs="+", default=[], metavar="KEY=VALUE", help="facts for its metadata, for instance licence=…"
+        "--note", nargs="+", default=[], metavar="KEY=VALUE", help="facts for its metadata, for instance licence=…; zoom=yes makes --zoom the default of test"
     )
 
 
@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: an option that is missing or wrong.
     """
-    from utils.inference.weights import PARTS, check_file, check_size
+    from utils.inference.weights import PARTS, check_file, check_size, check_zoom
 
     if not args.checkpoint:
         raise UserError("--tools export: give --checkpoint FILE, the training checkpoint (best.pt or last.pt)")
@@ -83,7 +83,7 @@ def check(args: argparse.Namespace) -> None:
     _refuse_own_source(args.output, "checkpoint", args.checkpoint)
     refuse_folder("output", args.output)
     check_size(args.size)
-    parse_notes(args.note)
+    check_zoom("--note", parse_notes(args.note))
 
 
 def _refuse_own_source(output: str, option: str, source: str) -> None:

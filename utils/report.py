@@ -316,6 +316,7 @@ def _run_rows(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> list
             + (f", scales {settings['scales']}" if settings["scales"] != [1.0] else "")
             + (f", {settings['amp']}" if settings["amp"] != "none" else "")
             + (f", without {settings['without']}" if settings.get("without") else "")
+            + (", zoom" if settings.get("zoom") else "")
             + (", consensus of frames" if settings.get("consensus") else "")
             + (f", flow of {settings['flow_dir']}" if settings.get("flow_dir") else ""),
         )

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="average over these multiples of --size"
     )
     group.add_argument(
+        "--zoom",
+        action=argparse.BooleanOptionalAction,
+        help="look twice, first at two thirds of --size, then at --size at the part of each frame where the object is, "
+        "which is not of the paper; default: for whole videos, where the checkpoint says that it gains by it",
+    )
+    group.add_argument(
         "--consensus",
         action=argparse.BooleanOptionalAction,
         help="let what looks alike in other frames vote on each frame's mask, which is not of the paper; default: for "
@@ -70,6 +76,8 @@ def check(args: argparse.Namespace) -> None:
     if not all(0 < scale < math.inf for scale in args.scales):
         raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0")
     check_size(args.size)
+    if args.zoom and args.clip_len:
+        raise UserError(f"--zoom and --clip_len {args.clip_len}: give one of them; only whole videos are looked at twice")
     if args.consensus and (args.clip_len or args.without == "frames"):
         other = f"--clip_len {args.clip_len}" if args.clip_len else "--without frames"
         raise UserError(
@@ -108,6 +116,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         "scales": list(args.scales),
         "amp": args.amp,
         "without": args.without,
+        "zoom": weights.zoom and not args.clip_len if args.zoom is None else args.zoom,
         "consensus": wants_consensus(args, weights),
         **({"flow_dir": str(Path(args.flow_dir).resolve())} if args.flow_dir else {}),
     }
@@ -164,8 +173,10 @@ def run(
         others = f", {total} of them here" if processes.world_size > 1 else ""
         sizes = dict.fromkeys("×".join(map(str, each["size"])) for each in own.values())
         size = " and ".join(sizes) or "×".join(map(str, settings["size"]))
-        voting = "; frames vote (--no-consensus: the network alone)" if settings["consensus"] else ""
-        print(f"test: {weights.path} at {size}, {frames} frames to do{others}{kept}{voting}", flush=True)
+        ours = {"zoom": "a closer look at the object", "consensus": "frames vote"}
+        on = [key for key in ours if settings[key]]
+        more = f"; {', '.join(ours[key] for key in on)} ({' '.join(f'--no-{key}' for key in on)}: the network alone)"
+        print(f"test: {weights.path} at {size}, {frames} frames to do{others}{kept}{more if on else ''}", flush=True)
     predictor = Predictor(
         without_part(weights, args.without) if args.without in PARTS else weights.net,
         device=processes.device,
@@ -177,6 +188,7 @@ def run(
         flip=args.flip,
         mirror_flow=mirror_flow,
         scales=args.scales,
+        zoom=settings["zoom"],
         consensus=settings["consensus"],
     )
     waiting: deque[tuple[Future, Path]] = deque()
