@@ -175,6 +175,7 @@ def test_all_parts_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert results["network"][name]["frames_per_second"] > 0
     assert results["network"]["GMAC_per_frame"] > 0
     assert results["video"]["frames"] == 3
+    assert all(results["video"][way]["frames_per_second"] > 0 for way in ("consensus", "zoom"))
     stages = {"read", "flow", "network and resize", "write", "overlapped"}
     assert set(results["pipeline"]["frames_per_second"]) == stages
     assert sum(entry["share"] for entry in results["profile"]["operators"]) <= 1.001
@@ -283,7 +284,7 @@ def test_memory_does_not_grow_with_the_video() -> None:
     net = build_dbsnet("xxs", **SMALL)
     limit = 8 << 20
     size = (96, 160)
-    predictor = Predictor(net, size=size, host_memory=limit, consensus=True)
+    predictor = Predictor(net, size=size, host_memory=limit, consensus=True, zoom=True)
     run_video(predictor, 60, size)  # libraries allocate once
     peaks = []
     for frames in (60, 600):

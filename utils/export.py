@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write --checkpoint's network with the encoder and lateral convolutions of this one, which has one stream",
     )
     group.add_argument(
-        "--note", nargs="+", default=[], metavar="KEY=VALUE", help="facts for its metadata, for instance licence=…; zoom=yes makes --zoom the default of test"
+        "--note",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="facts for its metadata, for instance licence=…; zoom=yes makes --zoom the default of test",
     )
 
 

@@ -209,7 +209,12 @@ def bench_video(
     repeats: int,
     cuda_graphs: bool = False,
 ) -> dict[str, Any]:
-    """Whole videos through `Predictor`: uint8 pictures in host memory in, probability maps in host memory out."""
+    """Whole videos through `Predictor`: uint8 pictures in host memory in, probability maps in host memory out.
+
+    The network alone, and what `tool.py --tools test` adds to it: with consensus where frames can vote, and with both
+    zoom and consensus.
+    """
+    votes = can_agree(net.streams)
 
     def measure(**options: bool) -> dict[str, Any]:
         predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, **options)
@@ -220,8 +225,9 @@ def bench_video(
         }  # fmt: skip
 
     others = {"CUDA graphs": measure(cuda_graphs=True)} if cuda_graphs else {}
-    if can_agree(net.streams):
+    if votes:
         others["consensus"] = measure(cuda_graphs=cuda_graphs, consensus=True)
+    others["zoom"] = measure(cuda_graphs=cuda_graphs, consensus=votes, zoom=True)
     return {"frames": length, **measure(), **others}
 
 

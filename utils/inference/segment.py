@@ -77,7 +77,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected numbers above 0")
     check_size(args.size)
     if args.zoom and args.clip_len:
-        raise UserError(f"--zoom and --clip_len {args.clip_len}: give one of them; only whole videos are looked at twice")
+        raise UserError(f"--zoom and --clip_len {args.clip_len}: give one of them; it takes a whole video to follow")
     if args.consensus and (args.clip_len or args.without == "frames"):
         other = f"--clip_len {args.clip_len}" if args.clip_len else "--without frames"
         raise UserError(
