@@ -415,7 +415,8 @@ class Predictor:
             with torch.inference_mode():
                 stop = done + len(logits)
                 whole = self._enlarged(self._unpadded(kept.read(done, stop, self.device), first), first)
-                yield self._probabilities(put_back(whole, logits, views[done:stop]), way)
+                results = self._probabilities(put_back(whole, logits, views[done:stop]), way)
+            yield results
             done = stop
 
     def _look(

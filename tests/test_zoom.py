@@ -267,6 +267,14 @@ def test_the_features_of_the_first_look_make_room(net: DBSNet, monkeypatch: pyte
     assert most(True) == most(False) + logits
 
 
+def test_whoever_takes_results_is_not_in_inference_mode(net: DBSNet) -> None:
+    results = Predictor(net, zoom=True, consensus=True)(*make_video(9, SIZE))
+    for _ in zip(range(5), results):
+        assert not torch.is_inference_mode_enabled()
+    results.close()
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_clips_are_not_looked_at_twice(net: DBSNet) -> None:
     with pytest.raises(ValueError, match="zoom needs whole videos, got clip_len=4"):
         Predictor(net, zoom=True, clip_len=4)
