@@ -57,9 +57,10 @@ def test_a_run_begun_on_a_gpu_goes_on_without_one(finished: Path, tmp_path: Path
         group["fused"] = True
     torch.save(checkpoint, tmp_path / "last.pt")
     assert main.main(arguments) == 0
-    assert not any(group["fused"] for group in read(tmp_path)["optimizer"]["param_groups"])
+    result = read(tmp_path)
+    assert not any(group["fused"] for group in result["optimizer"]["param_groups"])
     for name, value in read(finished)["model"].items():
-        assert torch.equal(read(tmp_path)["model"][name], value), name
+        assert torch.equal(result["model"][name], value), name
 
 
 def test_a_finished_run_has_no_weights_to_offer_elsewhere(
