@@ -391,7 +391,7 @@ class Predictor:
             if self.zoom:
                 yield from self._zoomed(way, storage, frames, flows)
             else:
-                yield from self._look(way, "", storage, frames, flows, lambda logits: self._finish(logits, way))
+                yield from self._look(way, "", storage, frames, flows, finish=lambda logits: self._finish(logits, way))
         finally:
             storage.close()
 
@@ -401,7 +401,7 @@ class Predictor:
         kept: FrameStore | None = None
         found: list[Tensor] = []
         done = 0
-        for logits in self._look(first, "first", storage, frames, flows, lambda logits: logits):
+        for logits in self._look(first, "first", storage, frames, flows):
             with torch.inference_mode():
                 if kept is None:
                     kept = storage.new(tuple(logits.shape[1:]))
@@ -409,7 +409,9 @@ class Predictor:
                 found.append(extents(self._unpadded(logits, first).sigmoid()[:, 0]))
             done += len(logits)
         views = follow(torch.cat(found).cpu().numpy().astype(np.float64))
-        closer = self._look(way, "closer", storage, frames, flows, lambda logits: self._unpadded(logits, way), views)
+        closer = self._look(
+            way, "closer", storage, frames, flows, views, finish=lambda logits: self._unpadded(logits, way)
+        )
         done = 0
         for logits in closer:
             with torch.inference_mode():
@@ -426,10 +428,10 @@ class Predictor:
         storage: Storage,
         frames: Images,
         flows: Images,
-        finish: Callable[[Tensor], Tensor],
         views: Sequence[View] = (),
+        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """What `finish` makes of a video's logits, in batches.
+        """A video's logits (n, 1, H/4, W/4) of the padded input, in batches, or what `finish` makes of them.
 
         Args:
             name: of what is recorded here: the same for the same `finish` and for views or none.
@@ -464,27 +466,31 @@ class Predictor:
             with torch.inference_mode(), self._autocast():
                 propagate_store(block, features[index], storage, self.piece, self.device, way.run, index)
 
-        def finished(logits: Tensor) -> tuple[Tensor]:
-            return (finish(logits),)
-
         if looks is None:
-            yield from self._decoded(way, name, features, length, finished)
+            yield from self._decoded(way, name, features, length, finish)
         else:
-            plain = self._decoded(way, name, features, length, lambda logits: (logits,))
+            plain = self._decoded(way, name, features, length)
             for batch in agree(plain, looks, length, self.batch_size, self.device, way.run):
-                with torch.inference_mode():
-                    (results,) = way.run(("finish", name, size, way.flip), finished, batch)
-                yield results
+                if finish is not None:
+                    with torch.inference_mode():
+                        (batch,) = way.run(("finish", name, size, way.flip), lambda x: (finish(x),), batch)
+                yield batch
         for store in made:
             storage.free(store)
 
     def _decoded(
-        self, way: Pass, name: str, features: Sequence[FrameStore], length: int, finish: Work
+        self,
+        way: Pass,
+        name: str,
+        features: Sequence[FrameStore],
+        length: int,
+        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """Propagated features, refined in windows and decoded in batches, and what `finish` makes of their logits."""
+        """Propagated features, refined in windows and decoded in batches: as `_look`."""
 
-        def decode(skip: Tensor, *levels: Tensor) -> tuple[Tensor, ...]:
-            return finish(way.net.decode(list(levels), skip))
+        def decode(skip: Tensor, *levels: Tensor) -> tuple[Tensor]:
+            logits = way.net.decode(list(levels), skip)
+            return (logits if finish is None else finish(logits),)
 
         for windows in batches_of_windows(refinement_windows(length, way.net.window), self.batch_size):
             first, last = windows[0][2], windows[-1][3]  # what they keep is without gaps
