@@ -1,4 +1,4 @@
-"""Optical flow as the colour picture that the motion stream reads, and the mirror image of such a picture.
+"""Optical flow as the colour picture that the motion stream reads, and such a picture of a mirrored or turned scene.
 
 The wheel is the one of Baker et al., "A Database and Evaluation Methodology for Optical Flow" (ICCV 2007): direction is
 hue, speed is saturation, no motion is white. Each frame is normalised by its own largest speed, as
@@ -148,3 +148,35 @@ def mirror_colours(images: torch.Tensor) -> torch.Tensor:
     index = (red << 14) | (green << 7) | blue
     mirrored = _mirror_table(images.device).index_select(0, index.flatten()).view_as(index)  # (T, H, W)
     return torch.stack([mirrored >> 16, mirrored >> 8 & 255, mirrored & 255], dim=1).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=4)
+def _position_table(device: torch.device) -> torch.Tensor:
+    """Position on the wheel, in [0, 54], of every colour at 7 bits a channel, (2**21,) float32; 8 MB a device."""
+    levels = np.arange(128, dtype=np.float32) * 2 + 1
+    image = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    return torch.from_numpy(_decode(image)[0].astype(np.float32)).to(device)
+
+
+def turn_colours(images: torch.Tensor, angle: float) -> torch.Tensor:
+    """Flow pictures with every motion turned by `angle` (radians, from x to the right towards y down), the pixels left
+    where they are.
+
+    images: (T, 3, H, W) uint8 RGB, on any device; returns the same. Hues are read at 7 bits a channel, so the result is
+    within about one grey level of colouring the turned flow. Turn the pixels as well to turn a scene.
+    """
+    red, green, blue = ((images[:, c] >> 1).to(torch.int32) for c in range(3))
+    index = (red << 14) | (green << 7) | blue
+    position = _position_table(images.device).index_select(0, index.flatten())
+    # Once around is 54 columns: the last of the 55 and the first are one direction, motion to the left.
+    position = position.add_(angle / (2 * math.pi) * (_COLUMNS - 1)).remainder_(_COLUMNS - 1)
+    lower = position.to(torch.int32)
+    weight = position.sub_(lower)
+    largest = images.amax(dim=1).flatten().float()
+    spread = largest - images.amin(dim=1).flatten()
+    turned = torch.empty_like(images)
+    for channel, (here, following) in enumerate(_wheel_tables(images.device)):
+        colour = torch.lerp(here.index_select(0, lower), following.index_select(0, lower), weight)
+        level = torch.addcmul(largest, spread, colour.sub_(1)).add_(0.5).clamp_(0, 255)
+        turned[:, channel] = level.view_as(turned[:, channel])
+    return turned

@@ -9,7 +9,7 @@ that the clip is on. So the loader can draw and the training device do the work.
 What happens to the motion that a flow picture shows:
 - scale: nothing to do, since the picture is normalised by the frame's largest speed;
 - flip: u -> -u, exactly, through the colour wheel (`flip_flow="exact"`; "ignore" flips the pixels alone);
-- rotation: the picture turns, its colours do not. By 10 degrees at most they are off by less than the width of a hue.
+- rotation: the colours turn with the picture (`rotation_flow="exact"`; "ignore" turns the pixels alone);
 - crop and aspect: the normalisation stays that of the whole frame; the change of aspect (at most a fifth) is ignored.
 """
 
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets.flow_colour import mirror_colours
+from datasets.flow_colour import mirror_colours, turn_colours
 
-FLIP_FLOW = ("exact", "ignore")
+FLOW_COLOURS = ("exact", "ignore")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Augment:
     flip_flow: str = "exact"  # what a flip does to the colours of the flow picture: "exact" or "ignore"
     rotation: float = 10.0  # largest angle, degrees
     rotation_probability: float = 0.5
+    rotation_flow: str = "exact"  # likewise of a rotation
     # Colour: the factor is drawn from 1 - x to 1 + x; the same for all frames of a clip.
     brightness: float = 0.3
     contrast: float = 0.3
@@ -46,8 +47,9 @@ class Augment:
     sharpness_probability: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.flip_flow not in FLIP_FLOW:
-            raise ValueError(f"flip_flow should be one of {', '.join(FLIP_FLOW)}, got {self.flip_flow!r}")
+        for name in ("flip_flow", "rotation_flow"):
+            if getattr(self, name) not in FLOW_COLOURS:
+                raise ValueError(f"{name} should be one of {', '.join(FLOW_COLOURS)}, got {getattr(self, name)!r}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale should be a range within (0, 1], got {self.scale}")
         if not 0 < self.aspect[0] <= self.aspect[1]:
@@ -84,11 +86,12 @@ class Colours:
 
 @dataclass(frozen=True)
 class Draw:
-    """What was drawn for one clip: `matrix` as `draw_view` gives it, whether the flow's colours are mirrored, and the
-    changes of colour.
+    """What was drawn for one clip: `matrix` as `draw_view` gives it, by how much (radians) the motion that the flow's
+    colours stand for is turned and whether it is mirrored then, and the changes of colour.
     """
 
     matrix: np.ndarray
+    turn: float
     mirror: bool
     colours: Colours
 
@@ -104,28 +107,33 @@ def augment(clip: torch.Tensor, size: tuple[int, int], options: Augment, rng: np
 
 def draw(masks: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.random.Generator) -> Draw:
     """All that is random about the view of a clip whose masks are (T, h, w), on the CPU."""
-    matrix, flipped = draw_view(masks, size, options, rng)
-    return Draw(matrix, flipped and options.flip_flow == "exact", draw_colours(options, rng))
+    matrix, angle, flipped = draw_view(masks, size, options, rng)
+    # The view's axes lie at the angle within the source, so what moves there along them has the angle 0 here.
+    turn = -angle if options.rotation_flow == "exact" else 0.0
+    return Draw(matrix, turn, flipped and options.flip_flow == "exact", draw_colours(options, rng))
 
 
 def apply(clip: torch.Tensor, size: tuple[int, int], drawn: Draw) -> torch.Tensor:
     """The view of a clip (T, 7, h, w) uint8 that was drawn for it, (T, 7, H, W) uint8, on the clip's device."""
     sampled = sample_view(clip, size, drawn.matrix)
-    if drawn.mirror:
+    if drawn.turn or drawn.mirror:
         flows = sampled[:, 3:6].add_(0.5).to(torch.uint8)
-        sampled[:, 3:6] = mirror_colours(flows)
+        if drawn.turn:
+            flows = turn_colours(flows, drawn.turn)
+        sampled[:, 3:6] = mirror_colours(flows) if drawn.mirror else flows
     sampled[:, :3] = change_colours(sampled[:, :3], drawn.colours)
     return _finish(sampled[:, :6], sampled[:, 6:])
 
 
 def draw_view(
     masks: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.random.Generator
-) -> tuple[np.ndarray, bool]:
+) -> tuple[np.ndarray, float, bool]:
     """Draw a crop, a rotation and a flip for a clip whose masks are (T, h, w).
 
     Returns the matrix (2, 3) that takes the view's coordinates, in [-1, 1] across it, to pixels from the centre of the
-    source, and whether the view is flipped. The crop lies within the source; of four draws, the first that keeps half
-    of the object's pixels is taken, and the last one aims at the object, so that few clips lose it.
+    source, the angle (radians) at which the crop lies in the source, and whether the view is flipped. The crop lies
+    within the source; of four draws, the first that keeps half of the object's pixels is taken, and the last one aims
+    at the object, so that few clips lose it.
     """
     height, width = masks.shape[1:]
     step = max(1, min(height, width) // 48)
@@ -158,7 +166,7 @@ def draw_view(
             break
     sign = -1 if flipped else 1
     matrix = np.array([[sign * half_x * cosine, -half_y * sine, x], [sign * half_x * sine, half_y * cosine, y]])
-    return matrix, flipped
+    return matrix, angle, flipped
 
 
 def sample_view(clip: torch.Tensor, size: tuple[int, int], matrix: np.ndarray) -> torch.Tensor:

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torchvision.utils import flow_to_image as torchvision_flow_to_image
 
-from datasets.flow_colour import colour_wheel, flow_to_image, flows_to_images, image_to_flow, mirror_colours
+from datasets.flow_colour import (
+    colour_wheel,
+    flow_to_image,
+    flows_to_images,
+    image_to_flow,
+    mirror_colours,
+    turn_colours,
+)
 
 
 def example_flows() -> dict[str, np.ndarray]:
@@ -68,6 +75,22 @@ def test_mirrored_picture_is_the_picture_of_the_mirrored_flow() -> None:
     assert difference.float().mean() < 1
     # where the wheel closes, at motion to the left, red jumps by 43 levels; only a sliver of directions touches it
     assert (difference > 5).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("degrees", [-170, -10, 3, 90, 180])
+def test_turned_picture_is_the_picture_of_the_turned_flow(degrees: float) -> None:
+    flow = torch.from_numpy(np.stack([example_flows()[n] for n in ("noise", "all directions and speeds")]))
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    turned = flow @ torch.tensor([[cos, sin], [-sin, cos]], dtype=torch.float32)  # (x, y) -> (cx - sy, sx + cy)
+    flow, turned = (part.permute(0, 3, 1, 2) for part in (flow, turned))
+    difference = (turn_colours(flows_to_images(flow), np.radians(degrees)).int() - flows_to_images(turned).int()).abs()
+    assert difference.float().mean() < 1
+    assert (difference > 5).float().mean() < 0.01  # where the wheel closes, as above
+
+
+def test_turning_leaves_greys_as_they_are() -> None:
+    greys = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(turn_colours(greys, 1.0), greys)
 
 
 def test_mirroring_leaves_white_white_and_undoes_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from datasets.flow_colour import flows_to_images
+from datasets.flow_colour import flows_to_images, image_to_flow
 from datasets.transforms import (
     Augment,
     augment,
@@ -41,7 +42,7 @@ def blob_clip(length: int = 3, height: int = 90, width: int = 150, seed: int = 0
 
 @pytest.mark.parametrize("seed", range(10))
 def test_frames_flows_and_masks_are_moved_alike(seed: int) -> None:
-    options = Augment(flip_flow="ignore", rotation_probability=1.0, **NO_COLOUR)
+    options = Augment(flip_flow="ignore", rotation_flow="ignore", rotation_probability=1.0, **NO_COLOUR)
     frames, flows, masks = unpack(augment(blob_clip(), (64, 96), options, np.random.default_rng(seed)))
     assert frames.shape == flows.shape == (3, 3, 64, 96) and masks.shape == (3, 1, 64, 96)
     assert set(masks.unique().tolist()) <= {0, 1}
@@ -85,6 +86,49 @@ def test_a_flip_mirrors_the_motion_that_the_flow_picture_shows() -> None:
     assert errors["ignore"] > 20
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("rotation", [10, 180])
+def test_a_rotation_turns_the_motion_that_the_flow_picture_shows(rotation: float, flip: float) -> None:
+    """Against following two points of the source, one where the other moves to, into the view."""
+    y, x = np.mgrid[-1:1:64j, -1:1:96j].astype(np.float32)
+    flow = np.stack([3 * x + y + 1, 2 * y - x * x])  # (2, h, w)
+    clip = pack(*(flows_to_images(torch.from_numpy(flow)[None]) for _ in range(2)), torch.ones(1, 1, 64, 96).byte())
+    errors = {}
+    for mode in ("exact", "ignore"):
+        options = Augment(
+            scale=(1, 1), aspect=(1, 1), flip=flip, rotation=rotation, rotation_probability=1.0, rotation_flow=mode,
+            **NO_COLOUR,
+        )  # fmt: skip
+        rng = np.random.default_rng(5)
+        matrix, angle, _ = draw_view(clip[:, 6], (40, 60), options, np.random.default_rng(5))
+        assert abs(angle) > math.radians(rotation) / 3
+        view = augment(clip, (40, 60), options, rng)[0, 3:6].permute(1, 2, 0).numpy()
+        # source pixels from the source's centre -> pixels of the view
+        onto = np.linalg.inv(matrix[:, :2]) * np.array([[30], [20]])
+        expected = np.einsum("ij,jhw->hwi", onto, flow / np.linalg.norm(flow, axis=0)) / np.linalg.norm(onto[:, 0])
+        rows, columns = np.mgrid[:40, :60]
+        places = np.stack([(columns + 0.5) / 30 - 1, (rows + 0.5) / 20 - 1, np.ones_like(rows)])
+        j, i = np.rint(np.einsum("ij,jhw->ihw", matrix, places) + np.array([47.5, 31.5])[:, None, None]).astype(int)
+        shown, wanted = image_to_flow(view), expected[i, j]
+        fast = np.linalg.norm(shown, axis=-1) > 0.2
+        angles = np.arctan2(shown[..., 1], shown[..., 0]) - np.arctan2(wanted[..., 1], wanted[..., 0])
+        errors[mode] = np.degrees(np.median(np.abs((angles + np.pi) % (2 * np.pi) - np.pi)[fast]))
+    assert errors["exact"] < 1.5
+    assert errors["ignore"] == pytest.approx(abs(math.degrees(angle)), abs=1.5)
+
+
+def test_without_a_rotation_colours_are_left_as_they_are() -> None:
+    clip = torch.randint(0, 256, (2, 7, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip[:, 6] = clip[:, 6] > 128
+    for options in (Augment(rotation=0, flip=0.5), Augment(rotation=10, rotation_probability=0)):
+        for seed in range(4):
+            views = [
+                augment(clip, (32, 48), replace(options, rotation_flow=mode), np.random.default_rng(seed))
+                for mode in ("exact", "ignore")
+            ]
+            assert torch.equal(*views)
+
+
 @pytest.mark.parametrize("rotation", [20, 180])
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (80, 80)])
 def test_views_stay_inside_the_source(size: tuple[int, int], rotation: int) -> None:
@@ -92,7 +136,7 @@ def test_views_stay_inside_the_source(size: tuple[int, int], rotation: int) -> N
     rng = np.random.default_rng(0)
     corners = np.array([[-1, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
     for _ in range(300):
-        matrix, _ = draw_view(masks, size, Augment(rotation=rotation, rotation_probability=1.0), rng)
+        matrix, *_ = draw_view(masks, size, Augment(rotation=rotation, rotation_probability=1.0), rng)
         reach = np.abs(matrix @ corners).max(axis=1)
         assert reach[0] <= 75 + 1e-6 and reach[1] <= 45 + 1e-6
 
@@ -126,7 +170,7 @@ def test_crops_go_all_over_the_source_where_the_object_stays_in_view() -> None:
     options = Augment(scale=(0.7, 0.7), aspect=(1, 1), flip=0.0, rotation_probability=0.0)
     places = []
     for seed in range(200):
-        matrix, _ = draw_view(mask, (60, 80), options, np.random.default_rng(seed))
+        matrix, *_ = draw_view(mask, (60, 80), options, np.random.default_rng(seed))
         room = np.array([75, 45]) - (matrix[0, 0], matrix[1, 1])  # of the crop's centre, from that of the source
         places.append(matrix[:, 2] / room)
     # Evenly from edge to edge, whose standard deviation is 0.58; the object is in every such crop's height.
@@ -138,7 +182,7 @@ def test_crops_go_all_over_the_source_where_the_object_stays_in_view() -> None:
 def test_a_sampled_view_is_what_a_plain_loop_finds() -> None:
     rng = np.random.default_rng(3)
     clip = torch.randint(0, 256, (1, 7, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    matrix, _ = draw_view(clip[:, 6] * 0, (10, 16), Augment(rotation_probability=1.0, flip=1.0), rng)
+    matrix, *_ = draw_view(clip[:, 6] * 0, (10, 16), Augment(rotation_probability=1.0, flip=1.0), rng)
     sampled = sample_view(clip, (10, 16), matrix)[0].numpy()
     source = clip[0].numpy().astype(np.float64)
     for row in range(10):
@@ -213,7 +257,14 @@ def test_the_same_draws_give_the_same_view() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"flip_flow": "maybe"}, {"scale": (0.5, 1.5)}, {"scale": (0.8, 0.5)}, {"aspect": (0, 1)}]
+    "wrong",
+    [
+        {"flip_flow": "maybe"},
+        {"rotation_flow": "maybe"},
+        {"scale": (0.5, 1.5)},
+        {"scale": (0.8, 0.5)},
+        {"aspect": (0, 1)},
+    ],
 )
 def test_impossible_options_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

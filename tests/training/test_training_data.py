@@ -61,7 +61,7 @@ def test_options_of_the_data_reach_the_clips(videos: Path, tmp_path: Path) -> No
         *"--clip_len 3 --size 64 96 --strides 2 4 --flow_drop 0.2 --frame_drop 0.1 --frame_faults 0.25".split(),
         *"--cache ram --augment_on device --samples_per_epoch 20 --steps_per_epoch 0 --seed 7".split(),
         *"--scale 0.7 0.9 --aspect 0.8 1.1 --flip 0.4 --rotation 5 --rotation_probability 0.3".split(),
-        *"--colour 0.2 --sharpness 0.6 --scene occluder:0.5".split(),
+        *"--rotation_flow ignore --colour 0.2 --sharpness 0.6 --scene occluder:0.5".split(),
     ]
     config, _ = parse_args([*TINY[:2], *words])
     training, _ = build_sequences(config)
@@ -76,8 +76,8 @@ def test_options_of_the_data_reach_the_clips(videos: Path, tmp_path: Path) -> No
     assert (clips.strides, clips.flow_drop, clips.frame_drop) == ((2, 4), 0.2, 0.1) and clips.cached_bytes()
     assert made.stills is None and made.options == SceneOptions(occluder=0.5)
     assert clips.augment == Augment(
-        scale=(0.7, 0.9), aspect=(0.8, 1.1), flip=0.4, rotation=5, rotation_probability=0.3, brightness=0.2,
-        contrast=0.2, saturation=0.2, sharpness=0.6,
+        scale=(0.7, 0.9), aspect=(0.8, 1.1), flip=0.4, rotation=5, rotation_probability=0.3, rotation_flow="ignore",
+        brightness=0.2, contrast=0.2, saturation=0.2, sharpness=0.6,
     )  # fmt: skip
     plain, _ = parse_args([*TINY[:2], "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--no-augment",
                             "--steps_per_epoch", "0"])  # fmt: skip

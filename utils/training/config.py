@@ -105,10 +105,13 @@ class TrainConfig:
     scale: tuple[float, float] = _option((0.6, 1.0), "side of the random crop, relative to the frame", low=0.01, high=1)
     aspect: tuple[float, float] = _option((0.85, 1.18), "aspect of the crop, relative to size's", low=0.1, high=10)
     flip: float = _option(0.5, "probability of a horizontal flip", low=0, high=1)
-    rotation: float = _option(
-        10.0, "largest rotation in degrees; the colours of flow stay as they are, so keep it small", low=0, high=180
-    )
+    rotation: float = _option(10.0, "largest rotation in degrees", low=0, high=180)
     rotation_probability: float = _option(0.5, "probability of a rotation", low=0, high=1)
+    rotation_flow: str = _option(
+        "ignore",
+        "exact: the directions that flow's colours stand for turn with the picture; ignore: they stay as they are",
+        choices=("exact", "ignore"),
+    )
     colour: float = _option(0.3, "largest change of brightness, contrast and saturation, RGB only", low=0, high=1)
     sharpness: float = _option(0.8, "largest change of sharpness, RGB only", low=0, high=1)
     strides: list[int] = _option(

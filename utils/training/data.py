@@ -163,6 +163,7 @@ def build_augment(config: TrainConfig) -> Augment | None:
         flip=config.flip,
         rotation=config.rotation,
         rotation_probability=config.rotation_probability,
+        rotation_flow=config.rotation_flow,
         brightness=config.colour,
         contrast=config.colour,
         saturation=config.colour,
