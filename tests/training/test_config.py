@@ -39,6 +39,13 @@ def test_every_config_of_the_project_loads(path: Path) -> None:
     load_config(path)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_published_weights_rotate_as_when_these_were_made(path: Path) -> None:
+    assert TrainConfig().rotation_flow == "exact"
+    config = load_config(path)
+    assert config.rotation_flow == "ignore" or set(config.datasets) == {"DUTS-TR"}  # stills are never augmented
+
+
 @pytest.mark.parametrize(
     "path", [None, *sorted(CONFIGS.glob("*.yaml"))], ids=lambda path: path.stem if path else "none"
 )

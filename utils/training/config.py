@@ -108,7 +108,7 @@ class TrainConfig:
     rotation: float = _option(10.0, "largest rotation in degrees", low=0, high=180)
     rotation_probability: float = _option(0.5, "probability of a rotation", low=0, high=1)
     rotation_flow: str = _option(
-        "ignore",
+        "exact",
         "exact: the directions that flow's colours stand for turn with the picture; ignore: they stay as they are",
         choices=("exact", "ignore"),
     )
