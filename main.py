@@ -120,7 +120,8 @@ def train_step(
     """One optimiser step on the batches ``parts`` (of `to_device`); returns losses, gradient norm and the last batch's
     logits.
 
-    The losses are this process's share: summed over the processes they are the means over all labelled frames.
+    The losses are this process's share: summed over the processes they are the means over all labelled frames, and the
+    difference from the teacher, who needs no labels, is the mean over all frames.
     """
     config, processes = run.config, run.processes
     # Dropout and the like are a function of the step, too: nothing but the step has to be kept to go on exactly.
@@ -152,13 +153,18 @@ def train_step(
             aux_weight=config.aux_weight,
             edge_weight=config.edge_weight,
         )
-        if run.teacher is not None:
-            part_losses["teacher"] = distillation_loss(path, lesson)
-            part_losses["total"] = part_losses["total"] + config.teacher_weight * part_losses["teacher"]
         # Distributed gradients are averaged over the processes, hence the factor.
-        run.scaler.scale(part_losses["total"] * (share * processes.world_size)).backward()
-        for name, value in part_losses.items():
-            losses[name] = losses.get(name, 0.0) + value.detach() * share
+        objective = part_losses["total"] * (share * processes.world_size)
+        shares = {name: value.detach() * share for name, value in part_losses.items()}
+        if run.teacher is not None:
+            difference = distillation_loss(path, lesson)
+            even = 1 / (len(parts) * processes.world_size)  # all parts have equally many frames
+            objective = objective + difference * (config.teacher_weight * even * processes.world_size)
+            shares["teacher"] = difference.detach() * even
+            shares["total"] = shares["total"] + config.teacher_weight * shares["teacher"]
+        run.scaler.scale(objective).backward()
+        for name, value in shares.items():
+            losses[name] = losses.get(name, 0.0) + value
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.net.parameters(), config.grad_clip or math.inf)
     run.scaler.step(run.optimizer)

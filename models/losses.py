@@ -93,7 +93,8 @@ def distillation_loss(path: Sequence[Tensor], teacher_path: Sequence[Tensor]) ->
     """Mean squared difference of a network's decoder maps from a teacher's, each relative to the teacher's variance.
 
     1 is what the mean of the teacher's map would give, 0 a perfect copy. Of whole maps rather than of the mask: each
-    position is a lesson then (as FitNets, arXiv:1412.6550, but where both networks have the same maps already).
+    position of every frame is a lesson then, with a label or without (as FitNets, arXiv:1412.6550, but where both
+    networks have the same maps already); so are those of the border that a size is padded by.
 
     Args:
         path, teacher_path: maps (N, C, h, w) from `DBSNet.forward(return_path=True)`; the teacher's take no gradient.

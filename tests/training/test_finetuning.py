@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import main
-from models import build_dbsnet, load_dbsnet, save_weights
+from models import build_dbsnet, load_dbsnet, losses, save_weights
 from tests.training.runs import OPTIONS, TINY, equal, fails, lines, read
 
 
@@ -97,6 +99,47 @@ def test_a_network_comes_nearer_to_its_teacher(tmp_path: Path, capsys: pytest.Ca
     assert np.mean(differences["taught"][-5:]) < 0.7 * np.mean(differences["alone"][-5:])
     wider = [*TINY[: TINY.index("--network")], "--network", "width:16", "hidden:4", "--save_dir", str(tmp_path / "w")]
     assert "width 48, expected 16" in fails([*wider, "--teacher", str(teacher)], capsys)
+
+
+def test_frames_without_a_label_are_lessons_like_all_others(
+    finished: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here of batches of one clip each, two to a step, of which some have fewer labels than others."""
+    shutil.copytree(videos, tmp_path / "data")
+    for mask in (tmp_path / "data" / "Annotations" / "480p" / "video-000").glob("*.png"):
+        if mask.stem != "00002":
+            mask.unlink()
+    labelled, differences = [], []
+
+    def segmentation_loss(logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor, *rest, **options):
+        labelled.append(int(valid.sum()))
+        return losses.segmentation_loss(logits, masks, valid, *rest, **options)
+
+    def distillation_loss(*maps):
+        difference = losses.distillation_loss(*maps)
+        differences.append(float(difference.detach()))
+        return difference
+
+    monkeypatch.setattr(main, "segmentation_loss", segmentation_loss)
+    monkeypatch.setattr(main, "distillation_loss", distillation_loss)
+    words = [*TINY, "--batch_size", "1", "--accumulate", "2", "--max_steps", "6", "--steps_per_epoch", "6"]
+    words += [
+        "--datasets",
+        "DAVIS-2016",
+        "--data_dir",
+        str(tmp_path / "data"),
+        "--strides",
+        "1",
+        "--teacher_weight",
+        "3",
+    ]
+    words += ["--teacher", str(finished / "weights.safetensors")]
+    assert main.main([*words, "--save_dir", str(tmp_path / "run")]) == 0
+    pairs = list(zip(labelled[::2], labelled[1::2]))
+    assert (2, 1) in pairs or (1, 2) in pairs
+    for step, line in enumerate(lines(tmp_path / "run")):
+        assert line["teacher"] == pytest.approx(np.mean(differences[2 * step : 2 * step + 2]))
+        assert line["loss"] == pytest.approx(line["bce"] + line["iou"] + 0.4 * line["aux"] + 3 * line["teacher"])
 
 
 def test_weights_of_another_network(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
