@@ -392,6 +392,13 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
     if config.warmup_steps >= run.total_steps:
         reached = config.lr * lr_factor(config, run.total_steps - 1, run.total_steps, run.steps_per_epoch)
         run.log.say(f"warmup_steps {config.warmup_steps} are the whole run: lr rises to {reached:.2e} in its last step")
+    for idle, options, why in (
+        (not sequences, ("flow_drop", "frame_drop"), "it is of clips of videos, and there are synthetic ones alone"),
+        (config.clip_len == 1, ("frame_faults",), "a clip of one frame has no neighbours to make it good"),
+    ):
+        for name in options:
+            if idle and getattr(config, name):
+                run.log.say(f"{name} {getattr(config, name):g} has no effect: {why}")
     if checkpoint is not None:
         run.log.say(f"resuming {config.resume_path} at step {run.step}")
         before = checkpoint["config"]

@@ -106,6 +106,17 @@ def test_scenes_of_synthetic_clips_are_options(capsys: pytest.CaptureFixture[str
     assert "expected 0 to 1, got 2" in fails([*TINY, "--scene", "natural:2"], capsys)
 
 
+def test_options_that_reach_no_clip_are_told(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, "--max_steps", "1", "--flow_drop", "0.25", "--frame_faults", "0.5"]
+    assert main.main([*words, "--save_dir", str(tmp_path / "synthetic")]) == 0
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert told.startswith("flow_drop 0.25 has no effect")
+    words += ["--clip_len", "1", "--datasets", "DAVIS-2016", "--data_dir", str(videos)]
+    assert main.main([*words, "--save_dir", str(tmp_path / "videos")]) == 0
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert told.startswith("frame_faults 0.5 has no effect")
+
+
 def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--data_dir", str(tmp_path), "--save_dir", str(tmp_path / "run")]
     assert "DAVIS-2016" in fails([*arguments, "--datasets", "DAVIS-2016"], capsys)

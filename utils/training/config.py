@@ -64,7 +64,9 @@ class TrainConfig:
         None, "checkpoint of the other stream, alone or beside the one, which joins --finetune's network of one stream"
     )
     teacher: str | None = _option(
-        None, "checkpoint of a network of the same width, whose decoder maps this one learns to have (distillation)"
+        None,
+        "checkpoint of a network of the same width, whose decoder maps this one learns to have (distillation), also "
+        "those of frames without a label",
     )
     teacher_weight: float = _option(1.0, "weight of the difference from the teacher's maps", low=0, high=MOST_WEIGHT)
 
@@ -117,12 +119,16 @@ class TrainConfig:
     strides: list[int] = _option(
         [1, 2, 3], "steps between the frames of a clip, one drawn for each clip", low=1, high=1000
     )
-    flow_drop: float = _option(0.0, "probability that the flow of a clip of a video shows no motion", low=0, high=1)
-    frame_drop: float = _option(0.0, "probability that the frames of a clip of a video are grey", low=0, high=1)
+    flow_drop: float = _option(
+        0.0, "probability that the flow of a clip of a video, not of a synthetic one, shows no motion", low=0, high=1
+    )
+    frame_drop: float = _option(
+        0.0, "probability that the frames of a clip of a video, not of a synthetic one, are grey", low=0, high=1
+    )
     frame_faults: float = _option(
         0.0,
         "probability that a single frame of a clip (of a video, or synthetic) has no motion, a blurred picture or a "
-        "hidden part, which its neighbours have to make good",
+        "hidden part, which its neighbours have to make good (not with clip_len 1)",
         low=0,
         high=1,
     )
