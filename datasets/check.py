@@ -19,7 +19,15 @@ from typing import Any, TextIO
 import numpy as np
 
 from datasets.errors import DataError
-from datasets.images import image_size, load_flow_image, load_frame, load_mask, load_mask_values, require_size
+from datasets.images import (
+    image_size,
+    load_flow_image,
+    load_frame,
+    load_mask,
+    load_mask_values,
+    require_size,
+    void_pixels,
+)
 from datasets.sequences import DENSE, SEQUENCE_NAMES, canonical_name, find_root, read_dataset
 from datasets.stills import STILL_SETS, StillImage, open_mask, read_stills
 from datasets.video_sequence import MASK_SUFFIXES, VideoSequence, flow_command, list_files
@@ -468,11 +476,17 @@ def _doubtful_values(mask: Path, rule: str) -> tuple[str, bool] | None:
     Under "above_128" a grey image should hold 0 and 255 (or 0 and 1). A few pixels in between are the smoothed rim of a
     shape, which is a note; many are a picture, and a mask whose object is darker than 129 would be lost. Under
     "nonzero" every value may be an object, but many greys mean a picture or a smoothed mask, whose faint rim would
-    count in full.
+    count in full. There are void pixels under "nonzero" alone, and they are a note.
     """
     if rule == "fbms":
         return None
     values, mode = load_mask_values(mask)
+    void = void_pixels(mask, values, mode) if rule == "nonzero" else None
+    if void is not None:
+        return (
+            f"{mask}: {void.mean():.2%} of the pixels are void (index 255 beside objects); they are background",
+            False,
+        )
     if mode == "RGB":
         values = values.max(axis=2)  # (H, W, 3) -> (H, W)
     if mode not in ("L", "RGB"):

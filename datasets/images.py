@@ -21,6 +21,8 @@ from datasets.video_sequence import list_files
 
 MASK_RULES = ("nonzero", "above_128", "fbms")
 
+VOID = 255  # palette index
+
 _MARPLE2_BACKGROUND = 102  # 0.4 · 255
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "WEBP", "TIFF")
 _NETPBM_HEADER = re.compile(rb"P([2356])" + 3 * rb"(?:\s+|#[^\n]*\n)+(\d+)" + rb"\s")  # width, height, maximum
@@ -131,11 +133,37 @@ def load_mask_values(path: Path | str) -> tuple[np.ndarray, str]:
     return np.array(image, dtype=np.uint8), image.mode
 
 
+def void_pixels(path: Path | str, values: np.ndarray, mode: str) -> np.ndarray | None:
+    """Where an annotation says that nobody could tell which object it is, bool (H, W); None where it says nothing such.
+
+    That is index 255 beside other objects in an image of a coloured palette, as in DAVIS-2017's unsupervised
+    annotations, whose own evaluation takes these pixels out of the objects, too. Greys are none, and a mask of the
+    indices 0 and 255 alone is a binary one.
+
+    Args:
+        values, mode: what `load_mask_values` read from `path`.
+    """
+    if mode != "P" or values.max(initial=0) < VOID or not ((values > 0) & (values < VOID)).any():
+        return None
+    return values == VOID if _coloured(_palette_colours(path)) else None
+
+
+def _palette_colours(path: Path | str) -> np.ndarray:
+    """The colours of an indexed mask, (H, W, 3)."""
+    return np.asarray(_open(path, "mask").convert("RGB"))
+
+
+def _coloured(colours: np.ndarray) -> bool:
+    """Whether any pixel of (H, W, 3) is no grey."""
+    return bool((colours != colours[..., :1]).any())
+
+
 def load_mask(path: Path | str, rule: str = "nonzero") -> np.ndarray:
     """An annotation as (H, W) uint8 in {0, 1}; all objects merged into one foreground.
 
     Rules:
-        "nonzero": DAVIS, YouTube-VOS. Any palette index, grey value or colour other than 0 is foreground.
+        "nonzero": DAVIS, YouTube-VOS. Any palette index, grey value or colour other than 0 is foreground, but for
+            `void_pixels`, which are background.
         "above_128": binary PNG of the VSOD releases. Grey value > 128, as their evaluation does. Three readings of
             ours, where that would lose the mask: a 1-bit image is taken as it is, an image of a coloured palette by
             its index > 0, and a grey image of only 0 and 1 as a 0/1 mask.
@@ -150,8 +178,11 @@ def load_mask(path: Path | str, rule: str = "nonzero") -> np.ndarray:
     if rule == "fbms":
         foreground = _fbms_foreground(path)
     elif rule == "nonzero":
-        values, _ = load_mask_values(path)
+        values, mode = load_mask_values(path)
         foreground = values > 0 if values.ndim == 2 else (values > 0).any(axis=2)
+        void = void_pixels(path, values, mode)
+        if void is not None:
+            foreground &= ~void
     else:
         foreground = _above_128(path)
     return foreground.astype(np.uint8)
@@ -164,9 +195,8 @@ def _above_128(path: Path) -> np.ndarray:
     if mode == "1":
         return values > 0
     if mode == "P":
-        palette = np.asarray(_open(path, "mask").convert("RGB"))  # (H, W, 3), colours instead of indices
-        coloured = (palette != palette[..., :1]).any()
-        return values > 0 if coloured else palette[..., 0] > 128
+        colours = _palette_colours(path)  # instead of indices
+        return values > 0 if _coloured(colours) else colours[..., 0] > 128
     if mode == "RGB":
         values = np.asarray(Image.fromarray(values).convert("L"))
     return values > (0 if values.max(initial=0) == 1 else 128)

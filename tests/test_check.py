@@ -210,6 +210,17 @@ def test_mask_values_of_the_binary_rule(tmp_path, values, expected):
     )
 
 
+def test_void_pixels_are_told(tmp_path):
+    root = davis(tmp_path / "DAVIS", ["bear"])
+    mask = next((root / "Annotations" / "480p" / "bear").iterdir())
+    image = Image.fromarray(np.where(np.eye(HEIGHT, WIDTH) > 0, 255, SHAPE // 255).astype(np.uint8), mode="P")
+    image.putpalette([0, 0, 0, 128, 0, 0] + [9, 9, 9] * 253 + [224, 224, 192])
+    image.save(mask)
+    _, problems = check_dataset("DAVIS-2016", tmp_path, "val")
+    (problem,) = [problem for problem in problems if problem.kind == "mask values"]
+    assert not problem.fatal and "2.50% of the pixels are void" in problem.message and str(mask) in problem.message
+
+
 def test_masks_that_are_kept_back_are_no_problem(tmp_path):
     """DAVIS-2017's test-dev has those of first frames, that of the unsupervised task none: both are sound downloads."""
     root = davis(tmp_path / "DAVIS", ["bear", "bus"])

@@ -203,6 +203,24 @@ def test_indexed_masks_are_merged_by_index(tmp_path, rule):
     np.testing.assert_array_equal(load_mask(tmp_path / "a.png", rule), np.minimum(objects, 1))
 
 
+def test_void_beside_objects_is_no_object(tmp_path):
+    """Index 255 of DAVIS-2017's unsupervised annotations; a mask of 0 and 255 alone is binary, and greys are greys."""
+    colours = [0, 0, 0, 128, 0, 0] + [90, 30, 10] * 253 + [224, 224, 192]
+    greys = np.repeat(np.arange(256), 3).tolist()
+    for name, indices, palette, expected in (
+        ("void", [0, 1, 255], colours, [0, 1, 0]),
+        ("binary", [0, 255, 255], colours, [0, 1, 1]),
+        ("grey palette", [0, 1, 255], greys, [0, 1, 1]),
+        ("grey", [0, 1, 255], None, [0, 1, 1]),
+    ):
+        image = Image.fromarray(np.array([indices], dtype=np.uint8), mode="P" if palette else "L")
+        if palette:
+            image.putpalette(palette)
+        image.save(tmp_path / "a.png")
+        assert Image.open(tmp_path / "a.png").mode == ("P" if palette else "L")
+        np.testing.assert_array_equal(load_mask(tmp_path / "a.png"), [expected], err_msg=name)
+
+
 def test_a_grey_palette_is_read_by_its_greys_above_128(tmp_path):
     """Optimisers store a grey image as indices in any order; index 0 may be the white."""
     image = Image.fromarray(1 - SHAPE, mode="P")
