@@ -31,7 +31,15 @@ from torch.utils.data import Dataset
 
 from datasets.errors import DataError
 from datasets.faults import Fault, apply_faults, draw_faults
-from datasets.images import NO_MOTION, NO_PICTURE, load_flow_image, load_frame, load_mask, require_size
+from datasets.images import (
+    DECODING_ERRORS,
+    NO_MOTION,
+    NO_PICTURE,
+    load_flow_image,
+    load_frame,
+    load_mask,
+    require_size,
+)
 from datasets.transforms import Augment, Draw, apply, draw, resize, unpack
 from datasets.video_sequence import VideoSequence
 
@@ -341,7 +349,7 @@ def _load_reduced(path, target_of, load) -> tuple[Image.Image, tuple[int, int]]:
                 height, width = target_of(full)
                 picture.draft("RGB", (width, height))
                 picture = picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except DECODING_ERRORS as error:
             raise DataError(
                 f"{path}: cannot be read as an image ({error}); expected a whole JPEG file, copy or unpack it again"
             ) from error

@@ -26,7 +26,8 @@ VOID = 255  # palette index
 _MARPLE2_BACKGROUND = 102  # 0.4 · 255
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "WEBP", "TIFF")
 _NETPBM_HEADER = re.compile(rb"P([2356])" + 3 * rb"(?:\s+|#[^\n]*\n)+(\d+)" + rb"\s")  # width, height, maximum
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# What Pillow raises for files that it cannot decode.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 # Grey levels of a picture that shows nothing: no motion in a flow image (white), and nothing to see in a frame.
@@ -43,7 +44,7 @@ def _open(path: Path | str, what: str) -> Image.Image:
         with Image.open(path, formats=_FORMATS) as image:
             image.load()
             return image
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         size = path.stat().st_size if path.is_file() else 0
         raise DataError(
             f"{path}: cannot read this {what} ({size} bytes): {str(error) or type(error).__name__}. "
@@ -92,7 +93,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
             return image.height, image.width
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise DataError(f"{path}: not a readable image: {str(error) or type(error).__name__}") from error
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from datasets.errors import DataError
+from datasets.images import DECODING_ERRORS
 from datasets.stills import StillImage, open_mask
 
 
@@ -137,7 +138,7 @@ def load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor, 
             full_size = picture.size
             picture.draft("RGB", (math.ceil(1.3 * width), math.ceil(1.3 * height)))
             picture = picture.convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except DECODING_ERRORS as error:
         raise DataError(f"{still.image}: cannot be read as an image ({error}); replace or remove it") from error
     mask = open_mask(still)
     if full_size != mask.size:
@@ -153,7 +154,7 @@ def load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor, 
         mask = mask.resize(picture.size, Image.Resampling.BILINEAR)
     object_ = torch.from_numpy(np.asarray(mask) >= 128)
     if not bool(object_.any()):
-        raise DataError(f"{still.mask}: no pixel of the mask is brighter than 128; a still needs an object")
+        raise DataError(f"{still.mask}: no pixel of the mask is brighter than 127; a still needs an object")
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
     return pixels.to(torch.float32).div_(255), object_
 

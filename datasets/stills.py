@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from datasets.errors import DataError
+from datasets.images import DECODING_ERRORS
 from datasets.video_sequence import Report, by_stem, list_files, raise_problem
 
 STILL_SETS = ("DUTS-TR",)
@@ -17,7 +18,7 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
 @dataclass(frozen=True)
 class StillImage:
-    """An image and the file of its object mask (object brighter than 128, same size)."""
+    """An image and the file of its object mask (object at least 128, same size)."""
 
     name: str
     image: Path
@@ -60,5 +61,5 @@ def open_mask(still: StillImage) -> Image.Image:
     try:
         with Image.open(still.mask) as mask:
             return mask.convert("L")
-    except (OSError, SyntaxError) as error:
+    except DECODING_ERRORS as error:
         raise DataError(f"{still.mask}: cannot be read as an image ({error}); replace or remove it") from error

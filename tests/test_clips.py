@@ -359,6 +359,12 @@ def test_truncated_frame(broken: VideoSequence, cache: str) -> None:
         VideoClips([broken], 7, SIZE, strides=(1,), cache=cache)[0]
 
 
+def test_a_frame_that_pillow_takes_for_an_attack(broken: VideoSequence, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"frames/0000\d\.jpg: cannot be read"):
+        VideoClips([broken], 2, SIZE)[0]
+
+
 def test_missing_flow(broken: VideoSequence) -> None:
     flows = {s: p for s, p in broken.flows.items() if s != "00002"}
     with pytest.raises(DataError, match=r"00002.*--tools flow"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -451,6 +452,23 @@ def test_unusable_stills_are_named(duts: Path) -> None:
         make_clip(0, 2, SIZE, StillImage("gone", still.image.with_name("gone.jpg"), still.mask))
     with pytest.raises(DataError, match="no still images"):
         SyntheticClips([], 4, 2, SIZE)
+
+
+def test_stills_that_pillow_stumbles_over_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises more than OSError: ValueError for a header cut off, an error of its own for gigantic pictures."""
+    still = StillImage("a", tmp_path / "a.jpg", tmp_path / "a.png")
+    Image.new("RGB", (40, 30)).save(still.image)
+    Image.new("L", (40, 30), 255).save(still.mask)
+    whole = still.mask.read_bytes()
+    still.mask.write_bytes(
+        whole[:8] + b"\0\0\0\x04IHDR" + whole[16:20] + zlib.crc32(b"IHDR" + whole[16:20]).to_bytes(4, "big")
+    )
+    with pytest.raises(DataError, match=r"a\.png: cannot be read"):
+        make_clip(0, 2, SIZE, still)
+    still.mask.write_bytes(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"a\.jpg: cannot be read"):
+        make_clip(0, 2, SIZE, still)
 
 
 @pytest.mark.data
