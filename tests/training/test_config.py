@@ -122,6 +122,9 @@ def test_local_rank_of_old_and_new_launchers(words: list[str], monkeypatch: pyte
         ("aux_weight: 1e40", ["aux_weight", "0 to 1e+06"]),
         ("seed: 18446744073709551616", ["seed", "18446744073709551616"]),
         ("epochs: 1" + 400 * "0", ["epochs", "at most 1e+09"]),
+        ("epochs: '1" + 5000 * "0" + "'", ["epochs", "a whole number"]),
+        ("seed: +-5", ["seed", "a whole number", "+-5"]),
+        ("save_dir: 2026-02-30", ["not valid YAML", "day is out of range"]),
         ("strides: [1, 1000000000]", ["strides", "1 to 1000"]),
         ("size: [100000, 100000]", ["size", "32 to 16384"]),
         ("datasets: {DAVIS-2016: 1e308, FBMS: 1e308}", ["datasets", "up to 1e+06"]),
@@ -142,6 +145,8 @@ def test_errors_of_the_flags(tmp_path: Path) -> None:
         parse_args(["--batch_szie", "2"])
     with pytest.raises(UserError, match=r"--network dilations: '\[1,2' is not YAML"):
         parse_args(["--network", "dilations:[1,2"])
+    with pytest.raises(UserError, match=r"--network depth: '2026-02-30' is not YAML"):
+        parse_args(["--network", "depth:2026-02-30"])
     with pytest.raises(UserError, match=r"--lr: expected a number, got 'high'"):
         parse_args(["--lr", "high"])
     with pytest.raises(UserError, match=r"nowhere.yaml: no such file.*configs/stage1.yaml"):

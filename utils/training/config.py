@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -206,6 +207,7 @@ class TrainConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
 
 
+_WHOLE = re.compile(r"\s*[+-]?\d{1,30}\s*")  # with more digits than any option takes, a string is no number of ours
 _TYPES = typing.get_type_hints(TrainConfig)
 _FIELDS = {item.name: item for item in dataclasses.fields(TrainConfig)}
 
@@ -368,7 +370,7 @@ def _cast(kind: Any, value: Any, where: str) -> Any:
         raise wrong
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise wrong
-    if kind is int and (isinstance(value, int) or isinstance(value, str) and value.strip().lstrip("+-").isdecimal()):
+    if kind is int and (isinstance(value, int) or isinstance(value, str) and _WHOLE.fullmatch(value)):
         return int(value)  # as it is: a float has no room for the last digits of a long seed
     try:
         # YAML 1.1 reads 1e-4 as a string, since it has no point: such strings are numbers too.
@@ -388,7 +390,7 @@ def _pair(word: str, kind: Any, where: str) -> tuple[str, Any]:
             raise UserError(f"{where}: expected key:value, got {word!r}")
         try:
             return name, yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # as in a file
             raise UserError(f"{where} {name}: {value!r} is not YAML; lists are [1,2] and mappings {{a: b}}") from None
     name, colon, value = word.rpartition(":")
     return (name, value) if colon else (word, 1.0)
@@ -436,7 +438,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; the project has {names}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not, a number of 5000 digits
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if content is None:
         return {}
