@@ -65,8 +65,8 @@ def distribute(config: TrainConfig, processes: Processes, net: nn.Module) -> nn.
     return DistributedDataParallel(
         model,
         device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-        # Without their loss the auxiliary heads get no gradient; with one frame neither does a recurrence.
-        find_unused_parameters=config.aux_weight == 0 or (config.clip_len == 1 and bool(net.config["dilations"])),
+        # With one frame there is no state to go on from: what a recurrence does with it gets no gradient.
+        find_unused_parameters=config.clip_len == 1 and bool(net.config["dilations"]),
     )
 
 

@@ -119,13 +119,25 @@ def _decode(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.minimum(position, _COLUMNS - 1), spread, largest
 
 
+# Tables of all colours at 7 bits a channel, red in the highest bits: 2**21 entries, 8 MB a device.
+
+
+def _all_colours() -> np.ndarray:
+    """The colours of such a table, (2**21, 3) float32."""
+    levels = np.arange(128, dtype=np.float32) * 2 + 1  # so that white stays exactly white
+    return np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def _table_index(images: torch.Tensor) -> torch.Tensor:
+    """Where a table has the colours of images (T, 3, H, W) uint8, (T, H, W) int32."""
+    red, green, blue = ((images[:, c] >> 1).to(torch.int32) for c in range(3))
+    return (red << 14) | (green << 7) | blue
+
+
 @functools.lru_cache(maxsize=4)
 def _mirror_table(device: torch.device) -> torch.Tensor:
-    """Colour of the mirrored motion for every colour at 7 bits a channel, (2**21,) int32 0xRRGGBB; 8 MB a device."""
-    levels = np.arange(128, dtype=np.float32) * 2 + 1  # so that white stays exactly white
-    # 128^3 colours, red slowest
-    image = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    position, spread, largest = _decode(image)
+    """Colour of the mirrored motion for every colour, int32 0xRRGGBB."""
+    position, spread, largest = _decode(_all_colours())
     half = (_COLUMNS - 1) / 2
     # u -> -u turns the angle a of the wheel into pi - a: 27 - k for the left half of the wheel, 81 - k for the right
     mirrored = np.where(position < half, half - position, 3 * half - position)
@@ -144,18 +156,15 @@ def mirror_colours(images: torch.Tensor) -> torch.Tensor:
     so the result is within about one grey level of colouring the mirrored flow. Flip the pixels as well to mirror a
     scene.
     """
-    red, green, blue = ((images[:, c] >> 1).to(torch.int32) for c in range(3))
-    index = (red << 14) | (green << 7) | blue
+    index = _table_index(images)
     mirrored = _mirror_table(images.device).index_select(0, index.flatten()).view_as(index)  # (T, H, W)
     return torch.stack([mirrored >> 16, mirrored >> 8 & 255, mirrored & 255], dim=1).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=4)
 def _position_table(device: torch.device) -> torch.Tensor:
-    """Position on the wheel, in [0, 54], of every colour at 7 bits a channel, (2**21,) float32; 8 MB a device."""
-    levels = np.arange(128, dtype=np.float32) * 2 + 1
-    image = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    return torch.from_numpy(_decode(image)[0].astype(np.float32)).to(device)
+    """Position on the wheel, in [0, 54], of every colour, float32."""
+    return torch.from_numpy(_decode(_all_colours())[0].astype(np.float32)).to(device)
 
 
 def turn_colours(images: torch.Tensor, angle: float) -> torch.Tensor:
@@ -165,9 +174,7 @@ def turn_colours(images: torch.Tensor, angle: float) -> torch.Tensor:
     images: (T, 3, H, W) uint8 RGB, on any device; returns the same. Hues are read at 7 bits a channel, so the result is
     within about one grey level of colouring the turned flow. Turn the pixels as well to turn a scene.
     """
-    red, green, blue = ((images[:, c] >> 1).to(torch.int32) for c in range(3))
-    index = (red << 14) | (green << 7) | blue
-    position = _position_table(images.device).index_select(0, index.flatten())
+    position = _position_table(images.device).index_select(0, _table_index(images).flatten())
     # Once around is 54 columns: the last of the 55 and the first are one direction, motion to the left.
     position = position.add_(angle / (2 * math.pi) * (_COLUMNS - 1)).remainder_(_COLUMNS - 1)
     lower = position.to(torch.int32)
