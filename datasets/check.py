@@ -48,6 +48,7 @@ _HINTS = {
     "flow": "remove these files, then {flow_command}",
     "mask": "unpack the annotations again, of the resolution of the frames",
     "mask values": "see whether these are annotations and not pictures or results",
+    "void": "nothing to do: of these pixels nobody knows which object they are, and they count as background",
     "incomplete": "nothing to do, if it is meant",
 }
 
@@ -466,12 +467,13 @@ def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
         if decode and mask_size:
             doubt = _doubtful_values(mask, sequence.mask_rule)
             if doubt is not None:
-                problems.append(_problem(sequence, "mask values", *doubt))
+                problems.append(_problem(sequence, *doubt))
     return _Look(problems, size, flow_size, foreground)
 
 
-def _doubtful_values(mask: Path, rule: str) -> tuple[str, bool] | None:
-    """What is odd about the values of a mask, and whether that is fatal; None for a mask as its rule says.
+def _doubtful_values(mask: Path, rule: str) -> tuple[str, str, bool] | None:
+    """Kind and message of what is odd about the values of a mask, and whether that is fatal; None for a mask as its
+    rule says.
 
     Under "above_128" a grey image should hold 0 and 255 (or 0 and 1). A few pixels in between are the smoothed rim of a
     shape, which is a note; many are a picture, and a mask whose object is darker than 129 would be lost. Under
@@ -483,10 +485,7 @@ def _doubtful_values(mask: Path, rule: str) -> tuple[str, bool] | None:
     values, mode = load_mask_values(mask)
     void = void_pixels(mask, values, mode) if rule == "nonzero" else None
     if void is not None:
-        return (
-            f"{mask}: {void.mean():.2%} of the pixels are void (index 255 beside objects); they are background",
-            False,
-        )
+        return "void", f"{mask}: {void.mean():.2%} of the pixels have index 255 beside those of objects", False
     if mode == "RGB":
         values = values.max(axis=2)  # (H, W, 3) -> (H, W)
     if mode not in ("L", "RGB"):
@@ -499,7 +498,8 @@ def _doubtful_values(mask: Path, rule: str) -> tuple[str, bool] | None:
             message = (
                 f"{mask}: not binary: {present.size} values up to {top}, {between:.2%} of the pixels between 0 and 255"
             )
-            return message, bool(top <= 128 or between > SOFT_RIM)
+            return "mask values", message, bool(top <= 128 or between > SOFT_RIM)
     elif present.size > MANY_OBJECTS:
-        return f"{mask}: {present.size} grey values; expected one per object, and all above 0 count as foreground", True
+        message = f"{mask}: {present.size} grey values; expected one per object, and all above 0 count as foreground"
+        return "mask values", message, True
     return None

@@ -217,8 +217,12 @@ def test_void_pixels_are_told(tmp_path):
     image.putpalette([0, 0, 0, 128, 0, 0] + [9, 9, 9] * 253 + [224, 224, 192])
     image.save(mask)
     _, problems = check_dataset("DAVIS-2016", tmp_path, "val")
-    (problem,) = [problem for problem in problems if problem.kind == "mask values"]
-    assert not problem.fatal and "2.50% of the pixels are void" in problem.message and str(mask) in problem.message
+    (problem,) = [problem for problem in problems if problem.kind == "void"]
+    assert (
+        not problem.fatal and "2.50% of the pixels have index 255" in problem.message and str(mask) in problem.message
+    )
+    count, text = report(tmp_path, ["DAVIS-2016"], splits=["val"])
+    assert count == 0 and "void: 1 in 1 sequence (a note); nothing to do" in text
 
 
 def test_masks_that_are_kept_back_are_no_problem(tmp_path):
