@@ -401,7 +401,7 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
                 run.log.say(f"{name} {getattr(config, name):g} has no effect: {why}")
     if checkpoint is not None:
         run.log.say(f"resuming {config.resume_path} at step {run.step}")
-        before = checkpoint["config"]
+        before = {"rotation_flow": "ignore", **checkpoint["config"]}  # which older runs had no choice about
         for key, value in config.to_dict().items():
             if key not in CALL_OPTIONS and before.get(key) != value:
                 run.log.say(f"changed since: {key} {before.get(key)} -> {value}")

@@ -48,6 +48,18 @@ def test_a_finished_run_is_left_as_it_is(finished: Path, capsys: pytest.CaptureF
     assert len(lines(finished)) == 4
 
 
+def test_going_on_with_an_older_run_tells_what_is_new(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = read(finished)
+    del checkpoint["config"]["rotation_flow"]  # its colours of flow did not turn
+    torch.save(checkpoint, tmp_path / "last.pt")
+    arguments = [*TINY, "--save_dir", str(tmp_path), "--max_steps", "5"]
+    assert main.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "changed since: rotation_flow ignore -> exact" in told and "changed since: max_steps 4 -> 5" in told
+
+
 def test_a_run_begun_on_a_gpu_goes_on_without_one(finished: Path, tmp_path: Path) -> None:
     """There AdamW is the fused one, and the optimiser's state says so."""
     arguments = [*TINY, "--save_dir", str(tmp_path)]
