@@ -46,12 +46,24 @@ def overlay(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha}: expected 0 to 1")
     grey = to_grey(probability)
-    weight = (alpha / 255 * grey.astype(np.float32))[..., None]  # (H, W, 1)
-    result = np.rint(frame * (1 - weight) + np.array(colour, np.float32) * weight).astype(np.uint8)
+    result = frame.copy()
+    if not grey.any():
+        return result
+    (top, bottom), (left, right) = (_extent(grey.any(axis)) for axis in (1, 0))
+    part = slice(top, bottom), slice(left, right)  # most of a frame lies beyond it, where nothing is drawn
+    weight = (alpha / 255 * grey[part].astype(np.float32))[..., None]  # (h, w, 1)
+    result[part] = np.rint(frame[part] * (1 - weight) + np.array(colour, np.float32) * weight).astype(np.uint8)
     if contour:
-        mask = grey > 127 if np.asarray(probability).dtype == np.uint8 else np.asarray(probability, np.float32) > 0.5
-        result[outline(mask, max(1, round(frame.shape[0] / 300)))] = colour
+        inside = np.asarray(probability)[part]
+        mask = inside > 127 if inside.dtype == np.uint8 else inside.astype(np.float32) > 0.5
+        result[part][outline(mask, max(1, round(frame.shape[0] / 300)))] = colour
     return result
+
+
+def _extent(marked: np.ndarray) -> tuple[int, int]:
+    """First and last place that is marked, with one more on each side that has one, the last not included; some are."""
+    places = np.flatnonzero(marked)
+    return max(0, int(places[0]) - 1), min(len(marked), int(places[-1]) + 2)
 
 
 def outline(mask: np.ndarray, thickness: int = 1) -> np.ndarray:
