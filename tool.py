@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets.sequences import VideoSequence
     from utils.distributed import Processes
+    from utils.flow.beside import FlowBeside
     from utils.inference.own_video import OwnVideo
 
 DEFAULT_DATASETS = ("DAVIS-2016", "FBMS", "DAVSOD", "MCL")
@@ -216,14 +217,29 @@ def run_flow(args: argparse.Namespace, processes: Processes) -> int:
         if processes.is_main:
             run_own_flow(args, _own(args), processes.device)
         return 0
-    # One frame in num_frames is a matter of training; stored flow is of neighbours, and of every frame.
-    sequences = [s for part in _read(args, num_frames=1).values() for s in part]
-    prepare.run(args, sequences, processes)
+    if _flow_beside_test(args, processes):
+        return 0
+    prepare.run(args, _read_for_flow(args), processes)
     processes.wait()
     return 0
 
 
+def _read_for_flow(args: argparse.Namespace) -> list[VideoSequence]:
+    # One frame in num_frames is a matter of training; stored flow is of neighbours, and of every frame.
+    return [sequence for part in _read(args, num_frames=1).values() for sequence in part]
+
+
+def _flow_beside_test(args: argparse.Namespace, processes: Processes) -> bool:
+    """Whether `test`, which comes next, makes the flow of the later videos while it segments the first."""
+    from utils.flow import prepare
+
+    following = dict(zip(args.tools, args.tools[1:]))
+    next_is_test = following.get("flow") == "test" and not (args.video or args.frames)
+    return next_is_test and args.without != "flow" and prepare.can_run_beside(args, processes.world_size)
+
+
 def run_test(args: argparse.Namespace, processes: Processes) -> int:
+    from utils.flow import prepare
     from utils.inference import own_video, segment, videos
     from utils.inference.weights import load_weights
 
@@ -236,9 +252,12 @@ def run_test(args: argparse.Namespace, processes: Processes) -> int:
 
         refined = [own.for_crf()] if own else [crf.refinable(sequence) for sequence in sequences]
         beside = crf.run_beside_test(args, refined, args.save_dir, 1 if own else processes.world_size)
-    with beside as written:
+    making: AbstractContextManager[FlowBeside | None] = nullcontext()
+    if _flow_beside_test(args, processes):
+        making = prepare.run_beside_test(args, _read_for_flow(args), processes)
+    with beside as written, making as flow:
         if own is None:
-            segment.run(args, [videos.video_of(s, args.without) for s in sequences], processes, weights, written)
+            segment.run(args, [videos.video_of(s, args.without, flow) for s in sequences], processes, weights, written)
         else:
             own_video.run_own(args, own, processes, weights, written)
     processes.wait()  # or the first would refine what the others' processes are still at

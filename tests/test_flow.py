@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from utils import parallel
 from utils.distributed import Processes
 from utils.errors import UserError
 from utils.flow import estimation, prepare
+from utils.flow.beside import FlowBeside
 from utils.flow.estimation import FlowEstimator, FlowSettings, compute_flows, dis_flow, frame_pairs, padding
 from utils.flow.files import FlowFiles, read_raw_flow, write_raw_flow
 from utils.flow.prepare import FlowTask, pending_frames, write_flows
@@ -553,6 +556,52 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path):
     assert prepare.run(arguments("--flow_method", "dis", "--workers", "2"), others, ALONE) == 6
     for sequence, other in zip(sequences, others):
         assert contents(sequence.flow_dir) == contents(other.flow_dir)
+
+
+def test_a_folder_can_be_waited_for_while_the_next_ones_are_made():
+    """Also when something goes wrong with a later one; without an error the rest is made before the block ends."""
+    a, b, c, go = Path("a"), Path("b"), Path("c"), threading.Event()
+    pending = {a: ["0", "1"], b: ["0"], c: ["0"]}
+
+    def writing(error: Exception | None) -> Iterator[tuple[Path, str]]:
+        yield a, "0"
+        yield a, "1"
+        assert go.wait(60)
+        yield b, "0"
+        if error is not None:
+            raise error
+        done.append(c)
+        yield c, "0"
+
+    done: list[Path] = []
+    with FlowBeside(writing(None), pending, FlowFiles("jpg")) as making:
+        making.wait(a)
+        making.wait(Path("there before"))
+        assert not done
+        assert (
+            making.path(a, "1") == Path("a/1.jpg")
+            and making.path(a, "2") is None
+            and making.path(Path("d"), "1") is None
+        )
+        go.set()
+    assert done == [c]
+
+    failing = FlowBeside(writing(DataError("no frame")), pending, FlowFiles())
+    with pytest.raises(DataError, match="no frame"), failing as making:
+        making.wait(a)
+        making.wait(b)
+        with pytest.raises(DataError, match="no frame"):
+            making.wait(c)
+        making.wait(b)
+
+    # An error of whoever waits is the one that is raised, and the flow of the next frames is not made.
+    done.clear()
+    go.clear()
+    with pytest.raises(ZeroDivisionError), FlowBeside(writing(None), pending, FlowFiles()) as making:
+        making.wait(a)
+        threading.Timer(0.2, go.set).start()
+        raise ZeroDivisionError
+    assert not done
 
 
 def test_flow_of_a_thinned_out_video_is_that_of_neighbours_in_the_folder(tmp_path: Path):

@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +25,11 @@ pytest.importorskip("cv2")
 
 import tool
 from datasets.synthetic import write_dataset
-from models import build_dbsnet, load_dbsnet
+from models import Predictor, build_dbsnet, load_dbsnet
 from models.growth import keep_stream, put_back
 from models.weights import save_weights
 from utils import report
+from utils.flow.files import FlowFiles
 from utils.inference.weights import read_notes
 from utils.report import Scores, describe_encoders
 
@@ -132,6 +135,58 @@ def test_the_crf_runs_beside_the_test(
         assert len(files) == 2 * FRAMES
     assert maps["2"] == maps["0"]
     assert left == [2 * FRAMES, 0, 0]
+
+
+def test_flow_is_made_beside_the_test(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The maps are those of one tool after the other, and the network has begun before the last flow is there."""
+    flow, maps, made = {}, {}, []
+    run = Predictor.__call__
+
+    def watched(self: Predictor, frames: object, flows: object):
+        made.append(len(list(root.rglob("Flows/**/*.png"))))
+        return run(self, frames, flows)
+
+    monkeypatch.setattr(Predictor, "__call__", watched)
+    write, turn = FlowFiles.write, threading.Event()
+
+    def later(self: FlowFiles, flow_dir: Path, stem: str, image: np.ndarray) -> None:
+        if flow_dir.name == "video-003" and stem == "00004":
+            assert turn.wait(60)  # until the network has begun with the first video
+        write(self, flow_dir, stem, image)
+
+    words = ["--checkpoint", weights, "--datasets", "DAVIS-2016", "--flow_method", "dis", "--split", "val"]
+    for name, workers in (("sequence", 1), ("beside", 2)):
+        root = shutil.copytree(data, tmp_path / name)
+        if name == "beside":  # in threads of this process, where one can be held up
+            monkeypatch.setattr(FlowFiles, "write", later)
+            monkeypatch.setattr("utils.parallel.start_pool", lambda workers, niceness: ThreadPoolExecutor(workers))
+            monkeypatch.setattr("utils.parallel._run_job", lambda function, *task: function(*task))
+            monkeypatch.setattr(Predictor, "__call__", lambda *of: turn.set() or watched(*of))
+        row = [*words, "--data_dir", root, "--workers", workers]
+        assert call(*row, "--tools", "flow", "test", "--save_dir", root / "r") == 0
+        flow[name] = [path.read_bytes() for path in sorted(root.rglob("Flows/**/*.png"))]
+        maps[name] = [path.read_bytes() for path in sorted((root / "r" / "binary").rglob("*.png"))]
+        assert len(flow[name]) == len(maps[name]) == 2 * FRAMES
+        assert ("while the network is at work" in capsys.readouterr().out) == (name == "beside")
+        # The maps say which flow they are of: all of it, though some was made while they were.
+        assert call(*row, "--tools", "flow", "test", "--save_dir", root / "r") == 0
+        assert "0 frames to do; 2 of 2 videos are there already" in capsys.readouterr().out
+    assert flow["beside"] == flow["sequence"] and maps["beside"] == maps["sequence"]
+    assert made[:3] == [2 * FRAMES, 2 * FRAMES, made[2]] and FRAMES <= made[2] < 2 * FRAMES and made[3] == 2 * FRAMES
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_flow_cannot_be_made_of_is_told(
+    workers: int, data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(data, tmp_path / "data")
+    frame = root / "DAVIS/JPEGImages/480p/video-003/00002.jpg"
+    frame.write_bytes(frame.read_bytes()[:500])
+    words = ["--checkpoint", weights, "--datasets", "DAVIS-2016", "--flow_method", "dis", "--data_dir", root]
+    message = fails(capsys, *words, "--tools", "flow", "test", "--workers", workers, "--save_dir", tmp_path / "r")
+    assert f"{frame}: cannot read this frame" in message
 
 
 def test_the_page_needs_no_other_file(results: Path) -> None:

@@ -132,13 +132,16 @@ def cpu_seconds() -> tuple[float, float]:
     return time.process_time(), spent.children_user + spent.children_system
 
 
-def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: int | None = None) -> Iterator[Any]:
+def parallel_map(
+    function: Callable[..., Any], tasks: Iterable[tuple], workers: int | None = None, niceness: int = 0
+) -> Iterator[Any]:
     """Yields ``function(*task)`` for every task, in the order of the tasks.
 
     Args:
         function: a function at the top level of a module, since it is sent to other processes by name.
         tasks: tuples of arguments that can be pickled; drawn from lazily, never more than a few per process ahead.
         workers: processes; 0 or 1 runs in this one. Default: one per processor.
+        niceness: as in `start_worker`.
 
     An exception of a job is raised here, with its type, and no further job starts.
 
@@ -155,7 +158,7 @@ def parallel_map(function: Callable[..., Any], tasks: Iterable[tuple], workers: 
             yield function(*task)
         return
 
-    pool = start_pool(workers)
+    pool = start_pool(workers, niceness)
     waiting: deque[Future] = deque()
     try:
         for task in tasks:

@@ -43,6 +43,10 @@ class FlowFiles:
         if self.raw_format is not None and self.raw_format not in RAW_FORMATS:
             raise UserError(f"--flow_raw {self.raw_format}: expected one of {', '.join(RAW_FORMATS)}")
 
+    def path(self, flow_dir: Path, stem: str) -> Path:
+        """Where the image goes."""
+        return flow_dir / f"{stem}.{self.image_format}"
+
     def write(self, flow_dir: Path, stem: str, flow: np.ndarray) -> None:
         """Stores one flow (H, W, 2) under ``stem``; an image of that stem in the other format is replaced."""
         if self.raw_format is not None:
@@ -50,7 +54,7 @@ class FlowFiles:
         from PIL import Image
 
         image = flow_to_image(flow)
-        path = flow_dir / f"{stem}.{self.image_format}"
+        path = self.path(flow_dir, stem)
         # Two images of one stem would be ambiguous to a reader, hence first away with the other one.
         for suffix in _SPELLINGS:
             if suffix != path.suffix:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from datasets.check import is_stretched
 from datasets.images import image_size
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from utils.errors import UserError
+from utils.flow.beside import FlowBeside
 from utils.flow.estimation import (
     METHODS,
     FlowEstimator,
@@ -28,7 +29,7 @@ from utils.flow.estimation import (
 )
 from utils.flow.files import FORMATS, RAW_FORMATS, RETRY, FlowFiles, begin_flow, check_record, supplied_flow
 from utils.flow.raft import DEFAULT_WEIGHTS
-from utils.parallel import parallel_map, share_of_workers
+from utils.parallel import NICENESS, default_workers, parallel_map, share_of_workers
 from utils.progress import progress_bar
 from utils.video import FolderFrames, LazyFrames
 
@@ -95,11 +96,15 @@ def write_flows(
     device: str | torch.device = "cpu",
     batch_size: int = 4,
     workers: int | None = None,
-) -> Iterator[tuple[Path, str]]:
+    niceness: int = 0,
+) -> Generator[tuple[Path, str], None, None]:
     """Makes the flow files that `FlowTask.pending` names, and yields (flow_dir, stem) after each.
 
     DIS runs on ``workers`` processes; with RAFT these colour and write while the next pairs are computed. Frames are
     read here, in order, so a video of any length is never in memory.
+
+    Args:
+        niceness: of the processes, where a network computes beside them.
 
     Raises:
         As `compute_flows`, before anything is written if the weights are missing or the batch size is wrong.
@@ -130,7 +135,7 @@ def write_flows(
             for t, *arrays in pairs:
                 yield Path(video.flow_dir), video.stems[t], files, *arrays
 
-    yield from parallel_map(_dis_job if settings.method == "dis" else _write_job, tasks(), workers)
+    yield from parallel_map(_dis_job if settings.method == "dis" else _write_job, tasks(), workers, niceness)
 
 
 def _dis_job(
@@ -193,23 +198,23 @@ def settings_from(args: argparse.Namespace) -> tuple[FlowSettings, FlowFiles]:
     return settings, FlowFiles(args.flow_format, args.flow_raw)
 
 
-def run(
-    args: argparse.Namespace,
-    sequences: Sequence[VideoSequence],
-    processes: Processes,
-) -> int:
-    """``--tools flow``: makes the flow images that are missing, in each sequence's ``flow_dir``; returns how many of
-    them this process made.
+@dataclass(frozen=True)
+class _Work:
+    """The flow of data sets that this process has to make: the stems by folder, and what makes it."""
 
-    The partner of a frame is its neighbour in the folder, also where the data set is thinned out (``--num_frames``), so
-    that stored flow does not depend on that option (our reading).
+    pending: dict[Path, Collection[str]]
+    written: Generator[tuple[Path, str], None, None]  # as `write_flows`
+    files: FlowFiles
 
-    Args:
-        sequences: the same in all processes, which share out what is missing, and the workers.
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.pending.values()))
 
-    Raises:
-        UserError, CheckpointError, DataError: see `pending_frames` and `write_flows`.
-    """
+
+def _plan(
+    args: argparse.Namespace, sequences: Sequence[VideoSequence], processes: Processes, niceness: int = 0
+) -> _Work:
+    """Looks for the flow images that are missing, says how many there are and what is wrong with making them."""
     from utils.distributed import share_out
 
     settings, files = settings_from(args)
@@ -228,11 +233,12 @@ def run(
 
     lengths = [max(len(sequence) for sequence in videos[folder]) for folder in folders]
     pending = {folders[index]: stems for index, stems in share_out(processes, lengths, missing, "flow").items()}
-    total = sum(len(stems) for stems in pending.values())
+    total = sum(map(len, pending.values()))
     everywhere = int(processes.reduce([total])[0])
     if processes.is_main:
         others = f", {total} of them here" if processes.world_size > 1 else ""
-        print(f"flow: {everywhere} frames to do{others}, by {settings.method}", flush=True)
+        beside = ", while the network is at work" if niceness else ""
+        print(f"flow: {everywhere} frames to do{others}, by {settings.method}{beside}", flush=True)
     mixed = [(flow_dir, len(supplied_flow(flow_dir, stems))) for flow_dir, stems in pending.items()]
     mixed = [found for part in processes.gather(mixed) for found in part]
     stretched = [videos[flow_dir][-1].frames[0] for flow_dir in pending if settings.size is not None]
@@ -253,16 +259,59 @@ def run(
             todo = [t for t, stem in enumerate(frames.stems) if stem in stems]
             yield FlowTask(frames, frames.stems, flow_dir, todo)
 
+    written = write_flows(
+        tasks(),
+        settings,
+        files,
+        device=processes.device,
+        batch_size=args.flow_batch,
+        workers=workers,
+        niceness=niceness,
+    )
+    return _Work(pending, written, files)
+
+
+def run(
+    args: argparse.Namespace,
+    sequences: Sequence[VideoSequence],
+    processes: Processes,
+) -> int:
+    """``--tools flow``: makes the flow images that are missing, in each sequence's ``flow_dir``; returns how many of
+    them this process made.
+
+    The partner of a frame is its neighbour in the folder, also where the data set is thinned out (``--num_frames``), so
+    that stored flow does not depend on that option (our reading).
+
+    Args:
+        sequences: the same in all processes, which share out what is missing, and the workers.
+
+    Raises:
+        UserError, CheckpointError, DataError: see `pending_frames` and `write_flows`.
+    """
+    work = _plan(args, sequences, processes)
     with progress_bar(
-        total=total, desc=f"flow ({settings.method})", unit="frame", disable=not processes.is_main
+        total=work.total, desc=f"flow ({args.flow_method})", unit="frame", disable=not processes.is_main
     ) as progress:
-        written = write_flows(
-            tasks(), settings, files, device=processes.device, batch_size=args.flow_batch, workers=workers
-        )
-        for flow_dir, _ in written:
+        for flow_dir, _ in work.written:
             progress.set_postfix_str(flow_dir.name, refresh=False)
             progress.update()
-    return total
+    return work.total
+
+
+def can_run_beside(args: argparse.Namespace, world_size: int) -> bool:
+    """Whether flow can be made while the network is at work: by DIS, on processes of its own. RAFT would only take
+    turns with the network on the same device; and several processes do not know of each other's flow.
+    """
+    workers = default_workers() if args.workers is None else args.workers
+    return args.flow_method == "dis" and workers > 1 and world_size == 1
+
+
+def run_beside_test(args: argparse.Namespace, sequences: Sequence[VideoSequence], processes: Processes) -> FlowBeside:
+    """``--tools flow test``: as `run`, in the ``with`` block of what it returns, where each video's flow can be waited
+    for. Only where `can_run_beside`.
+    """
+    work = _plan(args, sequences, processes, NICENESS)
+    return FlowBeside(work.written, work.pending, work.files)
 
 
 def warn_of_stretching(frames: Sequence[Path], size: tuple[int, int]) -> None:

@@ -122,13 +122,18 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     }
 
 
-def settings_of(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The settings for one video: which files it is of, and a size that nobody gave is turned where the video is
-    upright and the size is not, or the other way about, rather than squeezing it into the wrong shape.
+def size_for(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> list[int]:
+    """The size for one video: one that nobody gave is turned where the video is upright and the size is not, or the
+    other way about, rather than squeezing it into the wrong shape.
     """
     (height, width), (h, w) = video.frames[0].shape[:2], settings["size"]
     turned = args.size is None and (height - width) * (h - w) < 0
-    return {**settings, "size": [w, h] if turned else [h, w], "sources": fingerprint(video.sources)}
+    return [w, h] if turned else [h, w]
+
+
+def settings_of(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The settings for one video: its size, and which files it is of, all of which are there."""
+    return {**settings, "size": size_for(video, settings, args), "sources": fingerprint(video.sources)}
 
 
 def run(
@@ -159,19 +164,19 @@ def run(
 
     def pending(index: int) -> Sequence[str]:
         video = videos[index]
-        kept = not args.overwrite and is_current(video, save_dir, settings_of(video, settings, args))
-        return () if kept else video.stems
+        if args.overwrite or video.wait is not None:
+            return video.stems
+        return () if is_current(video, save_dir, settings_of(video, settings, args)) else video.stems
 
     lengths = [len(video.stems) for video in videos]
     todo = [videos[index] for index in share_out(processes, lengths, pending, "test")]
-    own = {video.place: settings_of(video, settings, args) for video in todo}
     total = sum(len(video.stems) for video in todo)
     shares = processes.gather((total, len(todo)))
     frames, count = (sum(part) for part in zip(*shares))
     if processes.is_main:
         kept = f"; {len(videos) - count} of {len(videos)} videos are there already" if count < len(videos) else ""
         others = f", {total} of them here" if processes.world_size > 1 else ""
-        sizes = dict.fromkeys("×".join(map(str, each["size"])) for each in own.values())
+        sizes = dict.fromkeys("×".join(map(str, size_for(video, settings, args))) for video in todo)
         size = " and ".join(sizes) or "×".join(map(str, settings["size"]))
         ours = {"zoom": "a closer look at the object", "consensus": "frames vote"}
         on = [key for key in ours if settings[key]]
@@ -206,7 +211,11 @@ def run(
         ThreadPoolExecutor(WRITERS) as writers,
     ):
         for video in todo:
-            predictor.size = tuple(own[video.place]["size"])
+            if video.wait is not None:
+                progress.set_postfix_str(f"{video.place.name}, waiting for its flow", refresh=False)
+                video.wait()
+            own = settings_of(video, settings, args)
+            predictor.size = tuple(own["size"])
             progress.set_postfix_str(video.place.name, refresh=False)
             predictor.on_encoded = show_encoded(progress, video.place.name)
             inputs = {"frames": video.frames, "flow": video.flows}
@@ -216,7 +225,7 @@ def run(
                 stem = video.stems[index]
                 if not np.isfinite(probability).all():
                     raise UserError(not_numbers(weights, video.place / stem, args))
-                writing = writers.submit(write_maps, video, save_dir, stem, probability, own[video.place])
+                writing = writers.submit(write_maps, video, save_dir, stem, probability, own)
                 waiting.append((writing, video.place / f"{stem}.png"))
                 if len(waiting) > WAITING:
                     finish_next()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from datasets.images import NO_MOTION, NO_PICTURE, LazyImages, load_flow_image, 
 from datasets.video_sequence import VideoSequence
 
 if TYPE_CHECKING:
+    from utils.flow.beside import FlowBeside
     from utils.video import LazyFrames
 
 # What training shows where it takes one of the two inputs away (`datasets.clips.VideoClips`: flow_drop, frame_drop).
@@ -43,6 +45,7 @@ class Video:
     frames: Sequence[np.ndarray]
     flows: Sequence[np.ndarray]
     sources: tuple[Path, ...] = ()  # files of frames and flow: the maps of other ones are made anew
+    wait: Callable[[], None] | None = None  # returns when its flow, which is still being made, is all there
 
     def probability(self, save_dir: Path, stem: str) -> Path:
         return save_dir / "probability" / self.place / f"{stem}.png"
@@ -51,12 +54,13 @@ class Video:
         return save_dir / "binary" / self.place / f"{stem}.png"
 
 
-def video_of(sequence: VideoSequence, without: str | None = None) -> Video:
+def video_of(sequence: VideoSequence, without: str | None = None, making: FlowBeside | None = None) -> Video:
     """A video of a data set.
 
     Args:
         without: "flow" needs none: the frames stand for its images, of which nothing but the size is looked at then
             (`Blank`).
+        making: makes what flow is missing.
 
     Raises:
         DataError: a frame without flow; names the file, and the command that makes it.
@@ -64,13 +68,15 @@ def video_of(sequence: VideoSequence, without: str | None = None) -> Video:
     frames = LazyImages(sequence.frames, load_frame)
     if without == "flow" and len(sequence.flows) < len(sequence):
         return Video(Path(sequence.dataset, sequence.name), sequence.stems, frames, frames, sequence.frames)
-    flows = [sequence.flow_path(stem) for stem in sequence.stems]
+    folder = sequence.flow_dir
+    flows = [(making and making.path(folder, stem)) or sequence.flow_path(stem) for stem in sequence.stems]
     return Video(
         place=Path(sequence.dataset, sequence.name),
         stems=sequence.stems,
         frames=frames,
         flows=LazyImages(flows, load_flow_image),
         sources=(*sequence.frames, *flows),
+        wait=partial(making.wait, folder) if making is not None and making.pending.get(folder) else None,
     )
 
 
