@@ -235,7 +235,7 @@ def _flow_beside_test(args: argparse.Namespace, processes: Processes) -> bool:
 
     following = dict(zip(args.tools, args.tools[1:]))
     next_is_test = following.get("flow") == "test" and not (args.video or args.frames)
-    return next_is_test and args.without != "flow" and prepare.can_run_beside(args, processes.world_size)
+    return next_is_test and prepare.can_run_beside(args, processes.world_size)
 
 
 def run_test(args: argparse.Namespace, processes: Processes) -> int:
@@ -257,7 +257,8 @@ def run_test(args: argparse.Namespace, processes: Processes) -> int:
         making = prepare.run_beside_test(args, _read_for_flow(args), processes)
     with beside as written, making as flow:
         if own is None:
-            segment.run(args, [videos.video_of(s, args.without, flow) for s in sequences], processes, weights, written)
+            with_flow = segment.needs_flow(args, weights)
+            segment.run(args, [videos.video_of(s, with_flow, flow) for s in sequences], processes, weights, written)
         else:
             own_video.run_own(args, own, processes, weights, written)
     processes.wait()  # or the first would refine what the others' processes are still at

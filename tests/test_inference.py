@@ -26,7 +26,7 @@ from datasets.images import LazyImages, load_flow_image, load_frame
 from datasets.sequences import read_dataset
 from datasets.synthetic import write_dataset
 from models import DBSNet, Predictor, build_dbsnet, load_dbsnet
-from models.growth import PARTS, take_out
+from models.growth import PARTS, keep_stream, take_out
 from models.weights import save_weights
 from models.zoom import View
 from utils.crf import refine
@@ -215,6 +215,22 @@ def test_appearance_alone_needs_no_flow(
     with pytest.raises(SystemExit):
         tool.main([str(word) for word in [*words, "--save_dir", tmp_path / "r"]])
     assert "has no flow image" in capsys.readouterr().err
+
+    # A network that has no other stream asks for none either; nor is any made for a video of one's own.
+    save_weights(tmp_path / "appearance.safetensors", keep_stream(load_dbsnet(weights), "appearance"))
+    for root in (data, bare):
+        call(tmp_path / "appearance.safetensors", tmp_path / "a" / root.name, "--data_dir", root, "--size", 32, 64)
+    alone, found = maps(tmp_path / "a" / data.name), maps(tmp_path / "a" / bare.name)
+    assert len(alone) == 3 * FRAMES and alone.keys() == found.keys()
+    assert all(np.array_equal(found[name], alone[name]) for name in alone)
+    own = next((bare / "DAVIS/JPEGImages/480p").iterdir())
+    call(tmp_path / "appearance.safetensors", tmp_path / "own", "--frames", own, "--size", 32, 64)
+    for name, grey in maps(tmp_path / "own").items():
+        assert np.array_equal(grey, alone[f"DAVIS-2016/{name}"])
+    call(weights, tmp_path / "blind", "--frames", own, "--without", "flow")
+    for name, grey in maps(tmp_path / "blind").items():
+        assert np.array_equal(grey, wanted[f"DAVIS-2016/{name}"])
+    assert not (tmp_path / "own" / "flow").exists() and not (tmp_path / "blind" / "flow").exists()
 
 
 def test_a_part_can_be_taken_out(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def run_own(
         segment.run(args, [], processes, weights)
         return
     save_dir = Path(args.save_dir)
-    flows = run_own_flow(args, own, processes.device)
+    flows = run_own_flow(args, own, processes.device) if segment.needs_flow(args, weights) else None
     if args.clip_len:
         # Clips overlap by half, and each of several passes has a reader of its own, a clip ahead: whoever goes back
         # further than what is kept makes the decoder begin anew.
@@ -98,8 +98,8 @@ def run_own(
         place=own.place,
         stems=own.frames.stems,
         frames=SharedFrames(own.frames),
-        flows=SharedFrames(flows),
-        sources=(*own.frames.files, *flows.files),
+        flows=None if flows is None else SharedFrames(flows),
+        sources=(*own.frames.files, *(() if flows is None else flows.files)),
     )
     others = remove_others(video, save_dir)
     if others:

@@ -101,6 +101,11 @@ def wants_consensus(args: argparse.Namespace, weights: Weights) -> bool:
     return looks and not args.clip_len and args.without != "frames"
 
 
+def needs_flow(args: argparse.Namespace, weights: Weights) -> bool:
+    """Whether the network looks at flow, and nobody blinds it."""
+    return "motion" in weights.net.streams and args.without != "flow"
+
+
 def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     """What the maps depend on. Not the batch size, nor the device, which change them by rounding alone.
 
@@ -172,7 +177,7 @@ def run(
     todo = [videos[index] for index in share_out(processes, lengths, pending, "test")]
     total = sum(len(video.stems) for video in todo)
     shares = processes.gather((total, len(todo)))
-    frames, count = (sum(part) for part in zip(*shares))
+    everywhere, count = (sum(part) for part in zip(*shares))
     if processes.is_main:
         kept = f"; {len(videos) - count} of {len(videos)} videos are there already" if count < len(videos) else ""
         others = f", {total} of them here" if processes.world_size > 1 else ""
@@ -181,7 +186,9 @@ def run(
         ours = {"zoom": "a closer look at the object", "consensus": "frames vote"}
         on = [key for key in ours if settings[key]]
         more = f"; {', '.join(ours[key] for key in on)} ({' '.join(f'--no-{key}' for key in on)}: the network alone)"
-        print(f"test: {weights.path} at {size}, {frames} frames to do{others}{kept}{more if on else ''}", flush=True)
+        print(
+            f"test: {weights.path} at {size}, {everywhere} frames to do{others}{kept}{more if on else ''}", flush=True
+        )
     predictor = Predictor(
         without_part(weights, args.without) if args.without in PARTS else weights.net,
         device=processes.device,
@@ -218,10 +225,12 @@ def run(
             predictor.size = tuple(own["size"])
             progress.set_postfix_str(video.place.name, refresh=False)
             predictor.on_encoded = show_encoded(progress, video.place.name)
-            inputs = {"frames": video.frames, "flow": video.flows}
-            if args.without in BLANKS:
-                inputs[args.without] = Blank(inputs[args.without], BLANKS[args.without])
-            for index, probability in predictor(inputs["frames"], inputs["flow"]):
+            frames, flows = video.frames, video.flows
+            if args.without == "frames":
+                frames = Blank(frames, BLANKS["frames"])
+            if flows is None:
+                flows = [np.full_like(frames[0], BLANKS["flow"])] * len(frames)
+            for index, probability in predictor(frames, flows):
                 stem = video.stems[index]
                 if not np.isfinite(probability).all():
                     raise UserError(not_numbers(weights, video.place / stem, args))
@@ -234,8 +243,8 @@ def run(
             finish_next()
     processes.wait()
     seconds = time.monotonic() - began
-    if processes.is_main and (frames or not is_recorded(save_dir, weights, settings)):
-        write_json(save_dir / RECORD, describe(weights, settings, processes, frames, seconds))
+    if processes.is_main and (everywhere or not is_recorded(save_dir, weights, settings)):
+        write_json(save_dir / RECORD, describe(weights, settings, processes, everywhere, seconds))
     return total
 
 

@@ -43,7 +43,7 @@ class Video:
     place: Path
     stems: tuple[str, ...]
     frames: Sequence[np.ndarray]
-    flows: Sequence[np.ndarray]
+    flows: Sequence[np.ndarray] | None  # None: segmented without
     sources: tuple[Path, ...] = ()  # files of frames and flow: the maps of other ones are made anew
     wait: Callable[[], None] | None = None  # returns when its flow, which is still being made, is all there
 
@@ -54,24 +54,23 @@ class Video:
         return save_dir / "binary" / self.place / f"{stem}.png"
 
 
-def video_of(sequence: VideoSequence, without: str | None = None, making: FlowBeside | None = None) -> Video:
+def video_of(sequence: VideoSequence, with_flow: bool = True, making: FlowBeside | None = None) -> Video:
     """A video of a data set.
 
     Args:
-        without: "flow" needs none: the frames stand for its images, of which nothing but the size is looked at then
-            (`Blank`).
+        with_flow: False needs none.
         making: makes what flow is missing.
 
     Raises:
         DataError: a frame without flow; names the file, and the command that makes it.
     """
-    frames = LazyImages(sequence.frames, load_frame)
-    if without == "flow" and len(sequence.flows) < len(sequence):
-        return Video(Path(sequence.dataset, sequence.name), sequence.stems, frames, frames, sequence.frames)
+    place, frames = Path(sequence.dataset, sequence.name), LazyImages(sequence.frames, load_frame)
+    if not with_flow:
+        return Video(place, sequence.stems, frames, None, sequence.frames)
     folder = sequence.flow_dir
     flows = [(making and making.path(folder, stem)) or sequence.flow_path(stem) for stem in sequence.stems]
     return Video(
-        place=Path(sequence.dataset, sequence.name),
+        place=place,
         stems=sequence.stems,
         frames=frames,
         flows=LazyImages(flows, load_flow_image),
