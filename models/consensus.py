@@ -53,11 +53,13 @@ def vote(looks: Tensor, others: Tensor, opinions: Tensor) -> Tensor:
         others: (n, M, N, C) of the positions of M other frames for each.
         opinions: (n, M, N) the probabilities there.
     """
+    # Kernels that never hold all N x M*N cosines want channels side by side; given others, PyTorch holds them.
+    looks, others = looks.contiguous(), others.contiguous()
     # Standardised per channel, so that none drowns the others, by the frames that vote: another scene has other looks.
     mean, deviation = others.mean((1, 2), keepdim=True), others.std((1, 2), keepdim=True) + 1e-5  # (n, 1, 1, C)
     keys = F.normalize((others - mean) / deviation, dim=-1).flatten(1, 2)  # (n, M, N, C) -> (n, M*N, C)
     queries = F.normalize((looks - mean[:, 0]) / deviation[:, 0], dim=-1)
-    # Kernels that never hold all N x M*N cosines want values as wide as keys: the probabilities are the first channel.
+    # They want values as wide as keys, too: the probabilities are the first channel.
     values = F.pad(opinions.flatten(1, 2)[..., None], (0, keys.shape[-1] - 1))  # (n, M, N) -> (n, M*N, C)
     if looks.device.type == "cuda":  # whose kernels of this kind are for half precision; cosines have room in it
         queries, keys, values = queries.half(), keys.half(), values.half()
