@@ -49,12 +49,37 @@ def e_measure(binary: np.ndarray, gt: np.ndarray) -> float:
     return enhanced.sum() / (gt.size - 1 + EPS)
 
 
+def s_measure(values: np.ndarray, gt: np.ndarray) -> float:
+    """Of a map in [0, 1] and a mask with both foreground and background; blocks of no pixel have no weight."""
+
+    def object_score(x: np.ndarray) -> float:
+        deviation = x.std(ddof=1) if x.size > 1 else 0
+        return 2 * x.mean() / (x.mean() ** 2 + 1 + deviation + EPS)
+
+    def region_score(a: np.ndarray, b: np.ndarray) -> float:
+        x, y, n = a.mean(), b.mean(), a.size - 1 + EPS
+        product = 4 * x * y * ((a - x) * (b - y)).sum() / n
+        scale = (x * x + y * y) * (((a - x) ** 2).sum() + ((b - y) ** 2).sum()) / n
+        return product / (scale + EPS) if product else float(scale == 0)
+
+    share = gt.mean()
+    objects = share * object_score(values[gt]) + (1 - share) * object_score(1 - values[~gt])
+    row, column = (int(round(centre)) + 1 for centre in np.argwhere(gt).mean(axis=0))
+    regions = 0.0
+    for rows in (slice(row), slice(row, None)):
+        for columns in (slice(column), slice(column, None)):
+            a, b = values[rows, columns], gt[rows, columns].astype(float)
+            regions += region_score(a, b) * a.size / gt.size if a.size else 0
+    return max(0.0, 0.5 * objects + 0.5 * regions)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_measures_are_what_their_definitions_say(seed):
     saliency, gt = example(seed)
     scores = saliency_scores(saliency, gt)
     values = saliency / 255
     assert scores.mae == pytest.approx(np.abs(values - gt).mean(), abs=1e-12)
+    assert scores.s == pytest.approx(s_measure(values, gt), abs=1e-12)
     for threshold in range(256):
         binary = saliency >= threshold
         assert scores.f_curve[255 - threshold] == pytest.approx(f_measure(binary, gt), abs=1e-12)
@@ -84,6 +109,20 @@ def test_empty_and_full_ground_truth():
     nothing = saliency_scores(np.zeros_like(saliency), np.zeros_like(gt))
     assert nothing.mae == 0 and nothing.s == 1 and nothing.f_curve.max() == 0
     assert saliency_scores(saliency, np.ones_like(gt)).s == pytest.approx(saliency.mean() / 255)
+
+
+@pytest.mark.parametrize(
+    "place", [np.s_[-1, 4:9], np.s_[5:9, -1], np.s_[-1, -1], np.s_[0, 0], np.s_[7, 7], np.s_[1:, :]], ids=str
+)
+def test_objects_at_the_border_and_of_one_pixel(place):
+    """An object that is just coming into view on the right or from below had no S, and its data set no figures."""
+    saliency, gt = example(3)
+    gt[:] = False
+    gt[place] = True
+    scores = saliency_scores(saliency, gt)
+    assert scores.s == pytest.approx(s_measure(saliency / 255, gt), abs=1e-12)
+    assert np.isfinite(list(scores.summary().values())).all()
+    assert saliency_scores(gt * np.uint8(255), gt).s == pytest.approx(1)
 
 
 def test_maps_are_stretched_one_by_one():

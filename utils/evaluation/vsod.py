@@ -10,6 +10,7 @@ is decided in `utils.evaluation.protocol`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def saliency_scores(saliency: np.ndarray, gt: np.ndarray) -> SaliencyScores:
         raise ValueError(f"map {saliency.shape} and ground truth {gt.shape} differ in size")
     stretched = stretch(saliency)
 
-    mae, s, e, weighted_f = sod.MAE(), sod.Smeasure(), sod.Emeasure(), sod.WeightedFmeasure()
+    mae, s, e, weighted_f = sod.MAE(), _s_measure()(), sod.Emeasure(), sod.WeightedFmeasure()
     # FmeasureV2 is the package's F-measure to stay: its class `Fmeasure`, with the same values, warns that it will go.
     handler = sod.FmeasureHandler(beta=0.3, with_adaptive=True, with_dynamic=True)
     f = sod.FmeasureV2(metric_handlers={"fm": handler})
@@ -81,6 +82,20 @@ def saliency_scores(saliency: np.ndarray, gt: np.ndarray) -> SaliencyScores:
         f_curve=np.asarray(f_results["dynamic"], dtype=np.float64),
         e_curve=np.asarray(e_results["curve"], dtype=np.float64),
     )
+
+
+@functools.cache
+def _s_measure() -> type:
+    """The package's S-measure, which is no number where the object's centre lies in the last row or column, as that of
+    one which is just coming into view there: it then multiplies the mean of blocks without any pixel by their area, 0.
+    """
+    import py_sod_metrics as sod
+
+    class SMeasure(sod.Smeasure):
+        def ssim(self, pred: np.ndarray, gt: np.ndarray) -> float:
+            return super().ssim(pred, gt) if pred.size else 0.0
+
+    return SMeasure
 
 
 def stretch(saliency: np.ndarray) -> np.ndarray:
