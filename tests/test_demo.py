@@ -96,7 +96,10 @@ def test_other_steps_name_the_options_of_the_demo(
     words = ["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu", "--demo_scratch", "--demo_steps"]
     assert tool.main([*words, "1"]) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").rglob("*")}
-    for steps, advice in (("2", ("--demo_steps 1", "--demo_dir DIR", "--overwrite")), ("0", ("--demo_steps 0",))):
+    for steps, advice in (
+        ("2", ("trains for 1 step,", "--demo_steps 1", "--demo_dir DIR", "--overwrite")),
+        ("0", ("--demo_steps 0",)),
+    ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             tool.main([*words, steps])

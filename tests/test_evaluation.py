@@ -158,7 +158,7 @@ def test_ground_truth_that_lacks_frames_is_warned_of_where_the_release_has_all(t
     part = dataclasses.replace(whole, masks={stem: whole.masks[stem] for stem in whole.stems[1:]})
     result = score(maps, [part], "--metrics", "uvos", table_dir=tmp_path / "out")
     (warning,) = result["warnings"]
-    assert "1 frames of dog have no ground truth here" in warning and "--tools check" in warning
+    assert "no ground truth of 1 frame of dog, though" in warning and "--tools check" in warning
     assert f"warning: {warning}" in capsys.readouterr().out
     sparse = dataclasses.replace(part, dataset="FBMS")
     assert score(maps, [sparse], "--metrics", "uvos", table_dir=tmp_path / "out")["warnings"] == []
@@ -202,7 +202,7 @@ def test_too_short_a_sequence_for_one_of_two_rules(tmp_path):
 def test_a_sequence_without_ground_truth_is_said_to_have_none(tmp_path):
     sequence = make_sequence(tmp_path)
     maps = write_maps(tmp_path / "m", sequence)
-    with pytest.raises(DataError, match=r"DAVIS-2016/dog: none of its 6 frames has a mask.*--tools check"):
+    with pytest.raises(DataError, match=r"DAVIS-2016/dog: no mask of its 6 frames.*--tools check"):
         score(maps, [dataclasses.replace(sequence, masks={})], table_dir=tmp_path / "out")
 
 
@@ -392,6 +392,32 @@ def test_everything_missing_is_named_before_any_work(tmp_path):
     assert "DAVIS-2016/cow: no map for 4 of 4" in message and "cow_00000.png" in message
     assert "DAVIS-2016/bear: no folder" in message and "it has cow, dog" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_maps_are_counted_by_sequences(tmp_path):
+    """Not by folders: maps of one's own are missing in two."""
+    sequences = [make_sequence(tmp_path, name, 3) for name in "abcdefg"]
+    own = write_own(tmp_path / "run", make_sequence(tmp_path, "other", 3), crf=False)
+    with pytest.raises(DataError) as error:
+        score(own, sequences, table_dir=tmp_path / "out")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + 2 * 5 + 1 and lines[-1] == "… and of 2 more sequences"
+    with pytest.raises(DataError, match="and of 1 more sequence$"):
+        score(own, sequences[1:], table_dir=tmp_path / "out")
+
+
+def test_one_of_a_thing_is_one(tmp_path, capsys):
+    sequence = make_sequence(tmp_path, "dog", 3)
+    maps = tmp_path / "m"
+    save(maps / "dog" / "00002.png", grey(2))
+    with pytest.raises(DataError, match=r"1 of 1 scored frame, 00001.png; .* has 1 map, 00002.png$"):
+        score(maps, [sequence], table_dir=tmp_path / "out")
+    save(maps / "dog" / "00001.png", grey(1))
+    (warning,) = score(maps, [sequence], table_dir=tmp_path / "out")["warnings"]
+    assert "1 of 1 map looks unbinarised" in warning and "- 1 sequence; " in capsys.readouterr().out
+    one = dataclasses.replace(sequence, frames=sequence.frames[:1], masks={})
+    with pytest.raises(DataError, match="no mask of its 1 frame,"):
+        score(maps, [one], table_dir=tmp_path / "out")
 
 
 def test_two_maps_of_one_frame_are_refused(tmp_path):

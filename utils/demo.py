@@ -18,7 +18,7 @@ from typing import Any
 from datasets.scenes import SceneOptions
 from datasets.sequences import read_dataset
 from datasets.synthetic import write_dataset
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.inference import weights
 from utils.parallel import cpu_seconds
 from utils.report import write_report
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
         f"steady light. Their flow was computed by DIS, and the network was trained on them from {start}. The figures "
         f"below are of {VAL_VIDEOS['videos']} other videos, which it had not seen. This shows that the pieces work "
         "together; it says nothing about real video.",
-        f"This run of it took {seconds:.0f} seconds.",
+        f"This run of it took {seconds:.0f} s.",
     ]
     if not has_crf:
         introduction.append("The CRF was left out, since pydensecrf is not installed here.")
@@ -154,8 +154,9 @@ def _check_steps(folder: Path, trained: Path, steps: int | None) -> None:
     now = load_config(CONFIGS / "demo.yaml").steps_per_epoch if steps is None else steps
     if before != now:
         raise UserError(
-            f"--demo_dir {folder}: the demo there trains for {before} steps, this one for {now}. Give --demo_steps "
-            f"{before} to go on with it, another --demo_dir DIR for a new one, or --overwrite to make this one anew"
+            f"--demo_dir {folder}: the demo there trains for {number_of(before, 'step')}, this one for {now}. "
+            f"Give --demo_steps {before} to go on with it, another --demo_dir DIR for a new "
+            "one, or --overwrite to make this one anew"
         )
 
 

@@ -31,6 +31,11 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return "the valid names are " + ", ".join(prefix + name for name in known)
 
 
+def number_of(number: int, noun: str) -> str:
+    """``1 frame``, ``2 frames``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def refuse_folder(option: str, path: str | None, what: str = "a file") -> None:
     """Raises UserError where an option for what is to be written is the name of a folder."""
     if path and os.path.isdir(path):

@@ -21,7 +21,7 @@ import numpy as np
 from datasets.images import load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence
 from utils.crf import FIELD as CRF_FIELD
-from utils.errors import UserError, refuse_folder
+from utils.errors import UserError, number_of, refuse_folder
 from utils.evaluation.scoring import THRESHOLD, read_map
 from utils.evaluation.tables import COLUMNS
 from utils.files import write_text
@@ -257,7 +257,8 @@ def _tiles(score: Scores) -> str:
         for label in score.overall:
             value = score.words(score.overall[label].get(key))
             tiles.append(f'<div class="tile"><b>{value}</b>{name}{" after the CRF" if label else ""}</div>')
-    tiles.append(f'<div class="tile"><b>{len(score.sequences[""])}</b>sequences of {_text(score.dataset)}</div>')
+    number, words = number_of(len(score.sequences[""]), "sequence").split()
+    tiles.append(f'<div class="tile"><b>{number}</b>{words} of {_text(score.dataset)}</div>')
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -457,7 +458,7 @@ def _curves(score: Scores) -> str:
         lines = {}
         for label, frames in score.frames.items():
             lines["crf" if label else "plain"] = [frames.get(name, {}).get(stem) for stem in stems]
-        caption = f"{name}, {len(stems)} frames"
+        caption = f"{name}, {number_of(len(stems), 'frame')}"
         figure = chart(lines, name=f"{score.frame_key} of each frame of {name}")
         parts.append(f"<figure>{figure}<figcaption>{_text(caption)}</figcaption></figure>")
     legend = '<p class="note"><span class="key plain"></span>as predicted'

@@ -11,6 +11,7 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.sequences import DENSE
+from utils.errors import number_of
 from utils.evaluation.metrics import sequence_statistics
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.result_maps import Unit, find_jobs
@@ -88,11 +89,11 @@ def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores
     lacking = {s.name: len(s) - len(s.annotated) for s in unit.sequences if len(s) > len(s.annotated)}
     if lacking and unit.dataset in DENSE:
         first, count = next(iter(lacking.items()))
-        others = f" and {len(lacking) - 1} more sequences" if len(lacking) > 1 else ""
+        others = f" and of {number_of(len(lacking) - 1, 'more sequence')}" if len(lacking) > 1 else ""
         warnings.append(
-            f"{unit.name}, {unit.dataset}: {count} frames of {first}{others} have no ground truth here, though the "
-            "release has a mask for every frame: these figures are not of the official frames. Unpack the annotations "
-            "again (--tools check names the frames)"
+            f"{unit.name}, {unit.dataset}: no ground truth of {number_of(count, 'frame')} of {first}{others}, though "
+            "the release has a mask for every frame: these figures are not of the official frames. Unpack the "
+            "annotations again (--tools check names the frames)"
         )
     blank = [name for name, frames in parts.items() if all(frame.gt_empty for frame in frames)]
     if blank:
@@ -151,7 +152,8 @@ def _settle_masks(
                 "and 255 or 0 and 1; save object labels as indexed PNG with a palette"
             )
         warnings.append(
-            f"{unit.name}, {unit.dataset}: {len(grey)} of {len(scored)} maps look unbinarised (for example {grey[0]}); "
+            f"{unit.name}, {unit.dataset}: {len(grey)} of {number_of(len(scored), 'map')} "
+            f"look{'s' if len(grey) == 1 else ''} unbinarised (for example {grey[0]}); "
             f"J and F are of the maps > {THRESHOLD}. DAVIS's MATLAB code would threshold each at half its own maximum "
             "instead, which is another figure: binarise before comparing"
         )

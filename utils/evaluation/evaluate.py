@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.sequences import SEQUENCE_NAMES, VideoSequence
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.evaluation import tables
 from utils.evaluation.dataset_scores import DatasetScores, evaluate
 from utils.evaluation.protocol import MEASURES, default_measures, default_protocol
@@ -274,8 +274,8 @@ def _comparison(args: argparse.Namespace, scores: Sequence[DatasetScores]) -> li
                 continue
             protocol = ours[0].unit.protocols[measures]
             rows = [tables.Row(score.unit.name, score.overall) for score in ours]
-            count = len(ours[0].sequences)
-            notes = [f"{count} sequence{'s' if count > 1 else ''}; {protocol.sentence()} ({protocol.options()})."]
+            count = number_of(len(ours[0].sequences), "sequence")
+            notes = [f"{count}; {protocol.sentence()} ({protocol.options()})."]
             for score in ours if measures == "uvos" else []:
                 for other in score.alternatives:
                     figures = ", ".join(f"{key} {100 * other[key]:.1f}" for key in ("J_mean", "F_mean", "J&F"))

@@ -15,7 +15,7 @@ from datasets.errors import DataError
 from datasets.sequences import VideoSequence, canonical_name
 from datasets.video_sequence import list_folders
 from utils.crf import FIELD as CRF_FIELD
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.scoring import FrameJob
 from utils.inference.maps import FIELD as TEST_FIELD
@@ -103,7 +103,7 @@ def _root_of(results: Path, dataset: str) -> Path:
 
 def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
     """The work on each sequence; everything that is missing is found here, before any of it starts."""
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}  # by sequence
     jobs: dict[str, list[FrameJob]] = {}
     for sequence in unit.sequences:
         annotated = sequence.annotated
@@ -112,7 +112,7 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
             stems = protocol.select(annotated)
             if not annotated:
                 raise DataError(
-                    f"{unit.dataset}/{sequence.name}: none of its {len(sequence)} frames has a mask, so there is "
+                    f"{unit.dataset}/{sequence.name}: no mask of its {number_of(len(sequence), 'frame')}, so there is "
                     "nothing to score; unpack the annotations (--tools check says more), or leave the sequence out"
                 )
             if not stems:
@@ -126,7 +126,8 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
             available = _list_maps(folder)
             missing = [stem for stem in stems if stem not in available]
             if missing:
-                problems.append(_missing(unit, sequence.name, folder, missing, len(stems), available))
+                where = problems.setdefault(sequence.name, [])
+                where.append(_missing(unit, sequence.name, folder, missing, len(stems), available))
                 continue
             for stem in stems:
                 wanted.setdefault(stem, {})[measures] = available[stem]
@@ -143,9 +144,11 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
             if stem in wanted
         ]
     if problems:
-        problems = list(dict.fromkeys(problems))
-        more = f"\n… and {len(problems) - 5} more sequences" if len(problems) > 5 else ""
-        raise DataError("maps are missing:\n" + "\n".join(problems[:5]) + more)
+        shown = list(problems.values())[:5]
+        more = f"\n… and of {number_of(len(problems) - 5, 'more sequence')}" if len(problems) > 5 else ""
+        raise DataError(
+            "maps are missing:\n" + "\n".join(dict.fromkeys(line for part in shown for line in part)) + more
+        )
     if is_own(unit.results):
         _require_one_making(unit, jobs)
     return jobs
@@ -208,5 +211,8 @@ def _missing(
         there = f"it has {', '.join(others[:5])}{' …' if len(others) > 5 else ''}" if others else "it has no folders"
         return f"{where}: no folder {folder} ({there})"
     names = ", ".join(f"{stem}.png" for stem in missing[:3]) + (" …" if len(missing) > 3 else "")
-    there = f"{len(available)} maps, the first {next(iter(available.values())).name}" if available else "no maps"
-    return f"{where}: no map for {len(missing)} of {count} scored frames, {names}; {folder} has {there}"
+    there = "no maps"
+    if available:
+        first = next(iter(available.values())).name
+        there = f"{number_of(len(available), 'map')}, {'the first ' if len(available) > 1 else ''}{first}"
+    return f"{where}: no map for {len(missing)} of {number_of(count, 'scored frame')}, {names}; {folder} has {there}"
