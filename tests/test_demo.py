@@ -145,23 +145,37 @@ def test_several_processes_are_refused_before_any_tool(
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interruption_keeps_its_exit_code(
+def test_an_interruption_is_told_once_and_keeps_its_exit_code(
     sent: signal.Signals, code: int, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A command of the demo says by its exit code that it was stopped; main.py answers 130 to either signal."""
+    """A command of the demo says that it was stopped, and so by its exit code; main.py answers 130 to either signal."""
     monkeypatch.setattr(demo, "write_dataset", lambda *_, **__: None)
-    for answer in {130, code}:
-        monkeypatch.setitem(tool.TOOLS, "flow", lambda *_, answer=answer: answer)
-        assert tool.main(["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu"]) == answer
-        shown = capsys.readouterr()
-        assert "the same command goes on from here" in shown.err and "error" not in shown.err
-    # The signal itself, in the midst of a command. Shells start what runs in the background with SIGINT ignored.
+    words = ["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu", "--demo_scratch"]
+
+    def train(_: object) -> int:
+        print("stopped at step 3; to go on, run the same command again")
+        return 130
+
+    # Shells start what runs in the background with SIGINT ignored.
     kept = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setitem(tool.TOOLS, "flow", lambda *_: signal.raise_signal(sent))
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert tool.main(["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu"]) == code
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setitem(tool.TOOLS, "flow", lambda *_: signal.raise_signal(sent))
+            tool.main(words)
+        shown = capsys.readouterr()
+        assert caught.value.code == code and shown.err.count("the same command") == 1 and "error" not in shown.err
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setitem(tool.TOOLS, "flow", lambda *_: 0)
+            patch.setattr("main.main", train)
+            tool.main(words)
+        shown = capsys.readouterr()
+        assert caught.value.code == 130 and (shown.out + shown.err).count("the same command") == 1
+        # Where the demo itself is at work, nobody else says it.
+        monkeypatch.setattr(demo, "write_dataset", lambda *_, **__: signal.raise_signal(sent))
+        assert tool.main(words) == code
+        assert capsys.readouterr().err.count("the same command") == 1
     finally:
         signal.signal(signal.SIGINT, kept)
     assert signal.getsignal(signal.SIGTERM) == before

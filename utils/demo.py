@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, An
 
     Raises:
         UserError: OpenCV is not installed, ``--demo_steps`` is wrong or not that of the demo there, a command failed.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, also where the command that it stopped took it for itself.
+        SystemExit: Ctrl-C or SIGTERM stopped a command, which has said so; its exit code.
     """
     if importlib.util.find_spec("cv2") is None:
         raise UserError(
@@ -165,10 +165,8 @@ def _run(program: str, command: Command, arguments: list[str]) -> None:
     line = shlex.join(["python", program, *arguments])
     print(f"\n$ {line}", flush=True)
     code = command(arguments)
-    if code == Terminated.exit_code:
-        raise Terminated
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
+    if code in (INTERRUPTED, Terminated.exit_code):
+        raise SystemExit(code)  # whoever was stopped has said so, and how to go on
     if code:
         raise UserError(f"the demo stops: exit code {code} of {line}")
 
