@@ -144,6 +144,12 @@ def test_fbms_scores_annotated_frames_and_names_the_alternatives(tmp_path, capsy
 
     chosen = score(maps, [sequence], "--skip_first", "--skip_last", "--skip_empty", table_dir=tmp_path / "out2")
     assert chosen["overall"]["J_mean"] == alternatives[(True, True)]["J_mean"]
+    with (tmp_path / "out2" / "maps" / "evaluation_FBMS_frames.csv").open() as file:  # the frames of these figures
+        rows = list(csv.DictReader(file))
+    assert [row["frame"] for row in rows] == ["00003", "00009"]
+    for key in ("J", "F", "MAE", "S"):
+        figure = chosen["overall"][f"{key}_mean" if key in "JF" else key]
+        assert np.mean([float(row[key]) for row in rows]) == pytest.approx(figure, abs=1e-12)
     kept = score(
         maps, [sequence], "--metrics", "vsod", "--no-skip_first", "--no-skip_last", table_dir=tmp_path / "out3"
     )

@@ -31,7 +31,7 @@ class DatasetScores:
 
     unit: Unit
     frames: dict[str, dict[str, dict[str, float]]]
-    """Sequence -> frame -> values of that frame alone."""
+    """Sequence -> frame -> values of that frame alone, those that entered the sequence's figures."""
     sequences: dict[str, dict[str, float]]
     overall: dict[str, float]
     """Keys of `evaluation.json`: `J_mean J_recall J_decay F_mean F_recall F_decay J&F`, `MAE S max_F …`."""
@@ -127,7 +127,7 @@ def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores
         overall.update(mean_scores(means).summary())
     return DatasetScores(
         unit=unit,
-        frames={name: {frame.stem: _frame_values(frame) for frame in frames} for name, frames in parts.items()},
+        frames={name: _values_of_frames(unit, frames) for name, frames in parts.items()},
         sequences=sequences,
         overall=overall,
         alternatives=alternatives,
@@ -218,10 +218,15 @@ def _alternatives(
     return found
 
 
-def _frame_values(frame: FrameScores) -> dict[str, float]:
-    values: dict[str, float] = {}
-    if frame.uvos is not None:
-        values.update(J=frame.uvos[0], F=frame.uvos[1])
-    if frame.vsod is not None:
-        values.update(frame.vsod.summary())
-    return values
+def _values_of_frames(unit: Unit, frames: list[FrameScores]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for frame in frames:
+        values: dict[str, float] = {}
+        counts = {name for name, protocol in unit.protocols.items() if not (protocol.skip_empty and frame.gt_empty)}
+        if frame.uvos is not None and "uvos" in counts:
+            values.update(J=frame.uvos[0], F=frame.uvos[1])
+        if frame.vsod is not None and "vsod" in counts:
+            values.update(frame.vsod.summary())
+        if values:
+            found[frame.stem] = values
+    return found
