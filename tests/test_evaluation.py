@@ -601,6 +601,7 @@ def test_published_rows_come_unasked_only_where_they_compare(tmp_path):
         score(tmp_path / "m", sequences[part][:count], "--metrics", "uvos", *line, table_dir=tmp_path / "out")
         text = (tmp_path / "out" / "comparison.md").read_text()
         assert ("MATNet (published)" in text) is expected
+        assert (r"$^\dagger$ as published.}" in (tmp_path / "out" / "comparison.tex").read_text()) is expected
         assert ("left out" in text.replace("none left out", "")) is not expected
 
 
@@ -625,6 +626,10 @@ def test_published_rows_of_the_same_sequences(tmp_path):
         more["MATNet: published, these 2 sequences"] == 93.6
         and more["HFAN-Medium: published, all 20 sequences"] == 86.8
     )
+    latex = (tmp_path / "out" / "comparison.tex").read_text()
+    assert r"MATNet$^\dagger$ & 93.6" in latex and r"HFAN-Medium$^\ddagger$ & 86.8" in latex
+    caption = r"$^\dagger$ as published, these 2 sequences. $^\ddagger$ as published, all 20 sequences."
+    assert rf"\caption{{DAVIS-2016, J and F (percent). {caption}}}" in latex
     assert "MATNet: published, all 20 sequences" not in more and both.items() <= more.items()
     assert methods(2, "--no-published") == {}
     assert methods(2, "--no-skip_last") == {}  # another rule: nothing to compare with

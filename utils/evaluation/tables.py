@@ -55,6 +55,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 }
 """The first column of each ranks the rows."""
 
+_MARKS = (r"$^\dagger$", r"$^\ddagger$")
+"""Of published rows in LaTeX: one for each choice of sequences that they are of, two at most in a table."""
+
 _TITLES = {"uvos": "J and F (percent)", "vsod": "salient objects"}
 
 
@@ -143,7 +146,9 @@ def _markdown(table: Table) -> str:
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """One `table` environment for each (package booktabs); published rows carry a dagger, sources are comments."""
+    """One `table` environment for each (package booktabs); published rows carry a dagger, and where some are of other
+    sequences than the rest two; the caption says of which. Sources are comments.
+    """
     return "\n".join(_latex(table) for table in tables)
 
 
@@ -159,8 +164,10 @@ def _latex(table: Table) -> str:
         " & ".join(["", "Method", *heads]) + r" \\",
         r"\midrule",
     ]
-    for rank, row in table.ranked():
-        cells = [str(rank or "--"), _escape(row.method) + (r"$^\dagger$" if row.published else "")]
+    ranked = table.ranked()
+    marks = dict(zip(dict.fromkeys(row.of for _, row in ranked if row.published), _MARKS))
+    for rank, row in ranked:
+        cells = [str(rank or "--"), _escape(row.method) + (marks[row.of] if row.published else "")]
         for column in columns:
             text = column.format(row.values.get(column.key))
             bold = column.key in row.values and text == table.best(column) and len(table.rows) > 1
@@ -168,11 +175,11 @@ def _latex(table: Table) -> str:
             text = f"${text}$" if text.startswith("-") and text != "--" else text
             cells.append(rf"\textbf{{{text}}}" if bold else text)
         lines.append(" & ".join(cells) + r" \\")
-    dagger = r" $^\dagger$ as published." if any(row.published for row in table.rows) else ""
+    daggers = "".join(f" {mark} as published{', ' + _escape(of) if of else ''}." for of, mark in marks.items())
     lines += [
         r"\bottomrule",
         r"\end{tabular}",
-        rf"\caption{{{_escape(table.dataset)}, {_escape(_TITLES[table.measures])}.{dagger}}}",
+        rf"\caption{{{_escape(table.dataset)}, {_escape(_TITLES[table.measures])}.{daggers}}}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
