@@ -523,6 +523,18 @@ def test_masks_of_others_inside_the_table_folder_stay_as_they_are(tmp_path):
     assert (tmp_path / "out" / "theirs_scores" / "evaluation.json").is_file()
 
 
+def test_figures_of_each_folder_have_a_place_of_their_own(tmp_path):
+    """Also where the names that tell folders apart are alike without the slash, or one is called as the place is."""
+    sequence = make_sequence(tmp_path)
+    folders = [write_maps(tmp_path / name, sequence) for name in ("p/maps", "q/maps", "p_maps", "out/q_maps")]
+    before = [tree(folder) for folder in folders]
+    args = arguments("--results", *folders, "--table_dir", tmp_path / "out", "--metrics", "uvos")
+    evaluate.run(args, {"DAVIS-2016": [sequence]}, args.results)
+    assert [tree(folder) for folder in folders] == before
+    names = [json.loads(path.read_text())["results"] for path in (tmp_path / "out").glob("*/evaluation.json")]
+    assert sorted(names) == ["p/maps", "p_maps", "q/maps", "q_maps"]
+
+
 def test_probability_alone_scores_as_its_binary_maps(tmp_path):
     sequence = make_sequence(tmp_path)
     both = write_own(tmp_path / "both", sequence, crf=False)

@@ -22,7 +22,7 @@ from utils.evaluation import tables
 from utils.evaluation.dataset_scores import DatasetScores, evaluate
 from utils.evaluation.protocol import MEASURES, default_measures, default_protocol
 from utils.evaluation.published import PUBLISHED, SEQUENCE_COUNTS, Published, on_sequences
-from utils.evaluation.result_maps import KINDS, Unit, find_maps, is_own
+from utils.evaluation.result_maps import KINDS, Unit, find_maps, is_own, require_folder
 from utils.files import write_json, write_text
 
 _PACKAGES = {"uvos": ("cv2", "opencv-python-headless"), "vsod": ("py_sod_metrics", "pysodmetrics")}
@@ -91,8 +91,17 @@ def check(args: argparse.Namespace, datasets: Sequence[str]) -> None:
     """Refuses what `run` would refuse before it looks at a map, for whoever has much to do before.
 
     Raises:
-        UserError: a package is not installed that the figures of these data sets need.
+        UserError: a package is not installed that the figures of these data sets need, a folder of ``--results`` is
+            not there or given twice, ``--table_dir`` is a file.
     """
+    if args.results:
+        _names(args.results)
+    made = [Path(folder).resolve() for folder in (args.save_dir, args.demo_dir)]  # by the tools before, perhaps
+    for folder in args.results or []:
+        if not any(folder.resolve().is_relative_to(place) for place in made):
+            require_folder(folder)
+    if args.table_dir is not None and args.table_dir.exists() and not args.table_dir.is_dir():
+        raise UserError(f"--table_dir {args.table_dir}: a file; expected the name of a folder, or of none yet")
     _require_packages(measures for name in datasets for measures in args.metrics or default_measures(name))
 
 
@@ -133,12 +142,14 @@ def run(
 
     table_dir = args.table_dir or getattr(args, "save_dir", None) or Path("evaluation")
     documents: dict[str, Any] = {}
+    taken = {folder.resolve() for folder in results}  # by masks, or by the figures of another folder
     for folder, name in zip(results, names):
         of_folder = [score for score in scores if score.unit.results == folder]
         documents[name] = document(name, of_folder)
         target = folder if is_own(folder) else Path(table_dir) / name.replace("/", "_")
-        if not is_own(folder) and target.resolve() == folder.resolve():
+        while target.resolve() in taken and not is_own(folder):
             target = target.with_name(f"{target.name}_scores")
+        taken.add(target.resolve())
         # The old one goes first and the new one comes last: cut short between them (a full disk, Ctrl-C), `report`
         # would else show new figures beside the frames of old ones.
         (target / "evaluation.json").unlink(missing_ok=True)

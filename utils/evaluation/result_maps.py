@@ -50,6 +50,12 @@ def is_own(folder: Path) -> bool:
     return any((folder / kind).is_dir() for kind in KINDS)
 
 
+def require_folder(results: Path) -> None:
+    """Raises UserError where a folder of ``--results`` is not there."""
+    if not results.is_dir():
+        raise UserError(f"{results}: no such folder; --results expects folders of maps, <dataset>/<video>/<frame>.png")
+
+
 def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[str, dict[str, Path]]]:
     """Where the maps of a data set are in a result folder: (`""` or `"crf"`, root for each kind of measure).
 
@@ -60,8 +66,7 @@ def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[s
 
     Raises `UserError` when the folder is missing, has nothing for the data set, or has it under two names.
     """
-    if not results.is_dir():
-        raise UserError(f"{results}: no such folder; --results expects folders of maps, <dataset>/<video>/<frame>.png")
+    require_folder(results)
     own = {kind: results / kind / dataset for kind in KINDS if (results / kind).is_dir()}
     if not own:
         if folder != "auto":
