@@ -22,7 +22,7 @@ from datasets.images import load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence
 from utils.crf import FIELD as CRF_FIELD
 from utils.errors import UserError, number_of, refuse_folder
-from utils.evaluation.scoring import THRESHOLD, read_map
+from utils.evaluation.scoring import THRESHOLD, read_map, resized_map
 from utils.evaluation.tables import COLUMNS
 from utils.files import write_text
 from utils.inference.maps import FIELD, made_with, of_run
@@ -109,8 +109,8 @@ def write_report(
     """
     if not (save_dir / "evaluation.json").is_file():
         raise UserError(f"{save_dir}: no evaluation.json to report on; run --tools eval with this --save_dir first")
-    document = _json(save_dir / "evaluation.json")
-    record = _json(save_dir / RECORD) if (save_dir / RECORD).is_file() else {}
+    document = _json(save_dir / "evaluation.json", "eval")
+    record = _json(save_dir / RECORD, "test") if (save_dir / RECORD).is_file() else {}
     body = [f"<h1>{_text(title)}</h1>", *(f"<p>{_text(paragraph)}</p>" for paragraph in introduction)]
     scores = [read_scores(save_dir, document, dataset) for dataset in sequences_by_dataset]
     makings = {score.dataset: read_making(save_dir, score) for score in scores}
@@ -235,11 +235,15 @@ def tells_of(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> bool:
     return bool(record) and "" in making and of_run(record["settings"]) == of_run(making[""])
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, tool: str) -> dict[str, Any]:
+    """What a tool wrote; raises UserError where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); make it again with --overwrite") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error}); run --tools {tool} again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not what --tools {tool} writes, a JSON object; run it again")
+    return content
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -411,6 +415,12 @@ def _pictures(save_dir: Path, score: Scores, sequence: VideoSequence) -> list[st
     if len(stems) < 3:
         picked = {"frame": stems[0]}
     frames = {frame.stem: frame for frame in sequence.frames}
+    unknown = [stem for stem in picked.values() if stem not in frames]
+    if unknown:
+        raise UserError(
+            f"{sequence.dataset}/{sequence.name}: has no frame {unknown[0]}, though evaluation.json has its score; the "
+            "data is not what was scored: give the same --data_dir, or run --tools test eval again"
+        )
     parts = []
     middle = list(picked.values())[len(picked) // 2]
     if middle in sequence.flows:
@@ -421,9 +431,11 @@ def _pictures(save_dir: Path, score: Scores, sequence: VideoSequence) -> list[st
         path = next((path for path in found if path.is_file()), None)
         if path is None:
             raise UserError(f"{found[0]}: no such map, though evaluation.json has its score; run --tools test again")
-        mask = read_map(path)[0] > THRESHOLD
-        picture = overlay(load_frame(frames[stem]), mask, contour=False)
-        truth = load_mask(sequence.mask_path(stem), sequence.mask_rule) > 0
+        picture = load_frame(frames[stem])
+        size = picture.shape[:2]  # masks may have another (eval --resize)
+        mask = resized_map(*read_map(path), size) > THRESHOLD
+        truth = resized_map(load_mask(sequence.mask_path(stem), sequence.mask_rule), "0/1", size) > 0
+        picture = overlay(picture, mask, contour=False)
         picture[outline(truth, max(1, round(picture.shape[0] / 200)))] = TRUTH
         parts.append(_figure(picture, f"{name} {stem}: {score.frame_key} {score.words(values[stem])}"))
     return parts

@@ -59,8 +59,10 @@ def _kind(values: np.ndarray) -> str:
     return "grey"
 
 
-def _resized(values: np.ndarray, kind: str, shape: tuple[int, int]) -> np.ndarray:
-    """Masks by the nearest pixel, so that they stay masks; grey maps bilinearly, to be thresholded afterwards."""
+def resized_map(values: np.ndarray, kind: str, shape: tuple[int, int]) -> np.ndarray:
+    """A map (H, W) uint8 of a kind of `read_map` at another size: masks by the nearest pixel, so that they stay masks;
+    grey maps bilinearly, to be thresholded afterwards.
+    """
     method = Image.Resampling.BILINEAR if kind == "grey" else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(values).resize((shape[1], shape[0]), method))
 
@@ -111,7 +113,7 @@ def _score_frame(job: FrameJob) -> FrameScores:
                     f"{path}: {values.shape[1]}×{values.shape[0]} pixels (width × height), but the ground truth "
                     f"{job.gt} has {gt.shape[1]}×{gt.shape[0]}. Save maps at the size of the video, or give --resize"
                 )
-            values, resized = _resized(values, kind, gt.shape), True
+            values, resized = resized_map(values, kind, gt.shape), True
         maps[path] = values, kind
 
     facts: dict[str, Any] = {}
