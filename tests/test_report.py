@@ -16,7 +16,7 @@ from datasets.sequences import VideoSequence
 from utils import report
 from utils.errors import UserError
 from utils.evaluation import evaluate
-from utils.report import Scores
+from utils.evaluation.reading import Scores
 
 
 def scores_of(frames: dict[str, dict[str, float]], dataset: str = "D") -> Scores:

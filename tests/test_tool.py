@@ -29,9 +29,10 @@ from models import Predictor, build_dbsnet, load_dbsnet
 from models.growth import keep_stream, put_back
 from models.weights import save_weights
 from utils import report
+from utils.evaluation.reading import Scores
 from utils.flow.files import FlowFiles
 from utils.inference.weights import read_notes
-from utils.report import Scores, describe_encoders
+from utils.report import describe_encoders
 
 FRAMES = 5
 

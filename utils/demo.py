@@ -19,6 +19,7 @@ from datasets.scenes import SceneOptions
 from datasets.sequences import read_dataset
 from datasets.synthetic import write_dataset
 from utils.errors import UserError, number_of
+from utils.evaluation.reading import read_written
 from utils.inference import weights
 from utils.parallel import cpu_seconds
 from utils.report import write_report
@@ -172,9 +173,7 @@ def _run(program: str, command: Command, arguments: list[str]) -> None:
 
 
 def _scores(results: Path) -> dict[str, float | None]:
-    import json
-
-    document = json.loads((results / "evaluation.json").read_text(encoding="utf-8"))
+    document = read_written(results / "evaluation.json", "eval")
     overall = document["overall"]
     crf = document["crf"]["overall"]["J_mean"] if "crf" in document else None
     return {"J": overall["J_mean"], "F": overall["F_mean"], "J_crf": crf}

@@ -1,0 +1,124 @@
+"""Reading back what `--tools eval` and `--tools test` wrote into a folder of results, for the page and the demo."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.crf import FIELD as CRF_FIELD
+from utils.errors import UserError
+from utils.evaluation.tables import COLUMNS
+from utils.inference.maps import FIELD, made_with, of_run
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What ``eval`` wrote of one data set; parts by "" and, where it was run, "crf".
+
+    Attributes:
+        overall: part -> figure -> value.
+        sequences: part -> sequence -> figure -> value.
+        frames: part -> sequence -> stem -> J, or S where there is no J.
+        protocols: measure -> the frames that count, in words.
+        key, frame_key: the figure that ranks sequences, and that of one frame ("J_mean" and "J", or "S").
+    """
+
+    dataset: str
+    overall: dict[str, dict[str, float]]
+    sequences: dict[str, dict[str, dict[str, float]]]
+    frames: dict[str, dict[str, dict[str, float]]]
+    protocols: dict[str, str]
+    key: str
+    frame_key: str
+
+    @property
+    def measures(self) -> str:
+        """Which of `utils.evaluation.tables.COLUMNS` the page shows."""
+        return "uvos" if self.key == "J_mean" else "vsod"
+
+    def words(self, value: float | None) -> str:
+        """A figure as the tables print it: in percent for J and F, as a fraction for the others."""
+        return COLUMNS[self.measures][0].format(value)
+
+
+def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Scores:
+    """One data set's part of evaluation.json and of the CSV files beside it.
+
+    Raises:
+        UserError: the data set was not scored there, or its files were removed.
+    """
+    if dataset not in document.get("datasets", []):
+        raise UserError(
+            f"{save_dir / 'evaluation.json'}: has {', '.join(document.get('datasets', [])) or 'nothing'}, not "
+            f"{dataset}; run --tools eval with the same --datasets"
+        )
+    several = len(document["datasets"]) > 1
+
+    def part(source: dict[str, Any], name: str) -> dict[str, Any]:
+        return source[name][dataset] if several else source[name]
+
+    sources = {"": document, **({"crf": document["crf"]} if "crf" in document else {})}
+    sources = {label: source for label, source in sources.items() if "overall" in source}  # crf/ may be alone
+    sources = {label: source for label, source in sources.items() if not several or dataset in source["overall"]}
+    overall = {label: part(source, "overall") for label, source in sources.items()}
+    if "" not in overall:
+        raise UserError(
+            f"{save_dir / 'evaluation.json'}: has figures of {', '.join(overall) or 'no'} maps alone; run --tools eval "
+            "where probability/ is beside crf/"
+        )
+    key, frame_key = ("J_mean", "J") if "J_mean" in overall[""] else ("S", "S")
+    frames: dict[str, dict[str, dict[str, float]]] = {}
+    for label in sources:
+        name = f"evaluation_{dataset}{'_' + label if label else ''}_frames.csv"
+        if not (save_dir / name).is_file():
+            raise UserError(f"{save_dir / name}: no such file, though evaluation.json is there; run --tools eval again")
+        frames[label] = {}
+        with open(save_dir / name, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row[frame_key]:
+                    frames[label].setdefault(row["sequence"], {})[row["frame"]] = float(row[frame_key])
+    protocol = part(document, "protocol")
+    return Scores(
+        dataset=dataset,
+        overall=overall,
+        sequences={label: part(source, "sequences") for label, source in sources.items()},
+        frames=frames,
+        protocols={name: protocol[name]["frames"] for name in ("uvos", "vsod") if name in protocol},
+        key=key,
+        frame_key=frame_key,
+    )
+
+
+def read_making(save_dir: Path, score: Scores) -> dict[str, dict[str, Any]]:
+    """What the maps of a data set say they were made with: by `--tools test` ("") and, where it was run, by the CRF.
+
+    `eval` scores maps of one making only, so that the first that says so speaks for all. `test.json` would not do: it
+    is of the last run, which may have been of another data set or of somebody's own video.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for label, kind, field in (("", "probability", FIELD), ("crf", "crf", CRF_FIELD)):
+        for name, frames in score.frames.get(label, {}).items():
+            made = made_with(save_dir / kind / score.dataset / name / f"{next(iter(frames))}.png", field)
+            if made is not None:
+                found[label] = made
+                break
+    return found
+
+
+def tells_of(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> bool:
+    """Whether what `test.json` holds is of the run that made these maps."""
+    return bool(record) and "" in making and of_run(record["settings"]) == of_run(making[""])
+
+
+def read_written(path: Path, tool: str) -> dict[str, Any]:
+    """What a tool wrote; raises UserError where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); run --tools {tool} again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not what --tools {tool} writes, a JSON object; run it again")
+    return content
