@@ -131,6 +131,14 @@ def test_options_that_it_would_pass_over_are_refused(
     assert tool.main(["--tools", "demo", "flow", "--device", "cpu", *words]) == 0 and ran == ["demo", "flow"]
 
 
+def test_a_file_in_the_place_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice names an option that the demo takes."""
+    (tmp_path / "d").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        tool.main(["--tools", "demo", "--demo_dir", str(tmp_path / "d"), "--device", "cpu", "--demo_scratch"])
+    assert caught.value.code == 2 and "for the demo --demo_dir" in capsys.readouterr().err
+
+
 def test_several_processes_are_refused_before_any_tool(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

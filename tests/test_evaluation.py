@@ -729,3 +729,24 @@ def test_the_benchmark_compares_ways_that_agree():
     assert set(time_frames(masks, repeat=1)) == {"ours", "scipy", "scikit_image"}
     result = time_processes(masks, frames=12)
     assert result["frames"] == 8 and result["wall_ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gt", "nowhere"], "--gt nowhere: 0 .png there; expected 3 masks"),
+        (["--gt", "masks"], r"00003.png: 6×5 pixels"),
+        (["--frames", "0"], "--frames 0: expected 1"),
+        (["--repeat", "0"], "--repeat 0: expected 1"),
+    ],
+)
+def test_the_benchmark_says_what_is_wrong(words, said, tmp_path, monkeypatch, capsys):
+    from utils.evaluation import benchmark
+
+    for t in range(4):
+        save(tmp_path / "masks" / f"{t:05d}.png", np.zeros((5, 6 if t == 3 else 7), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmark", *words])
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main()
+    assert caught.value.code == 2 and said in capsys.readouterr().err

@@ -477,6 +477,9 @@ def test_export_without_a_part(weights: Path, tmp_path: Path, capsys: pytest.Cap
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
     notes = {"size": "32 64", "licence": "x", "average_of": "2", "without": "co_dga"}
     assert read_notes(out) == (notes, (32, 64))
+    again = ["--tools", "export", "--checkpoint", out, "--output", tmp_path / "p.safetensors"]
+    assert call(*again, "--without", "refinement") == 0
+    assert read_notes(tmp_path / "p.safetensors")[0]["without"] == "co_dga, refinement"
     assert "propagation, refinement, co_dga" in fails(capsys, *words, "--without", "flow")
 
 

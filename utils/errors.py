@@ -43,8 +43,9 @@ def refuse_folder(option: str, path: str | None, what: str = "a file") -> None:
 
 
 NO_ROOM = "make room there, or give another place; the same command then goes on where it stopped"
-FORBIDDEN = "it cannot be read or written by this user; give another place, for results --save_dir, for flow --flow_dir"
-IN_THE_WAY = "a file lies where a folder is expected; give another place, for results --save_dir"
+OTHER_PLACE = "give another place, for results --save_dir, for flow --flow_dir, for the demo --demo_dir"
+FORBIDDEN = f"it cannot be read or written by this user; {OTHER_PLACE}"
+IN_THE_WAY = f"a file lies where a folder is expected; {OTHER_PLACE}"
 PLACES = {
     errno.ENOSPC: NO_ROOM,
     errno.EDQUOT: NO_ROOM,

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> Path:
             kept.pop(key, None)
         kept["average_of"] = str(1 + len(args.average))
     if args.without:
-        kept["without"] = args.without
+        kept["without"] = ", ".join(filter(None, (kept.get("without"), args.without)))
         kept.pop("J", None)  # of the whole
     net, *others = (
         without_part(item, args.without) if args.without else item.net

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.images import load_mask
+from datasets.images import load_mask, require_size
 from datasets.sequences import VideoSequence
-from utils.errors import exit_on_user_error
+from utils.errors import UserError, exit_on_user_error
 from utils.evaluation.dataset_scores import evaluate
 from utils.evaluation.metrics import BOUNDARY_TOLERANCE, boundary_map, jaccard_and_boundary_f
 from utils.evaluation.protocol import default_protocol
@@ -137,6 +137,22 @@ def time_processes(
     return result
 
 
+def read_masks(folder: Path) -> list[np.ndarray]:
+    """The masks `(H, W)` of one sequence.
+
+    Raises:
+        UserError: fewer than three, of which the first and the last are not scored. DataError: one that is unreadable,
+            or of another size than the first.
+    """
+    paths = sorted(folder.glob("*.png"))
+    if len(paths) < 3:
+        raise UserError(f"--gt {folder}: {len(paths)} .png there; expected 3 masks or more, of one sequence")
+    masks = [load_mask(path).astype(bool) for path in paths]
+    for path, mask in zip(paths, masks):
+        require_size(path, mask.shape, masks[0].shape, paths[0])
+    return masks
+
+
 def main() -> None:
     """Print both."""
     parser = argparse.ArgumentParser(description="Speed of scoring masks.")
@@ -146,10 +162,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     with exit_on_user_error():
-        if args.gt is None:
-            masks = moving_ellipses()
-        else:
-            masks = [load_mask(path).astype(bool) for path in sorted(args.gt.glob("*.png"))]
+        for name in ("frames", "repeat"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
+        masks = moving_ellipses() if args.gt is None else read_masks(args.gt)
         times = time_frames(masks, args.repeat)
         print(f"{len(masks)} frames of {masks[0].shape[1]}×{masks[0].shape[0]}, J and F, ms of one core per frame:")
         for name, value in times.items():
