@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import DBSNet, Predictor, build_dbsnet
 from models.consensus import LIMIT, TEMPERATURE, agree, describe_looks, voters
@@ -122,6 +123,14 @@ def test_what_one_frame_found_alone_is_outvoted() -> None:
     inside = ~near[16]  # where votes of one position alone count
     assert inside.float().mean() > 0.3
     assert ((result[16] > 0) == truth[16])[inside].all() and ((result > 0) == truth)[torch.arange(33) != 16].all()
+
+
+def test_cosines_are_never_all_held() -> None:
+    """What the votes are given is such that PyTorch's kernel that goes through them piece by piece takes it."""
+    logits, looks = make_maps(20)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it cannot
+        piecewise = corrected(logits, looks)
+    torch.testing.assert_close(piecewise, corrected(logits, looks))
 
 
 def test_frames_come_as_soon_as_those_that_vote_are_there() -> None:
