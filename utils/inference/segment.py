@@ -211,7 +211,7 @@ def run(
         if written is not None:
             written(place)
 
-    began = time.monotonic()
+    began, waited = time.monotonic(), 0.0
     with (
         # miniters 0: drawn anew as time passes, also while frames are encoded and none is finished.
         progress_bar(total=total, desc="test", unit="frame", disable=not processes.is_main, miniters=0) as progress,
@@ -220,7 +220,9 @@ def run(
         for video in todo:
             if video.wait is not None:
                 progress.set_postfix_str(f"{video.place.name}, waiting for its flow", refresh=False)
+                before = time.monotonic()
                 video.wait()
+                waited += time.monotonic() - before
             own = settings_of(video, settings, args)
             predictor.size = tuple(own["size"])
             progress.set_postfix_str(video.place.name, refresh=False)
@@ -242,7 +244,7 @@ def run(
         while waiting:
             finish_next()
     processes.wait()
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - began - waited
     if processes.is_main and (everywhere or not is_recorded(save_dir, weights, settings)):
         write_json(save_dir / RECORD, describe(weights, settings, processes, everywhere, seconds))
     return total
