@@ -331,7 +331,8 @@ def _report(
         if items:
             root = find_root(name, data_dir)
         frames, flows, masks = (sum(len(getattr(s, kind)) for s in items) for kind in ("frames", "flows", "masks"))
-        counts = f"{len(items)} sequences, {frames} frames, {flows} with flow, {masks} with a mask"
+        several = "" if len(items) == 1 else "s"
+        counts = f"{len(items)} sequence{several}, {frames} frames, {flows} with flow, {masks} with a mask"
     yield f"{canonical_name(name)} {split}{f' in {root}' if root else ''}: {counts}"
     hints = dict(_HINTS)
     command = flow_command(canonical_name(name), data_dir, split, flow_root)

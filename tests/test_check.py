@@ -276,7 +276,7 @@ def test_only_the_sequences_asked_for_are_checked(tmp_path):
     (root / "ImageSets" / "2016" / "train.txt").write_text("cows")
     assert report(tmp_path, ["DAVIS-2016"])[0] == 4
     count, text = report(tmp_path, ["DAVIS-2016"], only=["bear"])
-    assert count == 0 and "DAVIS-2016 val in" in text and "1 sequences, 4 frames" in text
+    assert count == 0 and "DAVIS-2016 val in" in text and "1 sequence, 4 frames" in text
     assert "train" not in text and "incomplete" not in text
     count, text = report(tmp_path, ["DAVIS-2016"], only=["bus", "absent"])
     assert count == 2 and "bus/00001.jpg" in text and "absent" in text and "cows" not in text

@@ -385,7 +385,7 @@ def test_check_of_some_sequences(data: Path, capsys: pytest.CaptureFixture[str])
     assert "--sequences video-004: not in DAVIS-2016" in message and "video-003" in message
     assert call("--tools", "check", *words[3:-2], "--sequences", "video-002") == 1  # there is no flow
     shown = capsys.readouterr()
-    assert "DAVIS-2016 val in" in shown.out and f"1 sequences, {FRAMES} frames" in shown.out
+    assert "DAVIS-2016 val in" in shown.out and f"1 sequence, {FRAMES} frames" in shown.out
     assert "video-003" not in shown.out and "train" not in shown.out
     assert f"{FRAMES}/{FRAMES}" in shown.err and "check DAVIS-2016" in shown.err  # the progress bar
 
