@@ -20,7 +20,7 @@ import numpy as np
 from datasets.errors import DataError
 from datasets.images import load_frame, require_size
 from utils.files import write_bytes
-from utils.parallel import Background, default_workers, parallel_map, share_of_workers
+from utils.parallel import Background, count_of_workers, parallel_map, share_of_workers
 from utils.progress import progress_bar
 
 # `utils.errors` is imported where it is raised: it brings torch, which the processes of `run` can do without.
@@ -283,7 +283,7 @@ def run_beside_test(
     Raises:
         As `run`, also from the call that it gives.
     """
-    workers = default_workers() if args.workers is None else args.workers
+    workers = count_of_workers(args.workers)
     if workers <= 1 or not all(video.in_files for video in videos):
         yield None
         return

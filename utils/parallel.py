@@ -38,9 +38,14 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
+def count_of_workers(workers: int | None) -> int:
+    """Those of ``--workers``; where it was not given (None), one per processor."""
+    return default_workers() if workers is None else workers
+
+
 def share_of_workers(workers: int | None, world_size: int) -> int:
-    """Of ``--workers`` (None: one per processor) those of one of several processes on a machine; one at least."""
-    return max(1, (default_workers() if workers is None else workers) // world_size)
+    """Of `count_of_workers` those of one of several processes on a machine; one at least."""
+    return max(1, count_of_workers(workers) // world_size)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +155,7 @@ def parallel_map(
     """
     from utils.errors import UserError
 
-    workers = default_workers() if workers is None else workers
+    workers = count_of_workers(workers)
     if workers < 0:
         raise UserError(f"--workers {workers}: expected 0 (no extra process) or more")
     if workers <= 1:

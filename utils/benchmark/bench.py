@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import UserError, refuse_folder
 from utils.files import write_json
 from utils.inference.weights import check_size
-from utils.parallel import default_workers
+from utils.parallel import count_of_workers
 
 # PyTorch and the modules that measure are imported by `run`: the command line of other tools needs none of them.
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _measure(
             if getattr(args, f"bench_{name}") is not None
         }
         return bench_long(net, device, size, length=args.bench_frames, **limits, **common)
-    workers = args.workers if args.workers is not None else default_workers()
+    workers = count_of_workers(args.workers)
     if part == "pipeline":
         with tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder:
             paths = paths or _drawn_frames(Path(folder), args.bench_video_frames, size)

@@ -17,7 +17,7 @@ from utils.evaluation.protocol import Protocol
 from utils.evaluation.result_maps import Unit, find_jobs
 from utils.evaluation.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
 from utils.evaluation.vsod import mean_scores
-from utils.parallel import default_workers, parallel_map
+from utils.parallel import count_of_workers, parallel_map
 from utils.progress import progress_bar
 
 _FRAMES_PER_TASK = 8
@@ -50,7 +50,7 @@ def evaluate(units: Sequence[Unit], workers: int | None = None, progress: bool =
     for unit in units:
         unit.jobs = find_jobs(unit)
     count = sum(len(jobs) for unit in units for jobs in unit.jobs.values())
-    workers = default_workers() if workers is None else workers
+    workers = count_of_workers(workers)
     if count < min(_WORTH_PROCESSES[measures] for unit in units for measures in unit.protocols):
         workers = min(workers, 1)
 
@@ -167,7 +167,7 @@ def _settle_masks(
 
 def _counted(protocol: Protocol, annotated: Sequence[str], frames: list[FrameScores]) -> list[FrameScores]:
     stems = set(protocol.select(annotated))
-    return [frame for frame in frames if frame.stem in stems and not (protocol.skip_empty and frame.gt_empty)]
+    return [frame for frame in frames if frame.stem in stems and protocol.counts(frame.gt_empty)]
 
 
 def _uvos_statistics(unit: Unit, name: str, frames: list[FrameScores]) -> dict[str, float]:
@@ -222,7 +222,7 @@ def _values_of_frames(unit: Unit, frames: list[FrameScores]) -> dict[str, dict[s
     found: dict[str, dict[str, float]] = {}
     for frame in frames:
         values: dict[str, float] = {}
-        counts = {name for name, protocol in unit.protocols.items() if not (protocol.skip_empty and frame.gt_empty)}
+        counts = {name for name, protocol in unit.protocols.items() if protocol.counts(frame.gt_empty)}
         if frame.uvos is not None and "uvos" in counts:
             values.update(J=frame.uvos[0], F=frame.uvos[1])
         if frame.vsod is not None and "vsod" in counts:

@@ -31,8 +31,12 @@ class Protocol:
     """Bring maps of another size to that of the ground truth, instead of refusing them."""
 
     def select(self, stems: Sequence[str]) -> list[str]:
-        """Those of a sequence's annotated frames, in order, that can count; `skip_empty` is for whoever reads them."""
+        """Those of a sequence's annotated frames, in order, that can count; `counts` is for whoever reads them."""
         return list(stems)[int(self.skip_first) : len(stems) - int(self.skip_last)]
+
+    def counts(self, gt_empty: bool) -> bool:
+        """Whether one of those counts, by whether its ground truth is without any foreground."""
+        return not (self.skip_empty and gt_empty)
 
     def describe(self) -> dict[str, Any]:
         """All of it in words and values, for `evaluation.json`."""

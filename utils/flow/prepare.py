@@ -29,7 +29,7 @@ from utils.flow.estimation import (
 )
 from utils.flow.files import FORMATS, RAW_FORMATS, RETRY, FlowFiles, begin_flow, check_record, supplied_flow
 from utils.flow.raft import DEFAULT_WEIGHTS
-from utils.parallel import NICENESS, default_workers, parallel_map, share_of_workers
+from utils.parallel import NICENESS, count_of_workers, parallel_map, share_of_workers
 from utils.progress import progress_bar
 from utils.video import FolderFrames, LazyFrames
 
@@ -203,12 +203,9 @@ class _Work:
     """The flow of data sets that this process has to make: the stems by folder, and what makes it."""
 
     pending: dict[Path, Collection[str]]
+    total: int  # of these frames
     written: Generator[tuple[Path, str], None, None]  # as `write_flows`
     files: FlowFiles
-
-    @property
-    def total(self) -> int:
-        return sum(map(len, self.pending.values()))
 
 
 def _plan(
@@ -268,7 +265,7 @@ def _plan(
         workers=workers,
         niceness=niceness,
     )
-    return _Work(pending, written, files)
+    return _Work(pending, total, written, files)
 
 
 def run(
@@ -302,8 +299,7 @@ def can_run_beside(args: argparse.Namespace, world_size: int) -> bool:
     """Whether flow can be made while the network is at work: by DIS, on processes of its own. RAFT would only take
     turns with the network on the same device; and several processes do not know of each other's flow.
     """
-    workers = default_workers() if args.workers is None else args.workers
-    return args.flow_method == "dis" and workers > 1 and world_size == 1
+    return args.flow_method == "dis" and count_of_workers(args.workers) > 1 and world_size == 1
 
 
 def run_beside_test(args: argparse.Namespace, sequences: Sequence[VideoSequence], processes: Processes) -> FlowBeside:
