@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import operator
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from utils.errors import UserError
-from utils.parallel import IN_FLIGHT_PER_WORKER, Background, default_workers, parallel_map
+from utils.parallel import IN_FLIGHT_PER_WORKER, Background, default_workers, parallel_map, start_pool
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -47,6 +49,24 @@ def test_errors_arrive_with_their_type():
 def test_a_killed_process_is_reported():
     with pytest.raises(UserError, match="was killed"):
         list(parallel_map(os._exit, [(1,)] * 4, 2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="looks for processes in /proc")
+def test_ctrl_c_does_not_reach_processes_that_are_starting():
+    """From a terminal it reaches all of them; what imports still would end by a traceback."""
+
+    def blocked(process: int) -> bool:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        masks = {
+            line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith(("SigBlk", "SigIgn"))
+        }
+        return bool((masks["SigBlk"] | masks["SigIgn"]) >> (signal.SIGINT - 1) & 1)
+
+    with start_pool(2) as pool:
+        jobs = [pool.submit(pow, 2, 3) for _ in range(2)]
+        assert all(blocked(process.pid) for process in multiprocessing.active_children())
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # here it is only put off
+        assert [job.result() for job in jobs] == [8, 8]
 
 
 def test_default_is_the_processors_at_hand():

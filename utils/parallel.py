@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, NoReturn
@@ -121,11 +122,37 @@ def end_workers() -> None:
         process.terminate()
 
 
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block, and for ever in processes that are started in it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # now, as its start lets Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Pool(ProcessPoolExecutor):
+    """Starts a process with a job, where one is needed. It imports for a second before `start_worker` can say that
+    Ctrl-C is not for it, and would end by a traceback.
+    """
+
+    def submit(self, function: Callable[..., Any], /, *task: Any) -> Future:
+        with _ctrl_c_later():
+            return super().submit(function, *task)
+
+
 def start_pool(workers: int, niceness: int = 0) -> ProcessPoolExecutor:
     """Processes that `start_worker` prepares."""
     # "spawn", since forking a process in which torch or OpenCV already runs threads can deadlock.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(niceness,))
+    return _Pool(workers, mp_context=context, initializer=start_worker, initargs=(niceness,))
 
 
 def cpu_seconds() -> tuple[float, float]:
