@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shlex
 import tracemalloc
@@ -236,6 +237,19 @@ def test_an_interrupted_video_leaves_nothing_new_behind(tmp_path: Path):
     with pytest.raises(RuntimeError, match="the network stopped"):
         write_video(path, frames())
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+
+
+def test_ctrl_c_before_the_first_frame_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    close = os.close
+
+    def interrupted(handle: int) -> None:
+        close(handle)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "close", interrupted)
+        write_video(tmp_path / "made.mp4", [picture(0)])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

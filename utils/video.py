@@ -250,12 +250,12 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
         raise UserError(f"{path}: {fps} frames per second; expected a number above 0")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".mp4")
-    os.close(handle)
-    temporary = Path(name)
-    # OpenCV makes the file itself, with the permissions that a new file has; mkstemp would leave it to its owner alone.
-    temporary.unlink()
-    writer, shape, count = None, None, 0
+    temporary, writer, shape, count = Path(name), None, None, 0
     try:
+        os.close(handle)
+        # OpenCV makes the file itself, with the permissions that a new file has; mkstemp would leave it to its owner
+        # alone.
+        temporary.unlink()
         for frame in frames:
             frame = np.asarray(frame)
             if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
