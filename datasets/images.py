@@ -34,12 +34,17 @@ _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 NO_MOTION, NO_PICTURE = 255, 128
 
 
-def _open(path: Path | str, what: str) -> Image.Image:
-    """The decoded image, in the mode that it is stored in."""
-    path = Path(path)
+def require_file(path: Path, what: str) -> None:
+    """Raise DataError unless there is a file; ``what`` it would be, such as a frame."""
     if not path.is_file():
         link = f", but a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
         raise DataError(f"{path}: no such {what}{link}; expected an image file there")
+
+
+def _open(path: Path | str, what: str) -> Image.Image:
+    """The decoded image, in the mode that it is stored in."""
+    path = Path(path)
+    require_file(path, what)
     try:
         with Image.open(path, formats=_FORMATS) as image:
             image.load()

@@ -634,8 +634,37 @@ def test_flow_of_a_users_own_video(tmp_path: Path):
     assert contents(tmp_path / "out") == before
     # another video of the same name and length must not get this one's flow
     Image.fromarray(texture(40, 56, seed=1)).save(frames.files[2])
-    with pytest.raises(UserError, match="of another video .*bytes"):
+    with pytest.raises(UserError, match="of another video .*content"):
         video_flows(dis(), open_folder(frames.files[0].parent), tmp_path / "out")
+
+
+def test_a_users_own_video_is_told_by_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Uncompressed frames have one size, whatever they show; a folder has one name, however it is given."""
+    from utils.flow.prepare import video_flows
+    from utils.video import open_folder
+
+    folder = tmp_path / "frames"
+    folder.mkdir()
+
+    def film(seed: int) -> None:
+        for t in range(2):
+            Image.fromarray(texture(40, 56, shift=(t, 0), seed=seed)).save(folder / f"{t}.bmp")
+
+    film(0)
+    sizes = [path.stat().st_size for path in sorted(folder.iterdir())]
+    video_flows(dis(), open_folder(folder), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    monkeypatch.chdir(folder)
+    video_flows(dis(), open_folder("."), tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    film(1)
+    assert [path.stat().st_size for path in sorted(folder.iterdir())] == sizes
+    with pytest.raises(UserError, match="of another video"):
+        video_flows(dis(), open_folder(folder), tmp_path / "out")
+    (folder / "1.bmp").unlink()
+    (folder / "1.bmp").symlink_to(tmp_path / "gone.bmp")
+    with pytest.raises(DataError, match="1.bmp: no such frame, but a link to .*gone.bmp"):
+        video_flows(dis(), open_folder(folder), tmp_path / "out")
 
 
 def test_an_unreadable_frame_is_named(tmp_path: Path):

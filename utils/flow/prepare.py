@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.check import is_stretched
-from datasets.images import image_size
+from datasets.images import image_size, require_file
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from utils.errors import UserError
 from utils.flow.beside import FlowBeside
@@ -343,6 +344,22 @@ def warn_of_mixture(supplied: Iterable[tuple[Path, int]], method: str, elsewhere
     )
 
 
+def _content(files: Iterable[Path]) -> str:
+    """What tells a video from another one of its name and length: neither sizes, which are alike for uncompressed
+    frames, nor times, which a copy does not keep.
+
+    Raises:
+        DataError: a file that is not there.
+    """
+    known = hashlib.sha256()
+    for path in files:
+        require_file(path, "frame")
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                known.update(part)
+    return known.hexdigest()[:16]
+
+
 def video_flows(
     args: argparse.Namespace, frames: LazyFrames, flow_dir: str | Path, device: str | torch.device = "cpu"
 ) -> FolderFrames:
@@ -357,11 +374,11 @@ def video_flows(
     """
     settings, files = settings_from(args)
     flow_dir = Path(flow_dir)
-    first = frames.files[0]
+    first = frames.files[0].resolve()
     source = {
         "video": first.name if len(frames.files) == 1 else first.parent.name,
         "frames": len(frames),
-        "bytes": sum(path.stat().st_size for path in frames.files),
+        "content": _content(frames.files),
     }
     pending = pending_frames(frames.stems, flow_dir, settings, files, args.overwrite, source)
     if pending:
