@@ -136,10 +136,16 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected 0 (no extra process) or more")
+    for name, what in (("video", "file"), ("frames", "folder")):
+        if getattr(args, name) == "":  # of a variable that is not set; it would mean the data sets
+            raise UserError(f"--{name} '': expected the name of a {what}")
     own = args.video or args.frames
     if args.video and args.frames:
         raise UserError("--video and --frames: give one of them")
     if own:
+        for name in ("datasets", "split", "sequences"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} is of data sets, and --video and --frames are of no data set: leave it out")
         unable = [tool for tool in args.tools if tool not in ("flow", "test", "crf")]
         if unable:
             raise UserError(

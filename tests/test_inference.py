@@ -493,6 +493,16 @@ def test_the_crf_of_ones_own_video(data: Path, weights: Path, tmp_path: Path, wo
         assert count_frames(tmp_path / folder / "overlay" / "clip_crf.mp4") == FRAMES
 
 
+def test_a_video_of_one_frame(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("cv2")
+    write_video(tmp_path / "clip.mp4", film(data, tmp_path)[:1], fps=10)
+    call(weights, tmp_path / "r", "--video", tmp_path / "clip.mp4", "--workers", 1)
+    assert list(maps(tmp_path / "r", "binary")) == ["clip/00000.png"]
+    assert count_frames(tmp_path / "r" / "overlay" / "clip.mp4") == 1
+    out = capsys.readouterr().out
+    assert "flow: 1 frame, by dis" in out and " 1 frame to do" in out
+
+
 def test_a_shorter_video_of_the_same_name_leaves_no_maps_of_the_longer_one(
     data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

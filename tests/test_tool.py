@@ -614,6 +614,10 @@ def test_videos_that_are_none(weights: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--video and --frames" in message
     message = fails(capsys, "--tools", "test", "eval", "--checkpoint", weights, "--video", tmp_path / "clip.mp4")
     assert "--tools eval" in message
+    for option, name in (("--video", "file"), ("--frames", "folder")):  # as of a variable that is not set
+        assert f"{option} '': expected the name of a {name}" in fails(capsys, *words, option, "")
+    for option in ("--datasets", "--split", "--sequences"):
+        assert f"{option} is of data sets" in fails(capsys, *words, "--video", tmp_path / "clip.mp4", option, "bear")
 
 
 def test_options_out_of_range(data: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,7 @@ def test_frames_can_be_sent_to_another_process(clip: Path):
     assert len(pickle.dumps(frames)) < 20_000  # without the frames
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no video", bytes(5000)], ids=["empty", "text", "zeros"])
+@pytest.mark.parametrize("content", [b"this is no video", bytes(5000)], ids=["text", "zeros"])
 def test_a_video_that_cannot_be_decoded_names_the_command_that_converts_it(tmp_path: Path, content: bytes):
     path = tmp_path / "my clip.mp4"
     path.write_bytes(content)
@@ -158,6 +158,10 @@ def test_a_video_that_is_not_there(tmp_path: Path):
         open_video(tmp_path / "nothing.mp4")
     with pytest.raises(UserError, match="--frames"):
         open_video(tmp_path)
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(UserError, match=r"empty.mp4: an empty file \(0 bytes\)") as caught:
+        open_video(tmp_path / "empty.mp4")
+    assert "ffmpeg" not in str(caught.value)  # which could do nothing with it
 
 
 def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path):

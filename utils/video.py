@@ -116,7 +116,7 @@ class VideoFrames(LazyFrames):
     is not exact in many formats.
 
     Raises:
-        UserError: no such file, or one that cannot be decoded; the message holds an ffmpeg command.
+        UserError: no such file, an empty one, or one that cannot be decoded; the message holds an ffmpeg command.
     """
 
     def __init__(self, path: str | os.PathLike[str], window: int = WINDOW) -> None:
@@ -125,6 +125,8 @@ class VideoFrames(LazyFrames):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such video file (for a folder of frames use --frames)")
+        if self.path.stat().st_size == 0:
+            raise UserError(f"{self.path}: an empty file (0 bytes); expected a video: copy or record it again")
         self._capture = None
         self._next = 0
 
@@ -195,7 +197,8 @@ class VideoFrames(LazyFrames):
         special = (str(name).startswith("-") or ":" in name.parts[0] for name in names)
         source, target = (shlex.quote(f"./{name}" if odd else str(name)) for name, odd in zip(names, special))
         return UserError(
-            f"{self.path}: {what}. Convert it first, and give the new file:\n"
+            f"{self.path}: {what}. Convert it first, and give the new file (what ffmpeg cannot read either is "
+            "cut short, damaged or no video):\n"
             f"  ffmpeg -i {source} -c:v libx264 -crf 18 -pix_fmt yuv420p -an {target}"
         )
 

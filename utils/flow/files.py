@@ -160,8 +160,8 @@ def check_record(flow_dir: Path, wanted: dict[str, Any]) -> None:
         raise UserError(
             f"{flow_dir}: holds flow made with other settings or of another video ("
             + ", ".join(f"{key} {made.get(key)}, now {wanted[key]}" for key in differing)
-            + f"); give the same options to go on with it, another place (--flow_dir, for a video of your own --save_dir), "
-            f"or {RETRY}"
+            + "); give the same options to go on with it, another place (--flow_dir, for a video of your own "
+            f"--save_dir), or {RETRY}"
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from datasets.check import is_stretched
 from datasets.images import image_size, require_file
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.flow.beside import FlowBeside
 from utils.flow.estimation import (
     METHODS,
@@ -236,7 +236,7 @@ def _plan(
     if processes.is_main:
         others = f", {total} of them here" if processes.world_size > 1 else ""
         beside = ", while the network is at work" if niceness else ""
-        print(f"flow: {everywhere} frames to do{others}, by {settings.method}{beside}", flush=True)
+        print(f"flow: {number_of(everywhere, 'frame')} to do{others}, by {settings.method}{beside}", flush=True)
     mixed = [(flow_dir, len(supplied_flow(flow_dir, stems))) for flow_dir, stems in pending.items()]
     mixed = [found for part in processes.gather(mixed) for found in part]
     stretched = [videos[flow_dir][-1].frames[0] for flow_dir in pending if settings.size is not None]

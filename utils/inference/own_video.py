@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets.video_sequence import FRAME_SUFFIXES
 from utils import crf
+from utils.errors import number_of
 from utils.inference import segment
 from utils.inference.maps import remove_others
 from utils.inference.videos import SharedFrames, Video
@@ -65,7 +66,7 @@ def run_own_flow(args: argparse.Namespace, own: OwnVideo, device: Any) -> LazyFr
     from utils.flow.prepare import video_flows
 
     hint = "; --flow_method raft is better and slower, and downloads its weights" if args.flow_method == "dis" else ""
-    print(f"flow: {len(own.frames)} frames, by {args.flow_method}{hint}", flush=True)
+    print(f"flow: {number_of(len(own.frames), 'frame')}, by {args.flow_method}{hint}", flush=True)
     return video_flows(args, own.frames, own.flow_dir(Path(args.save_dir)), device)
 
 
@@ -103,7 +104,7 @@ def run_own(
     )
     others = remove_others(video, save_dir)
     if others:
-        print(f"test: maps of {others} frames removed, which {own.name} no longer has", flush=True)
+        print(f"test: maps of {number_of(others, 'frame')} removed, which {own.name} no longer has", flush=True)
     if segment.run(args, [video], processes, weights, written):
         refined_overlay(own, save_dir).unlink(missing_ok=True)  # as the refined maps that it shows
     path = write_overlay(own, save_dir, "probability", save_dir / "overlay" / f"{own.name}.mp4")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.files import write_json
 from utils.inference.maps import fingerprint, is_current, write_maps
 from utils.inference.videos import BLANKS, Blank, Video
@@ -187,7 +187,8 @@ def run(
         on = [key for key in ours if settings[key]]
         more = f"; {', '.join(ours[key] for key in on)} ({' '.join(f'--no-{key}' for key in on)}: the network alone)"
         print(
-            f"test: {weights.path} at {size}, {everywhere} frames to do{others}{kept}{more if on else ''}", flush=True
+            f"test: {weights.path} at {size}, {number_of(everywhere, 'frame')} to do{others}{kept}{more if on else ''}",
+            flush=True,
         )
     predictor = Predictor(
         without_part(weights, args.without) if args.without in PARTS else weights.net,
