@@ -60,7 +60,10 @@ def _open(path: Path | str, what: str) -> Image.Image:
 def _load_rgb(path: Path | str, what: str) -> np.ndarray:
     image = _open(path, what)
     if image.mode in _DEEP_MODES:
-        raise DataError(f"{path}: this {what} has more than 8 bits per channel (mode {image.mode}); expected 8-bit RGB")
+        raise DataError(
+            f"{path}: this {what} has more than 8 bits per channel (mode {image.mode}); expected 8-bit RGB or grey. "
+            "Save all of the video as 8-bit images"
+        )
     if image.mode != "RGB":
         image = image.convert("RGB")
     return np.array(image)

@@ -95,7 +95,7 @@ def test_exif_orientation_is_ignored_so_that_frames_fit_their_masks(tmp_path):
 
 def test_sixteen_bit_frames_are_refused(tmp_path):
     path = save(tmp_path / "a.png", PICTURE[..., 0].astype(np.uint16) * 200)
-    with pytest.raises(DataError, match="8-bit"):
+    with pytest.raises(DataError, match=r"expected 8-bit RGB or grey\. Save all"):
         load_frame(path)
 
 
