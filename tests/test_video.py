@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shlex
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -162,6 +164,22 @@ def test_a_video_that_is_not_there(tmp_path: Path):
     with pytest.raises(UserError, match=r"empty.mp4: an empty file \(0 bytes\)") as caught:
         open_video(tmp_path / "empty.mp4")
     assert "ffmpeg" not in str(caught.value)  # which could do nothing with it
+
+
+def test_what_may_not_be_read_or_written_is_named(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rather than called no video, or by a temporary name. The superuser may, so the system is made to refuse."""
+
+    def refused(path: object, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError) as caught:
+        patch.setattr(Path, "open", refused)
+        open_video(clip)
+    assert caught.value.filename == str(clip)
+    with monkeypatch.context() as patch, pytest.raises(PermissionError) as caught:
+        patch.setattr(tempfile, "mkstemp", lambda **_: refused(tmp_path / ".made.mp4.x.mp4"))
+        write_video(tmp_path / "made.mp4", [picture(0)])
+    assert caught.value.filename == str(tmp_path / "made.mp4")
 
 
 def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path):

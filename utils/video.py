@@ -117,6 +117,7 @@ class VideoFrames(LazyFrames):
 
     Raises:
         UserError: no such file, an empty one, or one that cannot be decoded; the message holds an ffmpeg command.
+        OSError: one that may not be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], window: int = WINDOW) -> None:
@@ -125,8 +126,9 @@ class VideoFrames(LazyFrames):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such video file (for a folder of frames use --frames)")
-        if self.path.stat().st_size == 0:
-            raise UserError(f"{self.path}: an empty file (0 bytes); expected a video: copy or record it again")
+        with self.path.open("rb") as file:  # what this user may not read, OpenCV would call no video
+            if not file.read(1):
+                raise UserError(f"{self.path}: an empty file (0 bytes); expected a video: copy or record it again")
         self._capture = None
         self._next = 0
 
@@ -252,7 +254,11 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
     if not (math.isfinite(fps) and fps > 0):
         raise UserError(f"{path}: {fps} frames per second; expected a number above 0")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".mp4")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".mp4")
+    except OSError as error:
+        error.filename = str(path)  # that of the temporary file tells nobody anything
+        raise
     temporary, writer, shape, count = Path(name), None, None, 0
     try:
         os.close(handle)
@@ -293,7 +299,7 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
         try:
             os.replace(temporary, path)
         except OSError as error:
-            error.filename = str(path)  # that of the temporary file tells nobody anything
+            error.filename = str(path)
             raise
     finally:
         if writer is not None:
