@@ -9,6 +9,7 @@
 
 Several tools run in the order given. Without --datasets: all of DAVIS-2016, FBMS, DAVSOD and MCL that --data_dir has.
 Results: <save_dir>/probability, crf and binary/<dataset>/<video>/<frame>.png, evaluation.json and report.html.
+A video of your own has no <dataset> there, and an overlay video in <save_dir>/overlay.
 """
 
 from __future__ import annotations

@@ -160,7 +160,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the ``--flow_…`` options; ``--workers`` and ``--overwrite`` come from `utils.parallel.add_arguments`."""
     group = parser.add_argument_group("flow")
     group.add_argument(
-        "--flow_method", choices=METHODS, default="raft", help="default: %(default)s; dis has no weights"
+        "--flow_method",
+        choices=METHODS,
+        default="raft",
+        help="default: %(default)s; for a video of your own dis, which has no weights, unless --flow_weights is given",
     )
     group.add_argument(
         "--flow_weights",
