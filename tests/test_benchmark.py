@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,6 +204,47 @@ def test_training_is_that_of_the_network_in_its_row(tmp_path: Path, monkeypatch:
     assert {k: v.shape for k, v in caught.value.args[0].state_dict().items()} == {
         k: v.shape for k, v in net.state_dict().items()
     }
+
+
+@pytest.mark.parametrize(("workers", "steps", "expected"), [(0, 3, 3), (1, 5, 5), (8, 5, 16), (4, 9, 12)])
+def test_batches_that_the_workers_made_ahead_are_not_timed(
+    workers: int, steps: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes one second further with each batch, of a loader that notes when it was read."""
+    seconds, looked, orders = 0, [], []
+
+    class Loader:
+        _iterator = None
+
+        def __iter__(self) -> Iterator[dict]:
+            nonlocal seconds
+            for _ in orders[-1]:
+                seconds += 1
+                yield {}
+
+    def clock() -> int:
+        looked.append(seconds)
+        return seconds
+
+    def build(clips: object, order: training.ClipOrder, **_: object) -> Loader:
+        nonlocal seconds
+        orders.append(order)
+        seconds = 0
+        return Loader()
+
+    def step(batch: dict) -> None:
+        nonlocal seconds
+        seconds += 0 if len(orders) > 1 else 1  # alone, it takes one, too
+
+    monkeypatch.setattr(training, "build_loader", build)
+    monkeypatch.setattr(training, "Step", lambda *_: step)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock))
+    result = training.bench_training({}, CPU, (32, 32), length=5, batch=4, amp="none", workers=workers, steps=steps)
+    rates = {**result["frames_per_second"], **result["augment_on_device"]["frames_per_second"]}
+    assert set(rates.values()) == {4 * 5}  # what one batch has, in each second
+    for order, began, ended in zip(orders, [looked[0], *looked[4::2]], [looked[1], *looked[5::2]]):
+        assert ended - began == expected
+        assert began >= 2 + 2 * workers and len(order) - ended >= 2 * workers
 
 
 def test_against_the_encoders_that_the_network_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -17,7 +18,7 @@ from datasets.synthetic import SyntheticClips
 from models import build_dbsnet
 from models.losses import segmentation_loss
 from utils.benchmark.timing import PeakMemory, synchronise
-from utils.training.loading import ClipOrder, build_loader, to_device, to_floats
+from utils.training.loading import ClipOrder, build_loader, stop_workers, to_device, to_floats
 
 
 class Step:
@@ -39,6 +40,7 @@ class Step:
         with torch.autocast(self.device.type, dtype=half, enabled=self.amp != "none"):
             logits, aux = self.model(clips["frames"], clips["flows"], return_aux=True)
         segmentation_loss(logits, clips["masks"], clips["valid"], aux, multiple=self.net.multiple)["total"].backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -49,30 +51,39 @@ def bench_training(
 ) -> dict[str, Any]:  # fmt: skip
     """Frames per second of the loader alone (procedural clips), of the step alone, and of both together.
 
+    steps: timed; of those with the loader as many more as give each of its workers the same number of batches.
+
     `augment_on_device` has them for clips that the loader leaves to the device to render (main.py --augment_on device).
     With `processes` 2 or more also of that many gloo processes on the CPU, one thread each, against one alone.
     """
-    order = ClipOrder(batch=batch, accumulate=1, steps=steps + 2, rank=0, world_size=1, seed=0)
     pinned = device.type == "cuda"
     step = Step(config, device, amp)
     first: dict[str, Any] = {}
+    # Each worker makes two batches ahead, and theirs come nearly at once: what is timed begins after those, ends with
+    # as many more under way, and is as many of each worker, two at least.
+    ahead = 2 * workers
+    timed = max(2, math.ceil(steps / workers)) * workers if workers else steps
+    last = 2 + ahead + timed
+    order = ClipOrder(batch=batch, accumulate=1, steps=last + ahead, rank=0, world_size=1, seed=0)
 
     def epoch(learn: bool, defer: bool) -> float:
-        """Seconds of `steps` batches after two that start the workers."""
-        clips = SyntheticClips(None, batch * (steps + 2), length, size, seed=0, defer=defer)
+        """Frames per second of the batches that are timed."""
+        clips = SyntheticClips(None, batch * order.steps, length, size, seed=0, defer=defer)
         loader = build_loader(clips, order, workers=workers, pin_memory=pinned)
         began = 0.0
-        for number, loaded in enumerate(loader):
-            if learn:
-                step(loaded)
-            first.setdefault("batch", loaded)
-            if number == 1:
-                synchronise(device)
-                began = time.perf_counter()
-        synchronise(device)
-        return time.perf_counter() - began
+        try:
+            for number, loaded in zip(range(1, last + 1), loader):
+                if learn:
+                    step(loaded)
+                first.setdefault("batch", loaded)
+                if number == last - timed:
+                    synchronise(device)
+                    began = time.perf_counter()
+            synchronise(device)
+            return timed * batch * length / (time.perf_counter() - began)
+        finally:
+            stop_workers(loader)  # they would go on beside what is timed next
 
-    frames = steps * batch * length
     with PeakMemory(device) as memory:
         loading = epoch(learn=False, defer=False)
         step(first["batch"])
@@ -84,11 +95,11 @@ def bench_training(
         learning = time.perf_counter() - began
         together = epoch(learn=True, defer=False)
         deferred = {"loader": epoch(learn=False, defer=True), "together": epoch(learn=True, defer=True)}
-    rates = {"loader": frames / loading, "step": frames / learning, "together": frames / together}
+    rates = {"loader": loading, "step": steps * batch * length / learning, "together": together}
     result = {
         "clip_len": length, "batch_size": batch, "workers": workers,
         "frames_per_second": rates, "together_over_slowest": rates["together"] / min(rates["loader"], rates["step"]),
-        "augment_on_device": {"frames_per_second": {name: frames / seconds for name, seconds in deferred.items()}},
+        "augment_on_device": {"frames_per_second": deferred},
         "memory": memory.describe(),
     }  # fmt: skip
     if processes > 1:
