@@ -22,6 +22,7 @@ from utils.benchmark.network import (
     bench_against_encoders,
     bench_long,
     feature_bytes_per_frame,
+    profile_clip,
     run_video,
 )
 from utils.benchmark.pipeline import FlowAhead, flow_of
@@ -204,6 +205,26 @@ def test_training_is_that_of_the_network_in_its_row(tmp_path: Path, monkeypatch:
     assert {k: v.shape for k, v in caught.value.args[0].state_dict().items()} == {
         k: v.shape for k, v in net.state_dict().items()
     }
+
+
+def test_a_profile_of_a_gpu_has_each_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two operators that launch one kernel each; the profiler's events as it lists them after a run on a GPU."""
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    rows = [("aten::conv2d", cpu, 30.0), ("cutlass_kernel", gpu, 30.0), ("aten::add", cpu, 10.0), ("add", gpu, 10.0)]
+    events = [SimpleNamespace(key=k, count=1, device_type=d, self_cpu_time_total=t) for k, d, t in rows]
+
+    class Profile:
+        def __init__(self, **_: object) -> None: ...
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def key_averages(self) -> list:
+            return events
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    operators = profile_clip(build_dbsnet("xxs", **SMALL), CPU, (32, 32), length=1, amp="none")
+    assert [(row["operator"], row["share"]) for row in operators] == [("aten::conv2d", 0.75), ("aten::add", 0.25)]
 
 
 @pytest.mark.parametrize(("workers", "steps", "expected"), [(0, 3, 3), (1, 5, 5), (8, 5, 16), (4, 9, 12)])

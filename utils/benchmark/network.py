@@ -145,6 +145,7 @@ def profile_clip(
     net: DBSNet, device: torch.device, size: tuple[int, int], *, length: int, amp: str, rows: int = 15
 ) -> list[dict[str, Any]]:
     """Operators by their own time in one clip, folded and channels-last; the largest first."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     folded = inference_copy(net.to(device), AMP[amp])
@@ -157,7 +158,9 @@ def profile_clip(
             folded(frames, frames)
             synchronise(device)
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(recorded.key_averages(), key=lambda event: getattr(event, name), reverse=True)
+    # Of a GPU the profiler tells each time twice: of the operator and of the kernels that it launched.
+    operators = (event for event in recorded.key_averages() if event.device_type == DeviceType.CPU)
+    events = sorted(operators, key=lambda event: getattr(event, name), reverse=True)
     total = sum(getattr(event, name) for event in events)
     return [
         {"operator": event.key, "calls": event.count, "share": getattr(event, name) / max(total, 1e-9),
