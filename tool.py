@@ -315,7 +315,11 @@ def run_bench(args: argparse.Namespace, processes: Processes) -> int:
     from utils.benchmark import bench
 
     if processes.is_main:
-        bench.run(args)
+        try:
+            bench.run(args)
+        except KeyboardInterrupt as stop:
+            stop.args = ("the figures so far are in its JSON, and the same command measures all anew",)
+            raise
     return 0
 
 
@@ -423,10 +427,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from utils.stopping import INTERRUPTED, Terminated
 
         terminated = isinstance(stop, Terminated)
-        print(
-            f"{'ended by SIGTERM' if terminated else 'interrupted'}; the same command goes on from here",
-            file=sys.stderr,
-        )
+        following = stop.args[0] if stop.args else "the same command goes on from here"
+        print(f"{'ended by SIGTERM' if terminated else 'interrupted'}; {following}", file=sys.stderr)
         return Terminated.exit_code if terminated else INTERRUPTED
 
 

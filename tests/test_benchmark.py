@@ -16,7 +16,7 @@ import torch
 from datasets.errors import DataError
 from models import Predictor, build_dbsnet, save_weights
 from models.frame_store import FrameStore
-from utils.benchmark import bench, training
+from utils.benchmark import bench, propagation, training
 from utils.benchmark.network import (
     LazyPictures,
     bench_against_encoders,
@@ -316,6 +316,38 @@ def test_sizes_that_will_not_do_are_told_before_anything_is_measured(
     with pytest.raises(UserError, match=message):
         bench.run(args)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "message"),
+    [
+        ("--bench_sizes 64x64", {"size": [32, 64]}, "--bench_sizes and --size both"),
+        ("--bench_variants xxs", {"checkpoint": "w.safetensors"}, "--bench_variants and --checkpoint both"),
+        ("--bench_parts training --bench_clip 1", {"size": [32, 32], "batch_size": 1}, "32x32: part training .* batch"),
+    ],
+)
+def test_options_that_do_not_go_together(words: str, given: dict, message: str, tmp_path: Path) -> None:
+    args = parse(*words.split(), folder=tmp_path)
+    vars(args).update(given)
+    with pytest.raises(UserError, match=message):
+        bench.run(args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(propagation, "time_calls", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(OSError, match="/file"):  # told without a traceback by `utils.errors`
+        bench.run(parse("--bench_json", str(tmp_path / "file" / "b.json"), folder=tmp_path))
+
+
+def test_without_timm_part_encoders_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    bench.check(parse(folder=tmp_path))
+    with pytest.raises(UserError, match="pip install timm"):
+        bench.check(parse("--bench_parts", "network", "encoders", folder=tmp_path))
 
 
 def test_a_data_set_that_is_not_there_is_told_before_anything_is_measured(tmp_path: Path) -> None:

@@ -762,6 +762,18 @@ def test_ctrl_c_while_it_starts_is_no_traceback(
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
+def test_an_interrupted_benchmark_does_not_promise_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.benchmark.bench.run", interrupted)
+    assert call("--tools", "bench", "--device", "cpu") == 130
+    error = capsys.readouterr().err
+    assert "measures all anew" in error and "goes on from here" not in error
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(
     ("number", "to_group", "code"),

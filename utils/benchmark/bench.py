@@ -9,6 +9,9 @@ machine, too. See docs/performance.md for what the figures mean.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -85,7 +88,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuses what `run` would refuse before it measures anything, for whoever has much to do before.
 
     Raises:
-        UserError: an option out of range.
+        UserError: an option out of range, two that contradict each other, or part encoders without timm.
     """
     for name in ("bench_clip", "bench_frames", "bench_video_frames", "bench_repeats", "bench_processes"):
         if getattr(args, name) < 1:
@@ -98,13 +101,18 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
     refuse_folder("bench_json", args.bench_json)
     check_size(args.size)
+    for name, unset, other in (("bench_sizes", SIZES, "size"), ("bench_variants", VARIANTS, "checkpoint")):
+        if getattr(args, name) is not unset and getattr(args, other):
+            raise UserError(f"--{name} and --{other} both say what to measure: leave one of them out")
+    if "encoders" in args.bench_parts and importlib.util.find_spec("timm") is None:
+        raise UserError("--bench_parts encoders compares with timm's encoders: pip install timm, or leave it out")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what ``--bench_parts`` asks for; prints each figure as it comes, writes the JSON, and returns it.
 
     Raises:
-        UserError: as `check`, sizes too small for a part, no CUDA where asked for, or part encoders without timm.
+        UserError: as `check`, sizes too small for a part, or no CUDA where asked for.
         DataError: the data set of part pipeline is not there.
     """
     import torch
@@ -114,6 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from utils.benchmark.network import describe_net, make_net
     from utils.benchmark.propagation import arithmetic_rates, bench_propagation
     from utils.benchmark.timing import describe_machine
+    from utils.training.optimisation import coarsest_positions
 
     check(args)
     device = _device(args)
@@ -130,13 +139,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             )
     frames = _dataset_frames(args) if args.datasets and "pipeline" in args.bench_parts else None
     nets = [load_dbsnet(args.checkpoint)] if args.checkpoint else [make_net(variant) for variant in args.bench_variants]
+    if "training" in args.bench_parts:
+        for net, (height, width) in itertools.product(nets, sizes):
+            if math.prod(_training_clips(args)) * coarsest_positions((height, width), net.multiple) == 1:
+                raise UserError(
+                    f"size {height}x{width}: part training with one clip of one frame leaves batch norms a single "
+                    "value at stride 32, which has no statistics; give a larger size, --bench_clip or --batch_size"
+                )
 
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": describe_machine(device)}
+    report |= {"amp": args.amp, "results": []}
+    path = Path(args.bench_json or Path(args.save_dir) / "benchmark.json")
+    write_json(path, report)  # where it cannot be written, that is told before anything is measured
     for name, rate in arithmetic_rates(device).items():
         report["machine"][f"GMAC_per_second_of_a_{name.replace(' ', '_')}"] = rate / 1e9
     _print("machine", report["machine"])
-    report |= {"amp": args.amp, "results": []}
-    path = Path(args.bench_json or Path(args.save_dir) / "benchmark.json")
 
     def add(part: str, result: dict[str, Any]) -> None:
         report["results"].append({"part": part, **result})
@@ -200,10 +217,16 @@ def _measure(
             paths = paths or _drawn_frames(Path(folder), args.bench_video_frames, size)
             predictor = Predictor(net, device=device, size=size, consensus=can_agree(net.streams), **common)
             return bench_pipeline(predictor, paths, workers=max(1, workers), crf=args.bench_crf)
+    batch, length = _training_clips(args)
     return bench_training(
-        net.config, device, size, length=min(args.bench_clip, 5), batch=args.batch_size or 4, amp=args.amp,
-        workers=workers, steps=max(2, args.bench_repeats), processes=args.bench_processes,
+        net.config, device, size, length=length, batch=batch, amp=args.amp, workers=workers,
+        steps=max(2, args.bench_repeats), processes=args.bench_processes,
     )  # fmt: skip
+
+
+def _training_clips(args: argparse.Namespace) -> tuple[int, int]:
+    """Clips of a step of part training, and their frames."""
+    return args.batch_size or 4, min(args.bench_clip, 5)
 
 
 def _dataset_frames(args: argparse.Namespace) -> Sequence[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from models.fold import inference_copy
 from models.frame_store import FrameStore
 from models.predictor import AMP
 from utils.benchmark.timing import PeakMemory, synchronise, time_calls
-from utils.errors import UserError
 
 
 class LazyPictures(Sequence[np.ndarray]):
@@ -108,13 +106,7 @@ def bench_against_encoders(
     repeats: int,
     cuda_graphs: bool = False,
 ) -> dict[str, Any]:
-    """The whole network against timm's encoders of its kind alone, one for each stream, eager, in one run.
-
-    Raises:
-        UserError: timm is not installed.
-    """
-    if importlib.util.find_spec("timm") is None:
-        raise UserError("--bench_parts encoders compares with timm's encoders: pip install timm, or leave it out")
+    """The whole network against timm's encoders of its kind alone, one for each stream, eager, in one run."""
     import timm
 
     names = [

@@ -79,10 +79,19 @@ def check_statistics(config: TrainConfig, processes: Processes, multiple: int) -
         multiple: what the network pads its input to.
     """
     height, width = min(step_sizes(config), key=math.prod)
-    positions = math.prod(math.ceil(side / multiple) * multiple // 32 for side in (height, width))
-    values = positions * config.clip_len * config.batch_size * (processes.world_size if config.bn == "sync" else 1)
+    values = (
+        coarsest_positions((height, width), multiple)
+        * config.clip_len
+        * config.batch_size
+        * (processes.world_size if config.bn == "sync" else 1)
+    )
     if config.bn != "frozen" and values == 1:
         raise UserError(
             f"size: clips of {height}x{width} pixels with clip_len 1 and batch_size 1 leave batch norms a single value "
             "at stride 32, which has no statistics; give a larger --size, --batch_size or --clip_len, or --bn frozen"
         )
+
+
+def coarsest_positions(size: tuple[int, int], multiple: int) -> int:
+    """Positions of a map at stride 32 of a frame of `size` (H, W), which the network pads to this multiple."""
+    return math.prod(math.ceil(side / multiple) * multiple // 32 for side in size)
