@@ -101,6 +101,20 @@ def test_propagation_benchmark() -> None:
     assert results[1]["GMAC"] == pytest.approx(3 * results[0]["GMAC"])
 
 
+def test_results_are_compared_in_full_precision_and_timed_as_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    forward = propagation.PlainPropagation.forward
+
+    def watched(module: propagation.PlainPropagation, x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return forward(module, x)
+
+    usual = torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(propagation.PlainPropagation, "forward", watched)
+    bench_propagation(CPU, channels=8, hidden=4, length=2, repeats=1, sizes=((6, 8),))
+    assert usual and seen == [False, *[usual] * 4]  # then warm-up and repeat of both passes
+
+
 @pytest.mark.parametrize("consensus", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (50, 70)])
 def test_bytes_kept_of_a_frame_are_those_of_the_stores(
