@@ -16,7 +16,7 @@ import torch
 from datasets.errors import DataError
 from models import Predictor, build_dbsnet, save_weights
 from models.frame_store import FrameStore
-from utils.benchmark import bench, propagation, training
+from utils.benchmark import bench, network, propagation, training
 from utils.benchmark.network import (
     LazyPictures,
     bench_against_encoders,
@@ -24,10 +24,11 @@ from utils.benchmark.network import (
     feature_bytes_per_frame,
     profile_clip,
     run_video,
+    warm_up_frames,
 )
 from utils.benchmark.pipeline import FlowAhead, flow_of
 from utils.benchmark.propagation import arithmetic_rates, bench_propagation
-from utils.benchmark.timing import PeakMemory, describe_machine, resident_memory, time_calls
+from utils.benchmark.timing import PeakMemory, describe_machine, release, resident_memory, time_calls
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -72,6 +73,32 @@ def test_peak_memory_sees_what_came_and_went() -> None:
     assert 50 << 20 < memory.host < 120 << 20
     assert memory.device == 0
     assert resident_memory() > 10 << 20
+
+
+def test_memory_of_a_gpu_is_given_back_before_the_next_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("released"))
+    release(CPU)
+    assert not done
+    release(torch.device("cuda"))
+    assert done == ["released"]
+    monkeypatch.setattr(network, "release", lambda device: done.append("released"))
+    monkeypatch.setattr(network, "run_video", lambda *_: done.append("video"))
+    net = build_dbsnet("xxs", **SMALL)
+    network.bench_video(net, CPU, (32, 64), length=2, amp="none", batch_size=2, repeats=1)
+    assert done[1:] == 3 * ["released", "video", "video"]  # with consensus, with zoom, the network alone
+
+
+def test_what_is_prepared_in_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a recurrence's graph is recorded at its fourth piece: pieces of 16 frames, in batches of 16."""
+    for device, expected in (("cpu", 16), ("cuda", 80)):
+        there = SimpleNamespace(device=torch.device(device), batch_size=16, piece=16)
+        assert warm_up_frames(there, 1000) == expected and warm_up_frames(there, 10) == 10
+    predictor, lengths = Predictor(build_dbsnet("xxs", **SMALL), size=(32, 64)), []
+    monkeypatch.setattr(Predictor, "__call__", lambda self, frames, flows: lengths.append(len(frames)) or iter(()))
+    monkeypatch.setattr(network, "run_video", lambda predictor, length, size: lengths.append(length) or 1.0)
+    bench_long(predictor.net, CPU, (32, 64), length=50, amp="none", batch_size=4)
+    assert lengths == [16, 5, 50]
 
 
 def test_the_machine_is_described() -> None:

@@ -1,8 +1,8 @@
 """``tool.py --tools bench``: how fast the network and the whole way are on this machine, as JSON and as a table.
 
 Times of calls (parts network, encoders, propagation, video) are taken after warm-up, with the device synchronised, as
-the median of repeats; things that are compared run in turns, but for CUDA graphs of part video. Parts long, pipeline
-and training go through their work once after a warm-up, one thing after the other: their ratios hold other work on the
+the median of repeats; things that are compared run in turns, but for the ways of part video. Parts long, pipeline and
+training go through their work once after a warm-up, one thing after the other: their ratios hold other work on the
 machine, too. See docs/performance.md for what the figures mean.
 """
 
@@ -190,8 +190,10 @@ def _measure(
     from models.consensus import can_agree
     from utils.benchmark.network import bench_against_encoders, bench_clip, bench_long, bench_video, profile_clip
     from utils.benchmark.pipeline import bench_pipeline
+    from utils.benchmark.timing import release
     from utils.benchmark.training import bench_training
 
+    release(device)
     clip = {"length": args.bench_clip, "amp": args.amp}
     graphs = {"cuda_graphs": args.cuda_graphs}
     if part == "network":

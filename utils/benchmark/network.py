@@ -17,7 +17,7 @@ from models.dbsnet import DBSNet
 from models.fold import inference_copy
 from models.frame_store import FrameStore
 from models.predictor import AMP
-from utils.benchmark.timing import PeakMemory, synchronise, time_calls
+from utils.benchmark.timing import PeakMemory, release, synchronise, time_calls
 
 
 class LazyPictures(Sequence[np.ndarray]):
@@ -193,6 +193,13 @@ def run_video(predictor: Predictor, length: int, size: tuple[int, int]) -> float
     return time.perf_counter() - began
 
 
+def warm_up_frames(predictor: Predictor, length: int) -> int:
+    """Frames of a video after which the next ones find all prepared: libraries have memory, and on a GPU convolutions
+    are planned and graphs recorded, at a recurrence's fourth piece of frames the last.
+    """
+    return min(length, 16 if predictor.device.type == "cpu" else 5 * max(predictor.batch_size, predictor.piece))
+
+
 def bench_video(
     net: DBSNet,
     device: torch.device,
@@ -212,6 +219,7 @@ def bench_video(
     votes = can_agree(net.streams)
 
     def measure(**options: bool) -> dict[str, Any]:
+        release(device)
         predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, **options)
         with PeakMemory(device) as memory:
             times = time_calls({"video": lambda: run_video(predictor, length, size)}, device, repeats)
@@ -237,7 +245,7 @@ def bench_long(
     """
     consensus = can_agree(net.streams)  # as `tool.py --tools test` does by default
     predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, consensus=consensus, **options)
-    run_video(predictor, min(16, length), size)  # warm-up: libraries allocate once
+    run_video(predictor, warm_up_frames(predictor, length), size)
     spilled = _watch_spill()
     parts = []
     try:

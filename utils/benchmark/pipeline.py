@@ -15,6 +15,7 @@ import numpy as np
 from datasets.flow_colour import flow_to_image
 from datasets.images import LazyImages, load_frame
 from models import Predictor
+from utils.benchmark.network import warm_up_frames
 from utils.benchmark.timing import PeakMemory
 from utils.files import write_png
 from utils.flow.estimation import dis_flow
@@ -84,7 +85,8 @@ def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int,
         frames = LazyImages(paths, load_frame)
         for each in (pool, crf_pool) if crf else (pool,):  # the processes import their libraries now
             list(each.map(flow_of, [paths] * workers, [0] * workers))
-        list(predictor([frames[0]] * 2, [frames[0]] * 2))  # warm-up
+        still = [frames[0]] * warm_up_frames(predictor, count)
+        list(predictor(still, still))
 
         pictures = measure("read", lambda: list(frames))
         flows = measure("flow", lambda: list(pool.map(flow_of, [paths] * count, range(count))))
