@@ -46,10 +46,14 @@ def time_encoding(length: int, dim: int, like: Tensor) -> Tensor:
     """Sinusoid over time, centred on the clip, so that clips of any length share their middle: (T, dim)."""
     # A recorded graph would not know when a kept one is thrown away. And what is made for tools that only want shapes
     # (FakeTensorMode) has no numbers for whoever computes next.
-    recording = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    keep = type(like) is Tensor and not recording and not torch.compiler.is_compiling()
+    # What compiles is asked first: it cannot take in the question about a recording.
+    keep = not torch.compiler.is_compiling() and type(like) is Tensor and not _is_recorded(like)
     make = _kept_time_encoding if keep else _time_encoding
     return make(length, dim, like.dtype, like.device)
+
+
+def _is_recorded(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _time_encoding(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:

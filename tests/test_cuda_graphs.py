@@ -25,6 +25,7 @@ import models.predictor
 from models import Predictor, build_dbsnet
 from models.cuda_graphs import CudaGraphs
 from models.dbsnet import DBSNet
+from models.refinement import time_encoding
 from tests.test_speed_paths import make_net, predict, video
 
 made: Counter = Counter()  # recordings and replays of the emulation
@@ -266,6 +267,14 @@ def test_what_waits_is_noticed() -> None:
     with torch.inference_mode(), Watch() as watch:
         x[:, [1, 0]]  # the list goes to the GPU first
     assert watch.waiting
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_what_compiles_is_not_asked_about_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose answer is of a kind that torch.compile would leave its graph for, in each layer."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("it is asked"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert time_encoding(3, 8, torch.empty(1)).is_cuda
 
 
 # ---------------------------------------------------------------------------------------------------------- real graphs
