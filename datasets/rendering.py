@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from datasets.flow_colour import flows_to_images
 from datasets.scene_textures import smooth_noise
 from datasets.scenes import Layer, SceneOptions
+from datasets.transfer import send
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,13 @@ def expose(rng: np.random.Generator, frames: torch.Tensor, flow: torch.Tensor, o
         swing = rng.uniform(0, 0.12) * np.sin(rng.uniform(0.05, 0.8) * time + rng.uniform(0, 2 * math.pi))
         gain = rng.uniform(0.75, 1.2) * (1 + swing)[:, None] * rng.uniform(0.93, 1.07, 3)[None]  # (T, 3)
         offset = rng.uniform(-0.06, 0.06)
-        gains = torch.from_numpy(gain.astype(np.float32)).to(frames.device)[:, :, None, None]
+        gains = send(gain.astype(np.float32), frames.device)[:, :, None, None]
         frames = frames.mul_(gains).add_(offset)
     if rng.random() < options.noise:
         # one field, shifted differently for every frame and channel: fresh noise would cost more than the frames
         height, width = frames.shape[2:]
-        field = torch.from_numpy(rng.standard_normal((height, width), dtype=np.float32))
-        field = field.mul_(rng.uniform(0.004, 0.02)).to(frames.device)
+        field = send(rng.standard_normal((height, width), dtype=np.float32), frames.device)
+        field = field.mul_(rng.uniform(0.004, 0.02))
         for plane in frames.flatten(0, 1):
             plane += torch.roll(field, (int(rng.integers(height)), int(rng.integers(width))), (0, 1))
     exposed = torch.empty(frames.shape, dtype=torch.uint8, device=frames.device)
@@ -194,8 +195,7 @@ def flow_pictures(rng: np.random.Generator, flow: torch.Tensor, options: SceneOp
     rows, columns = coarse.shape[2:]
     for cells in (3, 8):
         grid = rng.standard_normal((length, 2, cells, round(cells * columns / rows) + 1), dtype=np.float32)
-        errors = torch.from_numpy(grid).to(flow.device)
-        errors = F.interpolate(errors, size=(rows, columns), mode="bilinear", align_corners=True)
+        errors = F.interpolate(send(grid, flow.device), size=(rows, columns), mode="bilinear", align_corners=True)
         coarse = coarse + 0.7 * amount * errors
     half = F.interpolate(coarse, size=((height + 1) // 2, (width + 1) // 2), mode="bilinear", align_corners=False)
     pictures = flows_to_images(half).float()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from datasets.transfer import send
+
 
 @dataclass(frozen=True)
 class Motion:
@@ -77,7 +79,7 @@ class Motion:
 def _project(matrices: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Points through one homography per frame; matrices (T, 3, 3), x and y broadcast to (T, H, W)."""
     matrices = matrices / matrices[:, 2:, 2:]
-    m = torch.from_numpy(matrices.astype(np.float32)).to(x.device)[:, :, :, None, None]  # (T, 3, 3, 1, 1)
+    m = send(matrices.astype(np.float32), x.device)[:, :, :, None, None]  # (T, 3, 3, 1, 1)
     new_x = torch.addcmul(m[:, 0, 0] * x, m[:, 0, 1], y).add_(m[:, 0, 2])
     new_y = torch.addcmul(m[:, 1, 0] * x, m[:, 1, 1], y).add_(m[:, 1, 2])
     if np.any(matrices[:, 2, :2]):
@@ -87,7 +89,7 @@ def _project(matrices: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> tuple[to
 
 
 def _wave(wave: tuple[np.ndarray, np.ndarray, float], times: list[int], along: torch.Tensor) -> torch.Tensor:
-    amplitude, phase = (torch.from_numpy(v[times].astype(np.float32)).to(along.device)[:, None, None] for v in wave[:2])
+    amplitude, phase = (send(v[times].astype(np.float32), along.device)[:, None, None] for v in wave[:2])
     return along.mul(wave[2]).add_(phase).sin_().mul_(amplitude)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from datasets.errors import DataError
 from datasets.images import DECODING_ERRORS
 from datasets.stills import StillImage, open_mask
+from datasets.transfer import send
 
 
 def smooth_noise(
@@ -23,7 +24,7 @@ def smooth_noise(
 ) -> torch.Tensor:
     """Noise of about unit variance that varies over `cells` (rows, columns) across `size`; (channels, H, W)."""
     cells = (max(2, min(cells[0], size[0])), max(2, min(cells[1], size[1])))
-    grid = torch.from_numpy(rng.standard_normal((1, channels, *cells), dtype=np.float32)).to(device)
+    grid = send(rng.standard_normal((1, channels, *cells), dtype=np.float32), device)
     return F.interpolate(grid, size=size, mode="bilinear", align_corners=True)[0]
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets.flow_colour import mirror_colours, turn_colours
+from datasets.transfer import send
 
 FLOW_COLOURS = ("exact", "ignore")
 
@@ -185,8 +186,7 @@ def sample_view(clip: torch.Tensor, size: tuple[int, int], matrix: np.ndarray) -
     theta = matrix.copy()
     theta[:, 2] += shift
     theta = theta * np.array([[2 / part_width], [2 / part_height]])
-    theta = torch.from_numpy(theta.astype(np.float32)).to(clip.device)
-    grid = F.affine_grid(theta[None], (1, 1, *size), align_corners=False)
+    grid = F.affine_grid(send(theta.astype(np.float32), clip.device)[None], (1, 1, *size), align_corners=False)
     planes_together = part.reshape(1, length * planes, part_height, part_width)  # (T, 7, h, w) -> (1, 7T, h, w)
     sampled = F.grid_sample(planes_together, grid, padding_mode="reflection", align_corners=False)
     return sampled.view(length, planes, *size)
@@ -212,9 +212,9 @@ def change_colours(frames: torch.Tensor, colours: Colours) -> torch.Tensor:
     luma = np.array([0.299, 0.587, 0.114])
     mix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * luma[None, :].repeat(3, axis=0))
     mean = frames[:, :, ::4, ::4].mean(dim=(0, 2, 3)).double()  # (3,)
-    pivot = mean @ torch.from_numpy(luma).to(frames.device)
+    pivot = mean @ send(luma, frames.device)
     length, _, height, width = frames.shape
-    matrix = torch.from_numpy(mix.astype(np.float32)).to(frames.device).expand(length, 3, 3)
+    matrix = send(mix.astype(np.float32), frames.device).expand(length, 3, 3)
     flat = torch.bmm(matrix, frames.reshape(length, 3, height * width))  # (T, 3, H * W)
     return flat.add_(pivot * (brightness * (1 - contrast))).clamp_(0, 255).view(length, 3, height, width)
 

@@ -6,15 +6,20 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from datasets import flow_colour
 from datasets.clips import FaultyClips, MixedClips, VideoClips
 from datasets.errors import DataError
+from datasets.scenes import SceneOptions
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.synthetic import SyntheticClips, write_dataset
 from datasets.transforms import Augment
@@ -255,6 +260,52 @@ def test_a_batch_at_another_size_is_what_pillow_makes_of_it() -> None:
                         resized = np.asarray(Image.fromarray(plane).resize((96, 32), Image.Resampling.BILINEAR))
                         assert np.abs(made.astype(int) - resized).max() <= 1
     assert small["masks"].any()
+
+
+class Waits(TorchDispatchMode):
+    """Notes copies to the GPU that wait for what it is still at, and numbers that are read from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies, self.waiting = 0, []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        if "_to_copy" in str(operator) and args[0].device != result.device:
+            self.copies += 1
+            if not kwargs.get("non_blocking"):
+                self.waiting.append(f"copy of {tuple(args[0].shape)}")
+        elif "_local_scalar_dense" in str(operator):
+            self.waiting.append("a number")
+        return result
+
+
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_clips_are_finished_on_a_gpu_without_waiting_for_it(
+    synthetic: bool, sequences: list[VideoSequence], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one that need not be there: tensors without numbers. Left out is what synthetic clips have to ask for: the
+    fastest motion, and whether all of it is finite.
+    """
+    options = SceneOptions(turbulence=1, motion_blur=1, light=1, noise=1, occluder=1, second_object=1, flow_errors=1)
+    if synthetic:
+        clips = SyntheticClips(None, 4, 3, SIZE, seed=3, options=options, defer=True)
+    else:
+        strong = Augment(sharpness_probability=1, rotation_probability=1, flip=1)
+        clips = VideoClips(sequences, 3, SIZE, strong, samples_per_epoch=2, flow_drop=0.5, defer=True)
+    made = [clips[index]["raw"] for index in range(len(clips))]
+    tables = (flow_colour._wheel_tables, flow_colour._mirror_table, flow_colour._position_table)  # made once
+    for table in tables:
+        monkeypatch.setattr(flow_colour, table.__name__, table.__wrapped__)
+    if synthetic:
+        monkeypatch.setattr(torch.Tensor, "__float__", lambda x: 1.0)
+        monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: True)
+    for raw in made:
+        with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
+            for pictures in raw.finish("cuda"):
+                assert pictures.device.type == "cuda" and pictures.dtype == torch.uint8
+        assert waits.copies >= 4
+        assert set(waits.waiting) <= {"copy of (55, 3)", "copy of (2097152,)"}, waits.waiting  # the tables
 
 
 @pytest.mark.gpu
