@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -389,6 +390,15 @@ def test_without_timm_part_encoders_is_refused_at_once(tmp_path: Path, monkeypat
     bench.check(parse(folder=tmp_path))
     with pytest.raises(UserError, match="pip install timm"):
         bench.check(parse("--bench_parts", "network", "encoders", folder=tmp_path))
+
+
+def test_without_pydensecrf_the_pipeline_with_it_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
+    bench.check(parse("--bench_crf", "--bench_parts", "network", folder=tmp_path))
+    with pytest.raises(UserError, match="pip install pydensecrf2"):
+        bench.check(parse("--bench_crf", folder=tmp_path))
 
 
 def test_a_data_set_that_is_not_there_is_told_before_anything_is_measured(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def refine(image_rgb: np.ndarray, probability: np.ndarray, settings: CrfSettings
         UserError: pydensecrf is not installed.
         ValueError: arrays of other shapes, dtypes or ranges. The library itself would not notice all of them.
     """
-    densecrf = _import_densecrf()
+    densecrf = import_densecrf()
     settings = settings or CrfSettings()
     image_rgb = np.asarray(image_rgb)
     if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8:
@@ -141,7 +141,8 @@ def refine(image_rgb: np.ndarray, probability: np.ndarray, settings: CrfSettings
     return np.clip(q[1] * 255, 0, 255).astype(np.uint8)
 
 
-def _import_densecrf() -> Any:
+def import_densecrf() -> Any:
+    """The library that does the work; raises UserError where it is not installed."""
     try:
         import pydensecrf.densecrf as densecrf
     except ImportError as error:
@@ -209,7 +210,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: pydensecrf is not installed, or an option is out of range.
     """
-    _import_densecrf()
+    import_densecrf()
     settings_from(args)
 
 
@@ -242,7 +243,7 @@ def run(args: argparse.Namespace, videos: Sequence[Refinable], save_dir: str | P
         UserError: pydensecrf is not installed.
         DataError: a map or frame that is missing, unreadable, or of another size.
     """
-    _import_densecrf()  # now rather than in a worker
+    import_densecrf()  # now rather than in a worker
     settings = settings_from(args)
     save_dir = Path(save_dir)
     todo, missing = [], []
@@ -287,7 +288,7 @@ def run_beside_test(
     if workers <= 1 or not all(video.in_files for video in videos):
         yield None
         return
-    _import_densecrf()
+    import_densecrf()
     settings, save_dir = settings_from(args), Path(save_dir)
     frames = {v.place / f"{stem}.png": frame for v in videos for stem, frame in zip(v.stems, v.frames)}
     with Background(_refine_file, share_of_workers(workers, world_size), "crf") as background:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.crf import import_densecrf
 from utils.errors import UserError, refuse_folder
 from utils.files import write_json
 from utils.inference.weights import check_size
@@ -88,7 +89,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuses what `run` would refuse before it measures anything, for whoever has much to do before.
 
     Raises:
-        UserError: an option out of range, two that contradict each other, or part encoders without timm.
+        UserError: an option out of range, two that contradict each other, part encoders without timm, or the CRF
+            without pydensecrf.
     """
     for name in ("bench_clip", "bench_frames", "bench_video_frames", "bench_repeats", "bench_processes"):
         if getattr(args, name) < 1:
@@ -106,6 +108,8 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} and --{other} both say what to measure: leave one of them out")
     if "encoders" in args.bench_parts and importlib.util.find_spec("timm") is None:
         raise UserError("--bench_parts encoders compares with timm's encoders: pip install timm, or leave it out")
+    if args.bench_crf and "pipeline" in args.bench_parts:
+        import_densecrf()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
