@@ -23,6 +23,7 @@ import models.convlstm
 import models.cuda_graphs
 import models.predictor
 from models import Predictor, build_dbsnet
+from models.consensus import correct
 from models.cuda_graphs import CudaGraphs
 from models.dbsnet import DBSNet
 from models.refinement import time_encoding
@@ -259,6 +260,18 @@ def test_nothing_in_the_network_waits_for_the_gpu(encoder: Any) -> None:
         *_, state = layer.chains(maps, list(maps))
         layer.chains(maps, list(maps), state)
     assert watch.count > 500 and not watch.waiting
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_nothing_in_the_vote_of_frames_waits_for_the_gpu() -> None:
+    frames, voters, channels = 4, 5, 48
+    looks, others = torch.rand(frames, channels, 6, 10), torch.rand(frames, voters, channels, 6, 10)
+    with torch.inference_mode(), Watch() as watch:
+        result = correct(
+            torch.rand(frames, 1, 24, 40), looks, torch.rand(frames, 6, 10), others, torch.rand(frames, voters, 6, 10)
+        )
+    assert result.is_cuda and result.dtype == torch.float32 and result.shape == (frames, 1, 24, 40)
+    assert watch.count > 20 and not watch.waiting
 
 
 @pytest.mark.usefixtures("fake_gpu")
