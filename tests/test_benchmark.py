@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from datasets.errors import DataError
+from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, save_weights
 from models.frame_store import FrameStore
 from utils.benchmark import bench, network, propagation, training
@@ -41,7 +42,7 @@ def parse(*words: str, folder: Path) -> argparse.Namespace:
     bench.add_arguments(parser)
     args = parser.parse_args(words)
     shared = {"device": "cpu", "size": None, "checkpoint": None, "amp": "none", "batch_size": 2, "workers": 1,
-              "cuda_graphs": False,
+              "cuda_graphs": False, "sequences": None,
               "datasets": None, "data_dir": "data", "split": None, "save_dir": str(folder)}  # fmt: skip
     for name, value in shared.items():
         setattr(args, name, value)
@@ -407,6 +408,18 @@ def test_a_data_set_that_is_not_there_is_told_before_anything_is_measured(tmp_pa
     with pytest.raises(DataError, match="DAVIS-2016"):
         bench.run(args)
     assert not list(tmp_path.iterdir())
+
+
+def test_frames_of_a_data_set_are_those_of_the_video_asked_for(tmp_path: Path) -> None:
+    write_dataset(tmp_path, "DAVIS-2016", videos=3, frames=4, size=(32, 48), flows=False, validation=2)
+    args = parse("--bench_video_frames", "3", folder=tmp_path)
+    args.datasets, args.data_dir = ["DAVIS-2016"], str(tmp_path)
+    for sequences, video in ((None, "video-001"), (["video-002"], "video-002")):
+        args.sequences = sequences
+        assert [path.parent.name for path in bench._dataset_frames(args)] == [video] * 3
+    args.sequences = ["video-02"]
+    with pytest.raises(UserError, match="--sequences video-02: not in DAVIS-2016; did you mean video-002"):
+        bench.run(args)
 
 
 def test_sizes_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.crf import import_densecrf
-from utils.errors import UserError, refuse_folder
+from utils.errors import UserError, nearest, refuse_folder
 from utils.files import write_json
 from utils.inference.weights import check_size
 from utils.parallel import count_of_workers
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what ``--bench_parts`` asks for; prints each figure as it comes, writes the JSON, and returns it.
 
     Raises:
-        UserError: as `check`, sizes too small for a part, or no CUDA where asked for.
+        UserError: as `check`, sizes too small for a part, a video that is not there, or no CUDA where asked for.
         DataError: the data set of part pipeline is not there.
     """
     import torch
@@ -236,11 +236,15 @@ def _training_clips(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _dataset_frames(args: argparse.Namespace) -> Sequence[Path]:
-    """Files of frames of the first video of ``--datasets``."""
+    """Files of frames of the first video of ``--datasets``, of those of ``--sequences`` if given."""
     from datasets.sequences import read_dataset
 
     sequences = read_dataset(args.datasets[0], Path(args.data_dir), split=args.split or "val")
-    return sequences[0].frames[: args.bench_video_frames]
+    chosen = [sequence for sequence in sequences if sequence.name in (args.sequences or [sequence.name])]
+    if not chosen:
+        known = nearest(args.sequences[0], [sequence.name for sequence in sequences])
+        raise UserError(f"--sequences {args.sequences[0]}: not in {args.datasets[0]}; {known}")
+    return chosen[0].frames[: args.bench_video_frames]
 
 
 def _drawn_frames(folder: Path, count: int, size: tuple[int, int]) -> Sequence[Path]:
