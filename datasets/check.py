@@ -493,7 +493,7 @@ def _doubtful_values(mask: Path, rule: str) -> tuple[str, str, bool] | None:
         return None
     present = np.unique(values)
     top = int(present.max())
-    if rule == "above_128":
+    if rule in ("above_128", "objects"):
         between = np.isin(values, present[(present > 0) & (present < 255)]).mean()
         if top > 1 and between:
             message = (

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from datasets.errors import DataError
-from datasets.video_sequence import list_files
+from datasets.video_sequence import MASK_SUFFIXES, list_files, object_folders
 
-MASK_RULES = ("nonzero", "above_128", "fbms")
+MASK_RULES = ("nonzero", "above_128", "objects", "fbms")
 
 VOID = 255  # palette index
 
@@ -176,6 +176,8 @@ def load_mask(path: Path | str, rule: str = "nonzero") -> np.ndarray:
         "above_128": binary PNG of the VSOD releases. Grey value > 128, as their evaluation does. Three readings of
             ours, where that would lose the mask: a 1-bit image is taken as it is, an image of a coloured palette by
             its index > 0, and a grey image of only 0 and 1 as a 0/1 mask.
+        "objects": the file of one object, in a folder of its own; read as above and merged with the files of this stem
+            in the folders of the other objects.
         "fbms": native ground truth of FBMS-59 (.ppm, .pgm), see `_fbms_foreground`.
 
     Raises:
@@ -192,9 +194,22 @@ def load_mask(path: Path | str, rule: str = "nonzero") -> np.ndarray:
         void = void_pixels(path, values, mode)
         if void is not None:
             foreground &= ~void
+    elif rule == "objects":
+        foreground = _any_object(path)
     else:
         foreground = _above_128(path)
     return foreground.astype(np.uint8)
+
+
+def _any_object(path: Path) -> np.ndarray:
+    foreground = _above_128(path)
+    for folder in object_folders(path.parent.parent):
+        for other in list_files(folder, MASK_SUFFIXES):
+            if other.stem == path.stem and other != path:  # there is none where the object has no mask of this frame
+                mask = _above_128(other)
+                require_size(other, mask.shape, foreground.shape, path)
+                foreground |= mask
+    return foreground
 
 
 def _above_128(path: Path) -> np.ndarray:

@@ -33,6 +33,7 @@ DAVIS_2016 = {
         "scooter-black soapbox"
     ).split(),
 }
+_LIST_FOLDERS = ("2016", "480p")  # of ImageSets, for DAVIS-2016
 _SPLITS = {"train": ("train",), "val": ("val",), "test": ("val",), "trainval": ("train", "val")}
 
 
@@ -128,7 +129,7 @@ def read_davis_2016(
     Flow: `Flows/480p/<sequence>/<stem>.png|.jpg` (or `flows/…`) beside `JPEGImages`.
     """
     parts = _parts(_SPLITS, split, dataset)
-    lists = _lists(root, ("2016", "480p"), parts, report)
+    lists = _lists(root, _LIST_FOLDERS, parts, report)
     if lists is None:
         lists = [(None, {name: [] for name in DAVIS_2016[part]}) for part in parts]
     return _davis_sequences(root, dataset, lists, report)
@@ -158,6 +159,13 @@ def _parts(splits: dict[str, tuple[str, ...]], split: str, dataset: str) -> tupl
 def has_davis_2016(root: Path) -> bool:
     """Whether a folder is a DAVIS tree that DAVIS-2016 can be read from."""
     return bool(list_folders(root / "JPEGImages"))
+
+
+def has_davis_lists(root: Path) -> bool:
+    """Whether a folder is a tree of DAVIS's form with lists of its own, and not with those of another form: SegTrack v2
+    has ImageSets too.
+    """
+    return has_davis_2016(root) and any((root / "ImageSets" / name).is_dir() for name in _LIST_FOLDERS)
 
 
 def has_davis_2017(root: Path) -> bool:

@@ -121,7 +121,7 @@ _ALIASES = {
 _ANY_LAYOUTS = (
     _authors("nonzero"),
     _Layout(
-        lambda root: layouts.has_davis_2016(root) and (root / "ImageSets").is_dir(),
+        layouts.has_davis_lists,
         layouts.read_davis_2016,
         "JPEGImages/480p/<sequence>/* with ImageSets/2016/<split>.txt",
     ),

@@ -34,7 +34,7 @@ class VideoSequence:
         frames: frame images in time order (natural order of their names).
         flows: flow image by frame stem; only those that exist.
         masks: annotation by frame stem; only those that exist (FBMS, MCL and YouTube-VOS annotate some frames only).
-        mask_rule: how `datasets.images.load_mask` reads them: "nonzero", "above_128" or "fbms".
+        mask_rule: how `datasets.images.load_mask` reads them: "nonzero", "above_128", "objects" or "fbms".
         flow_dir: folder where the flow images are, or where `tool.py --tools flow` writes them.
         flow_command: the command that makes its flow, for errors; `read_dataset` fills in where the data lie.
     """
@@ -126,6 +126,11 @@ def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
             if not entry.name.startswith(".") and entry.name.lower().endswith(tuple(suffixes)) and not entry.is_dir()
         ]
     return [folder / name for name in sorted(names, key=natural_key)]
+
+
+def object_folders(masks: Path) -> list[Path]:
+    """The folders 1, 2 … of a folder of masks, where each object has masks of its own, as in SegTrack v2."""
+    return [folder for folder in list_folders(masks) if folder.name.isdecimal()]
 
 
 def by_stem(files: Iterable[Path], sequence: str, report: Report) -> dict[str, Path]:

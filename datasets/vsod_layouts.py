@@ -13,9 +13,11 @@ from datasets.video_sequence import (
     Report,
     VideoSequence,
     build_sequence,
+    by_stem,
     list_files,
     list_folders,
     natural_key,
+    object_folders,
 )
 
 FBMS_59 = {
@@ -128,10 +130,21 @@ def find_videos(root: Path) -> list[VideoFolder]:
 
 def _sequences(videos: list[VideoFolder], dataset: str, report: Report) -> list[VideoSequence]:
     found = [
-        build_sequence(video.name, dataset, video.frames, video.flows, video.masks, "above_128", report)
+        build_sequence(video.name, dataset, video.frames, video.flows, *_masks(video, report), report)
         for video in videos
     ]
     return [sequence for sequence in found if sequence is not None]
+
+
+def _masks(video: VideoFolder, report: Report) -> tuple[Path | dict[str, Path] | None, str]:
+    """The masks of one video as `build_sequence` takes them, and the rule that reads them."""
+    objects = object_folders(video.masks) if video.masks and not list_files(video.masks, MASK_SUFFIXES) else []
+    if not objects:
+        return video.masks, "above_128"
+    masks: dict[str, Path] = {}
+    for folder in objects:  # the first that has a frame stands for all
+        masks = {**by_stem(list_files(folder, MASK_SUFFIXES), video.name, report), **masks}
+    return masks, "objects"
 
 
 def _part(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -148,7 +161,10 @@ def has_videos_with_masks(root: Path) -> bool:
 
 
 def read_videos(root: Path, split: str, report: Report, dataset: str, num_frames: int = 5) -> list[VideoSequence]:
-    """A set that has a test part only (MCL, ViSal, SegTrack-V2 …): every video of the folder, see `find_videos`."""
+    """A set that has a test part only (MCL, ViSal, SegTrack v2 …): every video of the folder, see `find_videos`.
+
+    Where each object of a video has masks of its own, in `<masks>/1/*`, `<masks>/2/*` and so on, they are merged.
+    """
     if split not in ("val", "test"):
         raise DataError(
             f"{dataset}: no split {split!r}; {root} holds one set of videos, which is for evaluation (split val). To "

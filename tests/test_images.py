@@ -245,7 +245,7 @@ def test_sixteen_bit_masks_by_rule(tmp_path):
 
 
 def test_an_unknown_rule_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="nonzero, above_128, fbms"):
+    with pytest.raises(DataError, match="nonzero, above_128, objects, fbms"):
         load_mask(save(tmp_path / "a.png", SHAPE), "positive")
 
 

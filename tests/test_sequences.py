@@ -669,6 +669,38 @@ def test_sets_that_are_not_known_by_name(tmp_path):
     assert named(read_dataset("ViSal", tmp_path)) == ["horse"]
 
 
+def test_segtrack_v2_as_it_unpacks(tmp_path):
+    """Its ImageSets are no lists of DAVIS, and where a video has several objects each has a folder of masks."""
+    root = tmp_path / "SegTrackv2"
+    girl, drift = root / "JPEGImages" / "girl", root / "JPEGImages" / "drift"
+    pictures(girl, ["girl_0001", "girl_0002"], ".bmp")
+    pictures(root / "GroundTruth" / "girl", ["girl_0001", "girl_0002"], ".png", "L")
+    pictures(drift, ["drift_0", "drift_1", "drift_2"])
+    parts = {}
+    for number, (name, rows) in enumerate({"1/drift_0.png": 2, "1/drift_1.png": 1, "2/drift_0.bmp": 4}.items()):
+        mask = np.zeros(SIZE, dtype=np.uint8)
+        mask[number : number + rows, number] = 255
+        parts[name] = mask > 0
+        file = root / "GroundTruth" / "drift" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(file)
+    write(root / "ImageSets" / "all.txt", ["*drift", "*girl"])
+    write(root / "ImageSets" / "drift.txt", ["drift/", "drift_0", "drift_1", "drift_2"])
+
+    first, second = read_dataset("SegTrackv2", tmp_path)
+    assert (first.name, second.name) == ("drift", "girl") and second.mask_rule == "above_128"
+    assert first.stems == ("drift_0", "drift_1", "drift_2") and first.annotated == ("drift_0", "drift_1")
+    assert second.stems == second.annotated == ("girl_0001", "girl_0002")
+    both = load_mask(first.masks["drift_0"], first.mask_rule)
+    np.testing.assert_array_equal(both, parts["1/drift_0.png"] | parts["2/drift_0.bmp"])
+    one = load_mask(first.masks["drift_1"], first.mask_rule)
+    np.testing.assert_array_equal(one, parts["1/drift_1.png"])
+
+    Image.new("L", (3, 3)).save(root / "GroundTruth" / "drift" / "2" / "drift_1.png")
+    with pytest.raises(DataError, match=r"2/drift_1\.png: 3×3 pixels"):
+        load_mask(first.masks["drift_1"], first.mask_rule)
+
+
 def test_known_sets_are_known_in_any_case_and_by_their_folder_names(tmp_path):
     """Their folder is found in any case: as that of an unknown set, training and test videos would be read together,
     and DAVIS scored on its first and last frames.
