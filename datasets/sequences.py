@@ -17,6 +17,7 @@ from datasets.video_sequence import (
     VideoSequence,
     by_stem,
     flow_command,
+    folder_names,
     list_files,
     list_folders,
     raise_problem,
@@ -165,7 +166,7 @@ def _may_be(source: _Source, folder: Path) -> bool:
     """Whether a folder can be this data set by its name: one that is called as another set is that set, since several
     have one form (videos in an MCL folder would be scored as DAVSOD's).
     """
-    called = {folder.absolute().name.lower(), folder.resolve().name.lower()}  # "." has a name, and a link has two
+    called = folder_names(folder)
     owners = [other for other in _SOURCES.values() if called & {name.lower() for name in other.folders}]
     # The parts of DAVSOD, or the years of DAVIS, are called alike.
     return not owners or any(set(owner.folders) & set(source.folders) for owner in owners)
@@ -189,8 +190,10 @@ def _find(name: str, data_dir: Path) -> tuple[Path, _Layout]:
 
     outer = usual(data_dir)
     inner = [folder for parent in outer for folder in usual(parent)]  # DAVIS-2017/DAVIS: unpacked into its own folder
-    itself = [data_dir] if (_may_be(known, data_dir) if known else data_dir.resolve().name.lower() in wanted) else []
-    for candidate in (*outer, *inner, *itself):
+    is_called_so = bool(folder_names(data_dir) & set(wanted))
+    itself = [data_dir] if (_may_be(known, data_dir) if known else is_called_so) else []
+    # One that is called so comes first: Easy-35, in DAVSOD, is a part of it and has no training set.
+    for candidate in (*itself, *outer, *inner) if is_called_so else (*outer, *inner, *itself):
         for layout in source.layouts:
             if layout.matches(candidate):
                 return candidate, layout

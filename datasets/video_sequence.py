@@ -111,6 +111,11 @@ def list_folders(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names, key=natural_key) if name.lower() not in _NO_VIDEOS]
 
 
+def folder_names(folder: Path) -> set[str]:
+    """What a folder is called, in small letters: "." has a name, and a link has two."""
+    return {folder.absolute().name.lower(), folder.resolve().name.lower()}
+
+
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Files with one of the suffixes (any case) in natural order, without hidden ones; empty where there is no folder.
 

@@ -14,6 +14,7 @@ from datasets.video_sequence import (
     VideoSequence,
     build_sequence,
     by_stem,
+    folder_names,
     list_files,
     list_folders,
     natural_key,
@@ -56,6 +57,14 @@ _DAVSOD_PARTS = {
     "easy": ("Easy-35", "DAVSOD-Easy-35", "DAVSOD-Easy", "Easy"),
     "normal": ("Normal-25", "DAVSOD-Normal-25", "DAVSOD-Normal", "Normal"),
     "difficult": ("Difficult-20", "DAVSOD-Difficult-20", "DAVSOD-Difficult", "Difficult"),
+}
+
+_DAVSOD_ASKED_BY = {
+    "train": "the train split of DAVSOD",
+    "validation": "the validation split of DAVSOD",
+    "easy": "the val split of DAVSOD",
+    "normal": "the val split of DAVSOD-Normal",
+    "difficult": "the val split of DAVSOD-Difficult",
 }
 
 
@@ -197,13 +206,17 @@ def read_davsod(
     if split not in splits:
         raise DataError(f"{dataset}: no split {split!r}; expected one of {', '.join(splits)}")
     names = _DAVSOD_PARTS[splits[split]]
+    called = folder_names(root)
+    itself = next((part for part, usual in _DAVSOD_PARTS.items() if called & {name.lower() for name in usual}), None)
     folder = _part(root, names)
-    if folder is None and root.name.lower() in [name.lower() for name in names]:
+    # Videos that lie in DAVSOD itself are those of Easy-35, but not the videos of another package.
+    if folder is None and splits[split] == (itself or "easy") and find_videos(root):
         folder = root
-    if folder is None and splits[split] == "easy" and find_videos(root):
-        folder = root  # the videos lie in DAVSOD itself
     if folder is None:
-        raise DataError(f"{root}: no folder {' or '.join(names)}, the {split} part of {dataset}; unpack it there")
+        advice = "unpack it there"
+        if itself:
+            advice = f"this is {_DAVSOD_ASKED_BY[itself]}. Put the packages side by side into one folder, DAVSOD"
+        raise DataError(f"{root}: no folder {' or '.join(names)}, the {split} part of {dataset}; {advice}")
     return _sequences(find_videos(folder), dataset, report)
 
 

@@ -557,6 +557,35 @@ def test_davsod_package_given_itself(tmp_path):
         read_dataset("DAVSOD-Normal", tmp_path / "Easy-35", "train")
 
 
+def test_davsod_given_itself_has_all_its_packages(tmp_path, monkeypatch):
+    """Easy-35 is a usual folder of DAVSOD as well, and there is no training set in it."""
+    root = tmp_path / "DAVSOD"
+    for package, name in (("Easy-35", "select_0043"), ("Training Set", "select_0100"), ("Normal-25", "select_0001")):
+        davsod(root / package, [name])
+    monkeypatch.chdir(root)
+    for itself in (root, Path(".")):
+        assert find_root("DAVSOD", itself) == find_root("DAVSOD-Normal", itself) == itself
+        assert named(read_dataset("DAVSOD", itself)) == ["select_0043"]
+        assert named(read_dataset("DAVSOD", itself, "train")) == ["select_0100"]
+        assert named(read_dataset("DAVSOD-Normal", itself)) == ["select_0001"]
+
+
+def test_davsod_packages_are_not_taken_for_each_other(tmp_path):
+    """Figures of Normal-25 would stand in the table as those of DAVSOD, which is Easy-35."""
+    for package in ("Easy-35", "Normal-25", "Training Set"):
+        davsod(tmp_path / package, ["select_0001"])
+    (tmp_path / "link").symlink_to("Normal-25")
+    for folder, whose in (
+        ("Normal-25", "val split of DAVSOD-Normal"),
+        ("link", "val split of DAVSOD-Normal"),
+        ("Training Set", "train split of DAVSOD"),
+    ):
+        with pytest.raises(DataError, match=f"no folder Easy-35 .*this is the {whose}"):
+            read_dataset("DAVSOD", tmp_path / folder)
+    assert named(read_dataset("DAVSOD-Normal", tmp_path / "link")) == ["select_0001"]
+    assert named(read_dataset("DAVSOD", tmp_path / "Training Set", "train")) == ["select_0001"]
+
+
 @pytest.mark.parametrize("form", ["{kind}/{video}", "{video}/{kind}"])
 @pytest.mark.parametrize("masks", ["GT", "ground-truth"])
 def test_mcl(tmp_path, form, masks):
