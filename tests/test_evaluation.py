@@ -185,7 +185,8 @@ def test_ground_truth_without_any_foreground_is_warned_of(tmp_path):
 
 
 def test_measures_that_papers_report_are_the_default(tmp_path):
-    for dataset, expected in (("DAVSOD", {"vsod"}), ("MCL", {"vsod"}), ("FBMS", {"uvos", "vsod"})):
+    salient = dict.fromkeys(("DAVSOD", "DAVSOD-Normal", "DAVSOD-Difficult", "MCL"), {"vsod"})
+    for dataset, expected in {**salient, "FBMS": {"uvos", "vsod"}}.items():
         sequence = make_sequence(tmp_path / dataset, "v", 4, dataset=dataset)
         result = score(write_maps(tmp_path / dataset / "m", sequence), [sequence], table_dir=tmp_path / "out")
         assert set(result["protocol"]) & {"uvos", "vsod"} == expected

@@ -77,5 +77,7 @@ def default_protocol(dataset: str, measures: str) -> Protocol:
 
 
 def default_measures(dataset: str) -> tuple[str, ...]:
-    """What papers report on a data set: DAVSOD and MCL are benchmarks of salient objects only."""
-    return ("vsod",) if dataset in ("DAVSOD", "MCL") else MEASURES
+    """What papers report on a data set: DAVSOD, each of its test sets, and MCL are benchmarks of salient objects
+    only.
+    """
+    return ("vsod",) if dataset.startswith("DAVSOD") or dataset == "MCL" else MEASURES
