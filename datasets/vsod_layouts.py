@@ -177,7 +177,8 @@ def read_videos(root: Path, split: str, report: Report, dataset: str, num_frames
     if split not in ("val", "test"):
         raise DataError(
             f"{dataset}: no split {split!r}; {root} holds one set of videos, which is for evaluation (split val). To "
-            "train on it, name its training videos in ImageSets/2016/train.txt of the DAVIS layout"
+            "train on some of them, lay those out as train/images/<video> and train/labels/<video>, and the others as "
+            "val/images/<video> and val/labels/<video>"
         )
     return _sequences(find_videos(root), dataset, report)
 

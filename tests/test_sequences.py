@@ -597,8 +597,13 @@ def test_mcl(tmp_path, form, masks):
     assert (crowd.name, road.name) == ("crowd", "road") and len(crowd) == 9
     assert crowd.annotated == ("000", "008") and crowd.mask_rule == "above_128"
     assert crowd.flow_dir == root / "Flows" / "crowd"
-    with pytest.raises(DataError, match="no split 'train'"):
+    with pytest.raises(DataError, match="no split 'train'") as caught:
         read_dataset("MCL", tmp_path, "train")
+    for place, kind in re.findall(r"(\w+/(images|labels))/<video>", str(caught.value)):  # what it advises works
+        video = "crowd" if place.startswith("train") else "road"
+        pictures(root / place / video, stems(3), ".jpg" if kind == "images" else ".png")
+    assert named(read_dataset("MCL", tmp_path, "train")) == ["crowd"]
+    assert named(read_dataset("MCL", tmp_path)) == ["road"]
 
 
 @pytest.mark.parametrize("form", ["{kind}/{video}", "{video}/{kind}", "{video}"])
