@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 from utils.progress import progress_bar
 
 # How long a process waits for the others where they agree. One may have hours of flow or of a long video left when the
@@ -112,6 +113,7 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
         where = torch.device("cpu")
+        keep_freed_memory()
     else:
         if local_rank >= torch.cuda.device_count():
             raise UserError(

@@ -19,6 +19,7 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, NoReturn
 
+from utils.memory import keep_freed_memory
 from utils.progress import progress_bar
 
 # `utils.errors` is imported where it is raised: it brings torch, which takes a new process longer to import than many a
@@ -70,10 +71,7 @@ def start_worker(niceness: int = 0) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     if niceness and hasattr(os, "nice"):
         os.nice(niceness)
-    # glibc gives blocks above a threshold back to the system at once, and fetching them anew for every image costs a
-    # fifth of a scoring process's time. Freeing one large block raises that threshold, up to 32 MiB.
-    block = bytearray((32 << 20) - (64 << 10))
-    del block
+    keep_freed_memory()  # fetched anew for every image, memory costs a fifth of a scoring process's time
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for a torch that is imported later

@@ -18,6 +18,7 @@ from datasets.synthetic import SyntheticClips
 from models import build_dbsnet
 from models.losses import segmentation_loss
 from utils.benchmark.timing import PeakMemory, synchronise
+from utils.memory import keep_freed_memory
 from utils.training.loading import ClipOrder, build_loader, stop_workers, to_device, to_floats
 
 
@@ -135,6 +136,7 @@ def _steps_in_a_process(
     steps: int,
 ) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in training's own processes
     device = torch.device("cpu")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     step = Step(config, device, "none", distributed=world > 1)

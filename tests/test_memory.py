@@ -1,0 +1,44 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what glibc does with freed memory")
+
+# Memory that holds 96 MiB and was freed before it was looked at: what the process still has of it, in MiB.
+KEPT = """
+import os, sys
+from utils.memory import keep_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+if "keep" in sys.argv:
+    keep_freed_memory()
+before = resident()
+block = bytearray(b"x") * (96 << 20)
+held = resident() - before
+del block
+print(held, resident() - before)
+"""
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another C library")
+@pytest.mark.parametrize(
+    ("arguments", "environment", "kept"),
+    [(["keep"], {}, True), ([], {}, False), (["keep"], {"MALLOC_TRIM_THRESHOLD_": "131072"}, False)],
+)
+def test_freed_memory_stays_unless_the_user_has_settings_of_malloc(arguments, environment, kept):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    result = subprocess.run(
+        [sys.executable, "-c", KEPT, *arguments],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    held, left = map(float, result.stdout.split())
+    assert held > 90
+    assert (left > 90) == kept
