@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -75,6 +76,22 @@ def test_peak_memory_sees_what_came_and_went() -> None:
     assert 50 << 20 < memory.host < 120 << 20
     assert memory.device == 0
     assert resident_memory() > 10 << 20
+
+
+def test_peak_memory_sees_what_takes_the_place_of_what_was_freed(repository: Path) -> None:
+    script = """
+import torch
+from utils.benchmark.timing import PeakMemory
+from utils.memory import keep_freed_memory
+
+keep_freed_memory()
+torch.ones(96 << 18)
+with PeakMemory(torch.device("cpu")) as memory:
+    torch.ones(64 << 18)
+print(memory.host)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=True)
+    assert 50 << 20 < int(run.stdout) < 120 << 20
 
 
 def test_memory_of_a_gpu_is_given_back_before_the_next_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

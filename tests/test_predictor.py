@@ -418,7 +418,9 @@ MEMORY = """
 import resource, sys
 import numpy as np, torch
 from models import Predictor, build_dbsnet
+from utils.memory import keep_freed_memory
 
+keep_freed_memory()  # as tool.py does on a CPU
 torch.set_num_threads(1)
 length = int(sys.argv[1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
@@ -20,9 +21,21 @@ def keep_freed_memory() -> None:
     For processes that compute on the CPU. Does nothing with another C library, or where the environment has settings of
     one's own (``MALLOC_…``, ``GLIBC_TUNABLES``).
     """
-    if sys.platform != "linux" or any(name in os.environ for name in _SETTINGS):
+    if any(name in os.environ for name in _SETTINGS):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    mallopt = _of_glibc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def give_back_freed_memory() -> None:
+    """Gives the system what this process has freed and kept, for whoever measures what comes next."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """One of its functions that other C libraries do not have."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from utils.memory import give_back_freed_memory
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -108,6 +110,7 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         if self.where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.where)
+        give_back_freed_memory()  # or what was kept from before would be used unseen
         self._start = resident_memory()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
