@@ -133,6 +133,7 @@ def _check(args: argparse.Namespace) -> None:
     from utils.evaluation import evaluate
     from utils.flow import prepare
     from utils.inference import segment
+    from utils.inference.own_video import check_place
     from utils.inference.weights import check_file, find_checkpoint
 
     if args.workers is not None and args.workers < 0:
@@ -154,6 +155,7 @@ def _check(args: argparse.Namespace) -> None:
             )
         if args.flow_dir:
             raise UserError("--flow_dir is of data sets; flow of a video of your own goes below --save_dir")
+        check_place("video" if args.video else "frames", own, args.save_dir)
         # The user of a single video has most likely no weights of RAFT, and a download must not come unasked.
         if isinstance(args.flow_method, _Unsaid) and args.flow_weights is None:
             args.flow_method = "dis"

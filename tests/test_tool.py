@@ -620,6 +620,19 @@ def test_videos_that_are_none(weights: Path, tmp_path: Path, capsys: pytest.Capt
         assert f"{option} is of data sets" in fails(capsys, *words, "--video", tmp_path / "clip.mp4", option, "bear")
 
 
+def test_results_are_not_taken_for_a_video(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be written over while they are read."""
+    results = tmp_path / "results"
+    for option, place in (("--video", "overlay/clip.mp4"), ("--frames", "probability/clip"), ("--frames", "crf/clip")):
+        words = ["--tools", "test", "crf", "--checkpoint", weights, option, results / place]
+        assert f"{option} {results / place}: this is among the results" in fails(capsys, *words, "--save_dir", results)
+        monkeypatch.chdir(tmp_path)
+        assert "this is among the results of --save_dir results" in fails(capsys, *words)  # the default
+        assert "no such" in fails(capsys, *words, "--save_dir", tmp_path / "others")
+
+
 def test_options_out_of_range(data: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_dataset(data, "with-flow", videos=1, frames=2, size=(32, 64), seed=5)
     words = ["--tools", "test", "--checkpoint", weights, "--data_dir", data, "--datasets", "with-flow"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets.video_sequence import FRAME_SUFFIXES
 from utils import crf
-from utils.errors import number_of
+from utils.errors import UserError, number_of
 from utils.inference import segment
 from utils.inference.maps import remove_others
 from utils.inference.videos import SharedFrames, Video
@@ -55,6 +55,16 @@ def open_own(video: str | None, frames: str | None) -> OwnVideo:
     if video is not None:
         return OwnVideo(Path(video).stem, open_video(video))
     return OwnVideo(Path(frames).resolve().name, open_folder(frames))
+
+
+def check_place(option: str, source: str, save_dir: str) -> None:
+    """Raises UserError for a video or folder that lies where the results of it, or of another, are written."""
+    for kind in ("flow", "probability", "binary", "crf", "overlay"):
+        if (Path(save_dir) / kind).resolve() in Path(source).resolve().parents:
+            raise UserError(
+                f"--{option} {source}: this is among the results of --save_dir {save_dir}, which would be written over "
+                "it; give another --save_dir"
+            )
 
 
 def run_own_flow(args: argparse.Namespace, own: OwnVideo, device: Any) -> LazyFrames:
