@@ -18,8 +18,8 @@ def keep_freed_memory() -> None:
     of a few frames at a time: a tenth of the processor's time for a video, more for a training step. The most memory
     that is used at a time hardly changes; it stays the process's to the end.
 
-    For processes that compute on the CPU. Does nothing with another C library, or where the environment has settings of
-    one's own (``MALLOC_…``, ``GLIBC_TUNABLES``).
+    For processes that compute on the CPU, a loader's among them. Does nothing with another C library, or where the
+    environment has settings of one's own (``MALLOC_…``, ``GLIBC_TUNABLES``).
     """
     if any(name in os.environ for name in _SETTINGS):
         return

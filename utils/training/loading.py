@@ -15,6 +15,7 @@ from datasets.clips import PICTURES, Item
 from datasets.errors import DataError
 from datasets.transforms import pack, resize, unpack
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 
 
 class ClipOrder(Sampler):
@@ -151,5 +152,6 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    keep_freed_memory()
     # For libraries that draw from the global generator; our clips have generators of their own.
     np.random.seed(torch.initial_seed() % 2**32)  # noqa: NPY002
