@@ -14,9 +14,9 @@ _SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOL
 def keep_freed_memory() -> None:
     """Lets this process keep what it frees for what it needs next, where glibc would give it back to the system.
 
-    glibc fetches each block of more than 32 MiB from the system anew, which clears it page by page, and so are the maps
-    of a few frames at a time: a tenth of the processor's time for a video, more for a training step. The most memory
-    that is used at a time hardly changes; it stays the process's to the end.
+    glibc fetches each block of more than 32 MiB from the system anew, which clears it page by page, and the maps of a
+    few frames at a time are as large: a tenth of the processor's time for a video, more for a training step. The most
+    memory that is used at a time hardly changes; it stays the process's to the end.
 
     For processes that compute on the CPU, a loader's among them. Does nothing with another C library, or where the
     environment has settings of one's own (``MALLOC_…``, ``GLIBC_TUNABLES``).
