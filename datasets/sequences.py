@@ -74,6 +74,7 @@ _DAVIS_FOLDERS = (
     "DAVIS-2017-trainval-480p",
     "DAVIS-2017-trainval-Full-Resolution",
 )
+_YOUTUBE_VOS_FOLDERS = ("YouTube-VOS-{}", "YouTubeVOS-{}", "YouTubeVOS_{}", "YouTubeVOS{}")  # of a year
 _DAVSOD_FOLDERS = ("DAVSOD", "DAVSOD-master", "DAVSOD-dataset")
 
 _SOURCES = {
@@ -89,11 +90,11 @@ _SOURCES = {
         ("DAVIS-2017", "DAVIS2017", "DAVIS_2017", *_DAVIS_FOLDERS), (_DAVIS_2017, _authors("nonzero"))
     ),
     "YouTube-VOS-2018": _Source(
-        ("YouTube-VOS-2018", "YouTubeVOS-2018", "YouTubeVOS2018", "YouTube-VOS", "YouTubeVOS", "YouTube_VOS", "YTVOS"),
+        (*(name.format(2018) for name in _YOUTUBE_VOS_FOLDERS), "YouTube-VOS", "YouTubeVOS", "YouTube_VOS", "YTVOS"),
         (_YOUTUBE_VOS, _authors("nonzero")),
     ),
     "YouTube-VOS-2019": _Source(
-        ("YouTube-VOS-2019", "YouTubeVOS-2019", "YouTubeVOS2019"), (_YOUTUBE_VOS, _authors("nonzero"))
+        tuple(name.format(2019) for name in _YOUTUBE_VOS_FOLDERS), (_YOUTUBE_VOS, _authors("nonzero"))
     ),
     "FBMS": _Source(("FBMS", "FBMS-59", "FBMS59", "FBMS_59"), (_authors("above_128"), _FBMS)),
     "DAVSOD": _Source((*_DAVSOD_FOLDERS, "DAVSOD-Easy-35", "Easy-35"), (_authors("above_128"), _DAVSOD)),

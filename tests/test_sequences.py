@@ -745,7 +745,7 @@ def test_known_sets_are_known_in_any_case_and_by_their_folder_names(tmp_path):
     root = davis(tmp_path / "DAVIS_2016", ["bear"])
     write(root / "ImageSets" / "2016" / "val.txt", ["bear"])
     youtube(tmp_path / "YoutubeVOS-2018")
-    youtube(tmp_path / "YouTubeVOS2019")
+    youtube(tmp_path / "YouTubeVOS_2019")
     for name in ("fbms", "Fbms-59", "FBMS_59"):
         (lion,) = read_dataset(name, tmp_path)
         assert (lion.name, lion.dataset, lion.mask_rule) == ("lion01", "FBMS", "above_128")
