@@ -469,6 +469,6 @@ def test_memory_does_not_grow_with_the_video() -> None:
             run_video(predictor, frames, size)
         peaks.append(memory.host)
     kept = 600 * feature_bytes_per_frame(net, size)["most"]
-    assert kept > 8 * limit  # so the test would notice if all of them stayed in memory
-    assert peaks[1] < peaks[0] + limit + (16 << 20)
-    assert peaks[1] < kept / 2
+    more = limit + (16 << 20)
+    assert 0.9 * kept > 3 * more  # so the test would notice if those of the 540 frames more stayed in memory
+    assert peaks[1] < peaks[0] + more
