@@ -102,7 +102,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parallel.add_arguments(parser)
     for module in (prepare, segment, crf, evaluate, report, demo, bench, export):
         module.add_arguments(parser)
-    parser.set_defaults(flow_method=_Unsaid(parser.get_default("flow_method")))
+    parser.set_defaults(flow_method=_Unsaid(parser.get_default("flow_method")), own=None)
     # For launchers that pass it; newer ones set LOCAL_RANK.
     local_rank = os.environ.get("LOCAL_RANK", "0")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=local_rank, help=argparse.SUPPRESS)
@@ -409,9 +409,12 @@ def _follows(args: argparse.Namespace, tool: str, other: str) -> bool:
 
 
 def _own(args: argparse.Namespace) -> OwnVideo:
+    """The user's video, opened by the first tool that needs it: counting the frames of a file decodes all of it."""
     from utils.inference.own_video import open_own
 
-    return open_own(args.video, args.frames)
+    if args.own is None:
+        args.own = open_own(args.video, args.frames)
+    return args.own
 
 
 # -------------------------------------------------------------------------------------------------------------- main

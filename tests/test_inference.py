@@ -493,6 +493,23 @@ def test_the_crf_of_ones_own_video(data: Path, weights: Path, tmp_path: Path, wo
         assert count_frames(tmp_path / folder / "overlay" / "clip_crf.mp4") == FRAMES
 
 
+def test_a_video_that_ends_too_early_is_told_once_by_all_tools(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cv2 = pytest.importorskip("cv2")
+    writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 32))
+    for t in range(12):
+        writer.write(np.random.default_rng(t).integers(0, 256, (32, 64, 3), np.uint8))
+    writer.release()
+    data = (tmp_path / "v.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(data[: len(data) * 2 // 3])
+    call(weights, tmp_path / "r", "--video", tmp_path / "cut.avi", "--tools", "flow", "test", "--workers", 0)
+    output = capsys.readouterr().out
+    written = len(maps(tmp_path / "r"))
+    assert 1 < written < 12 and output.count("warning: ") == 1
+    assert f"cut.avi: its header promises 12 frames, but only the first {written} can be decoded" in output
+
+
 def test_a_video_of_one_frame(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("cv2")
     write_video(tmp_path / "clip.mp4", film(data, tmp_path)[:1], fps=10)

@@ -9,7 +9,6 @@ import math
 import os
 import shlex
 import tempfile
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -115,6 +114,9 @@ class VideoFrames(LazyFrames):
     estimate. Going back further than the window starts decoding again at the first frame, since seeking by frame number
     is not exact in many formats.
 
+    Attributes:
+        promised: the number of frames that the header states, where fewer can be decoded; else None.
+
     Raises:
         UserError: no such file, an empty one, or one that cannot be decoded; the message holds an ffmpeg command.
         OSError: one that may not be read.
@@ -124,6 +126,7 @@ class VideoFrames(LazyFrames):
         import cv2
 
         self.path = Path(path)
+        self.promised: int | None = None
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such video file (for a folder of frames use --frames)")
         with self.path.open("rb") as file:  # what this user may not read, OpenCV would call no video
@@ -148,11 +151,7 @@ class VideoFrames(LazyFrames):
                 raise self._undecodable(f"frame {count} of {stated:.0f} is damaged, and later ones are not")
         capture.release()
         if math.isfinite(stated) and stated > count + 1:
-            warnings.warn(
-                f"{self.path}: its header promises {stated:.0f} frames, but only the first {count} can be decoded; "
-                "the file may be cut short",
-                stacklevel=3,
-            )
+            self.promised = int(stated)
         usable_fps = math.isfinite(fps) and 0 < fps <= 1000
         stems = [f"{i:05d}" for i in range(count)]
         super().__init__([self.path], stems, first.shape[:2], float(fps) if usable_fps else DEFAULT_FPS, window)

@@ -45,7 +45,7 @@ class OwnVideo:
 
 
 def open_own(video: str | None, frames: str | None) -> OwnVideo:
-    """The user's video, opened.
+    """The user's video, opened; a line of warning where its end is missing.
 
     Raises:
         UserError: a video that is not there or cannot be decoded. DataError: a folder without frames.
@@ -53,7 +53,14 @@ def open_own(video: str | None, frames: str | None) -> OwnVideo:
     from utils.video import open_folder, open_video
 
     if video is not None:
-        return OwnVideo(Path(video).stem, open_video(video))
+        opened = open_video(video)
+        if opened.promised is not None:
+            print(
+                f"warning: {video}: its header promises {opened.promised} frames, but only the first {len(opened)} can "
+                "be decoded; the file may be cut short",
+                flush=True,
+            )
+        return OwnVideo(Path(video).stem, opened)
     return OwnVideo(Path(frames).resolve().name, open_folder(frames))
 
 
