@@ -50,7 +50,8 @@ class BiConvLSTM(nn.Module):
         """(B, T, S*C, H, W) -> hidden states by frame (B, T, S, 2*h, H, W), forward then backward, and the last state.
 
         With a carried `state`, a clip cut in two gives the same forward states as the whole (the backward chain of the
-        first piece has, of course, not seen the second: `models.predictor` gives `chains` mirrored pieces for that).
+        first piece has, of course, not seen the second: `models.video_propagation` gives `chains` mirrored pieces for
+        that).
         """
         parts = [x.unflatten(2, (self.streams, -1))]  # (B, T, S*C, H, W) -> (B, T, S, C, H, W)
         forward, backward, state = self.chains(parts, None, state)

@@ -2,20 +2,19 @@
 
 The network is bidirectional over all frames, so a video is not cut into independent clips: all frames are encoded in
 batches, the recurrences run over the whole video in pieces that carry their state (the forward chain from the first
-piece on, the backward chain from the last), and refinement and decoding stream through it in windows. Between these
-passes the features of all frames are kept (`models.frame_store`), so peak accelerator memory and host memory do not
-grow with the video beyond its limits.
+piece on, the backward chain from the last; `models.video_propagation`), and refinement and decoding stream through it
+in windows (`models.windows`). Between these passes the features of all frames are kept (`models.frame_store`), so peak
+accelerator memory and host memory do not grow with the video beyond its limits.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-import queue
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,69 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.consensus import agree, can_agree, describe_looks
-from models.convlstm import BiConvLSTM, DenseBiConvLSTM
 from models.cuda_graphs import CudaGraphs, Run, Work
 from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
 from models.fold import inference_copy
+from models.frame_io import Images, checked_picture, hand_out, read_ahead
 from models.frame_store import FrameStore, Storage
-from models.refinement import refinement_windows, temporal_windows
+from models.video_propagation import propagate_store
+from models.windows import Window, batches_of_windows, refinement_windows, temporal_windows
 from models.zoom import FIRST, View, extents, follow, magnify, put_back
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Size = tuple[int, int]  # height, width
-Window = tuple[int, int, int, int]  # of `models.refinement.temporal_windows`: start, stop, first and last kept
 
 
 def directly(key: Hashable, work: Work, *inputs: Tensor) -> tuple[Tensor, ...]:
     """What `CudaGraphs` does, without a graph."""
     return work(*inputs)
-
-
-class Images:
-    """The frames or the flow images of one video, as its passes ask for them from their threads.
-
-    Args:
-        images: (H, W, 3) uint8 RGB each, all of one size.
-        what: one of them, for errors.
-        turns: held while an image is asked for and copied: what decodes may have one position, and one buffer.
-    """
-
-    def __init__(self, images: Sequence[np.ndarray], what: str, turns: threading.Lock) -> None:
-        self.images, self.what, self.turns = images, what, turns
-        self.shape: tuple[int, ...] | None = None  # of the first that was asked for
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, start: int, stop: int, mirror: Callable[[np.ndarray], np.ndarray] | None, pinned: bool) -> Tensor:
-        """Images start … stop-1 as a (n, 3, H, W) uint8 tensor of host memory; `mirror` is applied to each.
-
-        Raises ValueError for what is no picture, or one of another size.
-        """
-        stacked: Tensor | None = None
-        for place, index in enumerate(range(start, stop)):
-            with self.turns:
-                image = _picture(self.images[index])
-                if self.shape is None:
-                    self.shape = image.shape
-                if image.shape != self.shape:
-                    raise ValueError(
-                        f"{self.what} {index} has shape {image.shape}, the first one {self.shape}: all of a video need "
-                        "one size"
-                    )
-                if stacked is None:
-                    # On the CPU whatever the default device is: only there is memory that arrays can share.
-                    stacked = torch.empty(
-                        (stop - start, *self.shape), dtype=torch.uint8, device="cpu", pin_memory=pinned
-                    )
-                np.copyto(stacked[place].numpy(), image)
-            if mirror is not None:
-                mirrored = mirror(stacked[place].numpy().copy())
-                if mirrored.shape != self.shape:
-                    raise ValueError(f"a mirrored {self.what} has shape {mirrored.shape}, expected {self.shape}")
-                np.copyto(stacked[place].numpy(), mirrored)
-        return stacked.permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
 
 
 class Pass(NamedTuple):
@@ -105,41 +58,6 @@ class _Recorded(NamedTuple):
     state: dict[str, Tensor]
     settings: Hashable
     net: DBSNet
-
-
-def read_ahead(make: Callable[[Any], Any], starts: Sequence[Any], depth: int = 2) -> Iterator[Any]:
-    """Yield make(start) in order while a thread prepares the next ones; an error inside it is raised here."""
-    results: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: object) -> bool:
-        while not stopped.is_set():
-            try:
-                results.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for start in starts:
-                if not put((make(start), None)):
-                    return
-        except BaseException as error:  # handed over and raised in the caller's thread
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        for _ in starts:
-            value, error = results.get()
-            if error is not None:
-                raise error
-            yield value
-    finally:
-        stopped.set()
-        thread.join()
 
 
 class Predictor:
@@ -249,7 +167,7 @@ class Predictor:
             return
         turns = threading.Lock()
         images = Images(frames, "frame", turns), Images(flows, "flow image", turns)
-        own = _picture(frames[0]).shape[:2]
+        own = checked_picture(frames[0]).shape[:2]
         sizes = [
             (self._scaled(own, scale), flip)
             for scale in self.scales
@@ -514,15 +432,6 @@ class Predictor:
         return torch.cat([y[keep - start : until - start] for y, (start, _, keep, until) in zip(x, windows)])
 
 
-def _picture(image: np.ndarray) -> np.ndarray:
-    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        described = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
-        raise ValueError(f"frames and flow images are arrays (H, W, 3) of uint8, RGB, got {described}")
-    if not image.size:
-        raise ValueError(f"a frame or flow image without pixels: shape {image.shape}")
-    return image
-
-
 def _checked_size(size: Sequence[int]) -> Size:
     try:
         height, width = (operator.index(side) for side in size)
@@ -535,94 +444,3 @@ def _checked_size(size: Sequence[int]) -> Size:
 
 def _same(kept: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
     return kept.keys() == state.keys() and all(torch.equal(value, state[name]) for name, value in kept.items())
-
-
-def hand_out(batches: Iterator[Tensor]) -> Iterator[np.ndarray]:
-    """Batches (n, H, W) of maps on a device -> one (H, W) array of host memory after the other.
-
-    From a GPU they come one batch late: each is copied while the next one is computed, and nothing waits for the device
-    before it has been given something to do.
-    """
-    late: tuple[Tensor, torch.cuda.Event] | None = None
-    for batch in batches:
-        if batch.device.type != "cuda":
-            yield from batch.cpu().numpy()
-            continue
-        host = torch.empty(batch.shape, dtype=batch.dtype, device="cpu", pin_memory=True)
-        with torch.inference_mode():
-            host.copy_(batch, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(batch.device))
-        late, ready = (host, copied), late
-        if ready is not None:
-            yield from _landed(*ready)
-    if late is not None:
-        yield from _landed(*late)
-
-
-def _landed(host: Tensor, copied: torch.cuda.Event) -> Iterator[np.ndarray]:
-    copied.synchronize()
-    yield from host.clone().numpy()  # whoever keeps them must not keep page-locked memory, which is scarce
-
-
-def batches_of_windows(windows: Iterator[Window], frames: int) -> Iterator[list[Window]]:
-    """Windows of one video in lists that keep at most so many frames together, or of one window that keeps more."""
-    batch: list[Window] = []
-    for window in windows:
-        if batch and window[3] - batch[0][2] > frames:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
-
-
-def propagate_store(
-    block: DenseBiConvLSTM,
-    features: FrameStore,
-    storage: Storage,
-    piece: int,
-    device: torch.device,
-    run: Run,
-    key: Hashable,
-) -> None:
-    """Run a dense bi-ConvLSTM over all frames of a store and put its output in their place.
-
-    Layer by layer; step k feeds the forward chain frames k*piece … and the backward chain their mirror image from the
-    end of the video, in one grouped recurrence, so both chains carry their state over the whole video. `run` is given
-    each step, `key` says which block this is.
-    """
-    if not block.layers:
-        return
-    length, s = storage.length, block.streams
-    height, width = features.shape[-2:]
-    # per layer: forward and backward states, each (S*h, H, W) per frame
-    hidden: list[tuple[FrameStore, FrameStore]] = []
-
-    def dense(start: int, stop: int) -> list[Tensor]:  # [F, H_1 …], H_l as two; each (1, n, S, C_i, H, W)
-        stores = [features, *(store for pair in hidden for store in pair)]
-        return [store.read(start, stop, device).unflatten(1, (s, -1))[None] for store in stores]
-
-    for number, layer in enumerate(block.layers):
-        count = 1 + 2 * number  # of the maps that it reads, for each direction
-
-        def step(*maps: Tensor, layer: BiConvLSTM = layer, count: int = count) -> tuple[Tensor, ...]:
-            first, second, state = layer.chains(maps[:count], maps[count : 2 * count], maps[2 * count :] or None)
-            return first, second, *state
-
-        shape = (s * layer.hidden, height, width)
-        pair = (storage.new(shape), storage.new(shape))
-        state: Sequence[Tensor] = ()
-        for start in range(0, length, piece):
-            stop = min(start + piece, length)
-            maps = (*dense(start, stop), *dense(length - stop, length - start))
-            first, second, *state = run(("propagate", key, number), step, *maps, *state)
-            pair[0].write(start, first[0].flatten(1, 2))  # (n, S, h, H, W) -> (n, S*h, H, W)
-            pair[1].write(length - stop, second[0].flatten(1, 2))
-        hidden.append(pair)
-    for start in range(0, length, piece):
-        stop = min(start + piece, length)
-        features.write(start, block.merge(dense(start, stop))[0])
-    for pair in hidden:
-        for store in pair:
-            storage.free(store)

@@ -8,38 +8,13 @@ neither size nor length is baked in. For long videos the attention is over a win
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def temporal_windows(length: int, window: int, margin: int | None = None) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a video into overlapping windows: yields (start, stop, keep_start, keep_stop).
-
-    Frames start..stop-1 belong to the window and keep_start..keep_stop-1 of its result are kept: those with at least
-    `margin` frames of the window (a quarter of it by default) on each side, except at the ends of the video. A video of
-    at most `window` frames is one window.
-    """
-    if length <= window:
-        yield 0, length, 0, length
-        return
-    margin = window // 4 if margin is None else margin
-    step = window - 2 * margin
-    keep = 0
-    while keep < length:
-        start = max(0, min(keep - margin, length - window))
-        stop = start + window
-        until = length if stop >= length else min(max(keep + step, stop - margin), length)
-        yield start, stop, keep, until
-        keep = until
-
-
-def refinement_windows(length: int, window: int) -> Iterator[tuple[int, int, int, int]]:
-    """The windows that attention sees: an eighth on each side is only looked at, so a third is done twice."""
-    return temporal_windows(length, window, window // 8)
+from models.windows import refinement_windows
 
 
 def time_encoding(length: int, dim: int, like: Tensor) -> Tensor:

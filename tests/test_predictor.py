@@ -20,8 +20,7 @@ import torch
 import models.convlstm
 from models import DBSNet, Predictor, build_dbsnet
 from models.frame_store import FrameStore
-from models.predictor import batches_of_windows
-from models.refinement import refinement_windows
+from models.windows import batches_of_windows, refinement_windows
 
 SIZE = (64, 96)
 

@@ -10,13 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from models.refinement import (
-    RefinementLayer,
-    SpatioTemporalTransformer,
-    refinement_windows,
-    temporal_windows,
-    time_encoding,
-)
+from models.refinement import RefinementLayer, SpatioTemporalTransformer, time_encoding
+from models.windows import refinement_windows, temporal_windows
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 7, 8, 12])
