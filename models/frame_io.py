@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,15 @@ class Images:
         images: (H, W, 3) uint8 RGB each, all of one size.
         what: one of them, for errors.
         turns: held while an image is asked for and copied: what decodes may have one position, and one buffer.
+        pool: threads that ask for several images at once, in any order, and take no turns; None: one after the other.
     """
 
-    def __init__(self, images: Sequence[np.ndarray], what: str, turns: threading.Lock) -> None:
-        self.images, self.what, self.turns = images, what, turns
+    def __init__(
+        self, images: Sequence[np.ndarray], what: str, turns: threading.Lock, pool: Executor | None = None
+    ) -> None:
+        self.images, self.what = images, what
+        self.turns = nullcontext() if pool else turns
+        self.map = pool.map if pool else map
         self.shape: tuple[int, ...] | None = None  # of the first that was asked for
 
     def __len__(self) -> int:
@@ -34,7 +41,9 @@ class Images:
         Raises ValueError for what is no picture, or one of another size.
         """
         stacked: Tensor | None = None
-        for place, index in enumerate(range(start, stop)):
+
+        def fetch(index: int) -> None:
+            nonlocal stacked
             with self.turns:
                 image = checked_picture(self.images[index])
                 if self.shape is None:
@@ -49,12 +58,17 @@ class Images:
                     stacked = torch.empty(
                         (stop - start, *self.shape), dtype=torch.uint8, device="cpu", pin_memory=pinned
                     )
-                np.copyto(stacked[place].numpy(), image)
+                place = stacked[index - start].numpy()
+                np.copyto(place, image)
             if mirror is not None:
-                mirrored = mirror(stacked[place].numpy().copy())
+                mirrored = mirror(place.copy())
                 if mirrored.shape != self.shape:
                     raise ValueError(f"a mirrored {self.what} has shape {mirrored.shape}, expected {self.shape}")
-                np.copyto(stacked[place].numpy(), mirrored)
+                np.copyto(place, mirrored)
+
+        fetch(start)  # alone: it says how much memory all of them need
+        for _ in self.map(fetch, range(start + 1, stop)):
+            pass
         return stacked.permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
 
 

@@ -13,7 +13,8 @@ import math
 import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -88,13 +89,16 @@ class Predictor:
             `size` (`models.zoom`); not of the paper. Not with `clip_len` (ValueError).
         consensus: let what looks alike in other frames vote on each frame's result (`models.consensus`); not of the
             paper. Not with `clip_len`, nor with a network that has no appearance stream (ValueError).
+        readers: threads that ask for images at once. More than one need `frames` and `flows` that several threads may
+            ask in any order, and keep up with a GPU where images are decoded from files. Changes speed, not the result.
         on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
             pass (twice with `zoom`), before its first result comes. With `clip_len`, results come on the way, and it is
             not called.
 
     `frames` and `flows` are sequences (``len`` and indexing, lists or lazy) of (H, W, 3) uint8 RGB arrays; flow
     images may have another size than frames, but all frames have one size, and all flow images. Images are asked for
-    from other threads, one at a time, and copied before the next. Yields (index, probability), float32 (H, W) in
+    from other threads, with one of `readers` one at a time, in order but for passes beside each other, and copied
+    before the next. Yields (index, probability), float32 (H, W) in
     [0, 1] at the frame's own size, in order. Raises ValueError when the numbers of frames and flow images differ or a
     size does, TypeError for what is no sequence.
     """
@@ -105,7 +109,7 @@ class Predictor:
                  channels_last: bool = True, fold: bool = True, piece: int = 16,
                  store_dtype: torch.dtype = torch.float16, device_memory: int = 4 << 30,
                  host_memory: int = 1 << 30, cuda_graphs: bool = False, zoom: bool = False, consensus: bool = False,
-                 on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
+                 readers: int = 1, on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
         if amp not in AMP:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
         if clip_len is not None and clip_len < 1:
@@ -123,8 +127,10 @@ class Predictor:
         self.device = torch.device(device) if device is not None else next(net.parameters()).device
         if batch_size is None:
             batch_size = 4 if self.device.type == "cpu" else 16
-        if batch_size < 1 or piece < 1:
-            raise ValueError(f"batch_size and piece must be at least 1, got {batch_size} and {piece}")
+        if min(batch_size, piece, readers) < 1:
+            raise ValueError(
+                f"batch_size, piece and readers must be at least 1, got {batch_size}, {piece} and {readers}"
+            )
         if (
             not isinstance(scales, Sequence | np.ndarray)
             or not len(scales)
@@ -146,7 +152,8 @@ class Predictor:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.fold, self.piece, self.store_dtype = fold, piece, store_dtype
         self.device_memory, self.host_memory = device_memory, host_memory
-        self.cuda_graphs, self.zoom, self.consensus, self.on_encoded = cuda_graphs, zoom, consensus, on_encoded
+        self.cuda_graphs, self.zoom, self.consensus = cuda_graphs, zoom, consensus
+        self.readers, self.on_encoded = readers, on_encoded
         self._graphs = CudaGraphs(self.device)
         self._recorded: _Recorded | None = None
         self._busy = False
@@ -165,15 +172,15 @@ class Predictor:
             )
         if not len(frames):
             return
-        turns = threading.Lock()
-        images = Images(frames, "frame", turns), Images(flows, "flow image", turns)
         own = checked_picture(frames[0]).shape[:2]
         sizes = [
             (self._scaled(own, scale), flip)
             for scale in self.scales
             for flip in ([False, True] if self.flip else [False])
         ]
-        with self._alone():
+        with self._alone(), ThreadPoolExecutor(self.readers) if self.readers > 1 else nullcontext() as pool:
+            turns = threading.Lock()
+            images = Images(frames, "frame", turns, pool), Images(flows, "flow image", turns, pool)
             net, run = self._prepared((own, *sizes))
             process = self._clips if self.clip_len else self._whole
             runs = [hand_out(process(Pass(size, flip, own, net, run, len(sizes)), *images)) for size, flip in sizes]

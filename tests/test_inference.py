@@ -31,7 +31,7 @@ from models.weights import save_weights
 from models.zoom import View
 from utils.crf import refine
 from utils.distributed import share, share_out
-from utils.inference import segment
+from utils.inference import segment, videos
 from utils.inference.weights import PARTS as OFFERED
 from utils.video import VideoFrames, write_video
 
@@ -389,6 +389,22 @@ def test_clips_of_an_own_video_are_decoded_once(
     monkeypatch.setattr(VideoFrames, "_open", lambda self, old=VideoFrames._open: opened.append(1) or old(self))
     call(weights, tmp_path / "r", "--video", tmp_path / "v.mp4", "--clip_len", clip_len)
     assert len(opened) <= 4  # to count the frames, for the flow, for the clips, for the overlay
+
+
+def test_pictures_of_a_data_set_are_decoded_by_several_threads(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    third = threading.Event()
+
+    def load(path: Path) -> np.ndarray:
+        if path.stem == "00002":
+            third.set()
+        assert path.stem != "00001" or third.wait(60)  # which one thread alone would come to later
+        return load_frame(path)
+
+    monkeypatch.setattr(videos, "load_frame", load)
+    call(weights, tmp_path / "r", "--data_dir", data, "--sequences", "video-000")
+    assert len(maps(tmp_path / "r")) == FRAMES
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

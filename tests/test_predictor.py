@@ -267,22 +267,45 @@ def test_a_decoder_with_one_buffer_may_be_given(net: DBSNet, video: tuple, optio
     np.testing.assert_array_equal(result, expected)
 
 
+class SecondAfterThird(Sequence):
+    """Images of which the second is there only when the third has been asked for, by another thread."""
+
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self.images, self.third = images, threading.Event()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        if index == 2:
+            self.third.set()
+        if index == 1 and not self.third.wait(60):
+            raise RuntimeError("the third was not asked for meanwhile")
+        return self.images[index]
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"zoom": True}, {"clip_len": 4}])
+def test_several_readers_change_nothing_but_read_at_once(net: DBSNet, video: tuple, options: dict) -> None:
+    expected = collect(exact(net, **options)(*video))
+    result = collect(exact(net, **options, readers=2)(SecondAfterThird(video[0]), SecondAfterThird(video[1])))
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("readers", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 @pytest.mark.parametrize(("which", "what"), [(0, "frame"), (1, "flow image")])
 def test_a_picture_of_another_size_is_refused_wherever_a_batch_ends(
-    net: DBSNet, video: tuple, which: int, what: str, batch_size: int
+    net: DBSNet, video: tuple, which: int, what: str, batch_size: int, readers: int
 ) -> None:
     arguments = [list(images[:6]) for images in video]
     arguments[which][4] = arguments[which][4][:32]
     with pytest.raises(ValueError, match=rf"{what} 4 has shape \(32, 96, 3\), the first one \(64, 96, 3\)"):
-        collect(Predictor(net, batch_size=batch_size)(*arguments))
+        collect(Predictor(net, batch_size=batch_size, readers=readers)(*arguments))
 
 
-@pytest.mark.parametrize("clip_len", [None, 4])
+@pytest.mark.parametrize("options", [{}, {"clip_len": 4}, {"readers": 3}])
 @pytest.mark.parametrize("which", [0, 1])
-def test_an_error_of_a_lazy_sequence_reaches_the_caller(
-    net: DBSNet, video: tuple, clip_len: int | None, which: int
-) -> None:
+def test_an_error_of_a_lazy_sequence_reaches_the_caller(net: DBSNet, video: tuple, options: dict, which: int) -> None:
     class Broken(list):
         def __getitem__(self, index: int) -> np.ndarray:
             if index == 6:
@@ -293,11 +316,11 @@ def test_an_error_of_a_lazy_sequence_reaches_the_caller(
     arguments[which] = Broken(arguments[which])
     before = set(threading.enumerate())
     with pytest.raises(OSError, match="frame 6 is truncated"):
-        collect(Predictor(net, clip_len=clip_len)(*arguments))
+        collect(Predictor(net, **options)(*arguments))
     assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize("options", [{}, {"flip": True}, {"clip_len": 4}])
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"clip_len": 4}, {"readers": 3}])
 def test_closing_early_frees_files_and_threads(
     net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,8 @@ from utils.benchmark.network import warm_up_frames
 from utils.benchmark.timing import PeakMemory
 from utils.files import write_png
 from utils.flow.estimation import dis_flow
+from utils.inference.segment import WRITERS
+from utils.inference.videos import READERS
 from utils.parallel import NICENESS, start_pool
 
 
@@ -29,12 +32,13 @@ def flow_of(paths: Sequence[Path], index: int) -> np.ndarray:
 
 
 class FlowAhead(Sequence[np.ndarray]):
-    """Flow pictures made on other processes, `ahead` of the frame asked for; each is asked for once, in order."""
+    """Flow pictures made on other processes, `ahead` of the frame asked for; each is asked for once, by any thread."""
 
     def __init__(self, paths: Sequence[Path], pool: Executor, ahead: int) -> None:
         self.paths, self.pool, self.ahead = paths, pool, ahead
         self.made: dict[int, Future] = {}
         self.next = 0
+        self.turns = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -42,10 +46,12 @@ class FlowAhead(Sequence[np.ndarray]):
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
         if not 0 <= index < len(self.paths):
             raise IndexError(f"flow of frame {index} of a video of {len(self.paths)} frames")
-        while self.next <= min(index + self.ahead, len(self.paths) - 1):
-            self.made[self.next] = self.pool.submit(flow_of, self.paths, self.next)
-            self.next += 1
-        return self.made.pop(index).result()
+        with self.turns:
+            while self.next <= min(index + self.ahead, len(self.paths) - 1):
+                self.made[self.next] = self.pool.submit(flow_of, self.paths, self.next)
+                self.next += 1
+            made = self.made.pop(index)
+        return made.result()
 
 
 def refine_and_write(frame: Path | None, probability: np.ndarray, target: Path) -> None:
@@ -60,8 +66,9 @@ def refine_and_write(frame: Path | None, probability: np.ndarray, target: Path) 
 def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int, crf: bool) -> dict[str, Any]:
     """Seconds of each stage alone on frames in files, of all one after the other, and overlapped.
 
-    Overlapped: flow on `workers` processes and CRF on as many others, reading ahead and the network in this one, PNGs
-    written by threads (or with the CRF). The mask is resized to the frame's size by the network's stage.
+    Overlapped: flow on `workers` processes and CRF on as many others, reading ahead and the network in this one, frames
+    read and PNGs written (without the CRF) by threads, as many as `--tools test` has. The mask is resized to the
+    frame's size by the network's stage.
 
     Flow and CRF have processes of their own: in one queue the next frames' flow would wait behind all the CRF's work,
     and the network for the flow.
@@ -79,16 +86,18 @@ def bench_pipeline(predictor: Predictor, paths: Sequence[Path], *, workers: int,
         tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder,
         start_pool(workers, NICENESS) as pool,
         start_pool(workers, NICENESS) as crf_pool,
-        ThreadPoolExecutor(2) as threads,
+        ThreadPoolExecutor(WRITERS) as threads,
+        ThreadPoolExecutor(READERS) as readers,
     ):
         target = Path(folder)
+        predictor.readers = READERS
         frames = LazyImages(paths, load_frame)
         for each in (pool, crf_pool) if crf else (pool,):  # the processes import their libraries now
             list(each.map(flow_of, [paths] * workers, [0] * workers))
         still = [frames[0]] * warm_up_frames(predictor, count)
         list(predictor(still, still))
 
-        pictures = measure("read", lambda: list(frames))
+        pictures = measure("read", lambda: list(readers.map(frames.__getitem__, range(count))))
         flows = measure("flow", lambda: list(pool.map(flow_of, [paths] * count, range(count))))
         maps = measure("network and resize", lambda: [p for _, p in predictor(pictures, flows)])
         jobs = [(paths[i] if crf else None, maps[i], target / f"{i:05d}.png") for i in range(count)]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = (384, 640)
 # Beside the maps, the same and more in full, for the report.
 RECORD = "test.json"
-WRITERS, WAITING = 2, 32  # threads that write maps, and maps that may wait for them
+WRITERS, WAITING = 4, 32  # threads that write maps, and maps that may wait for them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +225,7 @@ def run(
                 video.wait()
                 waited += time.monotonic() - before
             own = settings_of(video, settings, args)
-            predictor.size = tuple(own["size"])
+            predictor.size, predictor.readers = tuple(own["size"]), video.readers
             progress.set_postfix_str(video.place.name, refresh=False)
             predictor.on_encoded = show_encoded(progress, video.place.name)
             frames, flows = video.frames, video.flows

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # What training shows where it takes one of the two inputs away (`datasets.clips.VideoClips`: flow_drop, frame_drop).
 BLANKS = {"flow": NO_MOTION, "frames": NO_PICTURE}
+# Threads that decode a data set's pictures: a frame of 854×480 with its flow image takes some 5 ms of a core, and a GPU
+# waits for less.
+READERS = 4
 
 
 class SharedFrames(Sequence[np.ndarray]):
@@ -44,6 +47,7 @@ class Video:
     stems: tuple[str, ...]
     frames: Sequence[np.ndarray]
     flows: Sequence[np.ndarray] | None  # None: segmented without
+    readers: int = 1  # threads that may ask for pictures at once, in any order
     sources: tuple[Path, ...] = ()  # files of frames and flow: the maps of other ones are made anew
     wait: Callable[[], None] | None = None  # returns when its flow, which is still being made, is all there
 
@@ -66,7 +70,7 @@ def video_of(sequence: VideoSequence, with_flow: bool = True, making: FlowBeside
     """
     place, frames = Path(sequence.dataset, sequence.name), LazyImages(sequence.frames, load_frame)
     if not with_flow:
-        return Video(place, sequence.stems, frames, None, sequence.frames)
+        return Video(place, sequence.stems, frames, None, READERS, sequence.frames)
     folder = sequence.flow_dir
     flows = [(making and making.path(folder, stem)) or sequence.flow_path(stem) for stem in sequence.stems]
     return Video(
@@ -74,6 +78,7 @@ def video_of(sequence: VideoSequence, with_flow: bool = True, making: FlowBeside
         stems=sequence.stems,
         frames=frames,
         flows=LazyImages(flows, load_flow_image),
+        readers=READERS,
         sources=(*sequence.frames, *flows),
         wait=partial(making.wait, folder) if making is not None and making.pending.get(folder) else None,
     )
