@@ -157,6 +157,8 @@ class VideoFrames(LazyFrames):
         super().__init__([self.path], stems, first.shape[:2], float(fps) if usable_fps else DEFAULT_FPS, window)
 
     def _decode(self, index: int) -> np.ndarray:
+        import cv2
+
         if self._capture is None or index < self._next:
             self.close()
             self._capture = self._open()
@@ -177,7 +179,7 @@ class VideoFrames(LazyFrames):
                 raise self._undecodable(
                     f"frame {position} has size {_size(bgr.shape[:2])}, the first one {_size(self.size)}"
                 )
-            frame = np.ascontiguousarray(bgr[:, :, ::-1])  # BGR -> RGB
+            frame = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
             if position != index:
                 self._keep(position, frame)
         return frame
@@ -283,7 +285,7 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
             bottom, right = shape[0] % 2, shape[1] % 2
             if bottom or right:
                 frame = np.pad(frame, ((0, bottom), (0, right), (0, 0)), mode="edge")
-            writer.write(np.ascontiguousarray(frame[:, :, ::-1]))  # RGB -> BGR
+            writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
             count += 1
         if writer is None:
             raise UserError(f"{path}: there are no frames to write")
