@@ -20,6 +20,7 @@ from PIL import Image
 
 import models.predictor
 import tool
+import utils.video
 from datasets.errors import DataError
 from datasets.flow_colour import flow_to_image
 from datasets.images import LazyImages, load_flow_image, load_frame
@@ -391,20 +392,24 @@ def test_clips_of_an_own_video_are_decoded_once(
     assert len(opened) <= 4  # to count the frames, for the flow, for the clips, for the overlay
 
 
-def test_pictures_of_a_data_set_are_decoded_by_several_threads(
-    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("own", [False, True])
+def test_pictures_in_files_are_decoded_by_several_threads(
+    own: bool, data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    third = threading.Event()
+    third, main = threading.Event(), threading.current_thread()
 
     def load(path: Path) -> np.ndarray:
-        if path.stem == "00002":
-            third.set()
-        assert path.stem != "00001" or third.wait(60)  # which one thread alone would come to later
+        if threading.current_thread() is not main:  # which makes an own video's flow, one frame after the other
+            if path.stem == "00002":
+                third.set()
+            assert path.stem != "00001" or third.wait(60)  # which one thread alone would come to later
         return load_frame(path)
 
-    monkeypatch.setattr(videos, "load_frame", load)
-    call(weights, tmp_path / "r", "--data_dir", data, "--sequences", "video-000")
-    assert len(maps(tmp_path / "r")) == FRAMES
+    monkeypatch.setattr(utils.video if own else videos, "load_frame", load)
+    folder = data / "DAVIS" / "JPEGImages" / "480p" / "video-000"
+    which = ("--frames", folder) if own else ("--data_dir", data, "--sequences", "video-000")
+    call(weights, tmp_path / "r", *which)
+    assert len(maps(tmp_path / "r")) == FRAMES and third.is_set()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

@@ -66,7 +66,7 @@ class LazyFrames(Sequence[np.ndarray]):
         index = int(index) % len(self)
         if index not in self._kept:
             # A decoder may pass other frames on its way and keep them, so the window is cut afterwards.
-            self._keep(index, self._decode(index))
+            self._keep(index, self.decode(index))
         self._kept.move_to_end(index)
         return self._kept[index]
 
@@ -75,7 +75,8 @@ class LazyFrames(Sequence[np.ndarray]):
         while len(self._kept) > self.window:
             self._kept.popitem(last=False)
 
-    def _decode(self, index: int) -> np.ndarray:
+    def decode(self, index: int) -> np.ndarray:
+        """Frame ``index``, from 0, decoded now whatever is kept."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class LazyFrames(Sequence[np.ndarray]):
 
 
 class FolderFrames(LazyFrames):
-    """Frames that lie in image files, given by their paths in order.
+    """Frames that lie in image files, given by their paths in order. `decode` may be called by any thread.
 
     Raises:
         DataError: an unreadable image, or one of another size than the first.
@@ -97,7 +98,7 @@ class FolderFrames(LazyFrames):
         super().__init__(files, [path.stem for path in files], first.shape[:2], fps, window)
         self._keep(0, first)
 
-    def _decode(self, index: int) -> np.ndarray:
+    def decode(self, index: int) -> np.ndarray:
         frame = load_frame(self.files[index])
         if frame.shape[:2] != self.size:
             raise DataError(
@@ -156,7 +157,7 @@ class VideoFrames(LazyFrames):
         stems = [f"{i:05d}" for i in range(count)]
         super().__init__([self.path], stems, first.shape[:2], float(fps) if usable_fps else DEFAULT_FPS, window)
 
-    def _decode(self, index: int) -> np.ndarray:
+    def decode(self, index: int) -> np.ndarray:
         import cv2
 
         if self._capture is None or index < self._next:

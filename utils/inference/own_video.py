@@ -13,7 +13,7 @@ from utils import crf
 from utils.errors import UserError, number_of
 from utils.inference import segment
 from utils.inference.maps import remove_others
-from utils.inference.videos import SharedFrames, Video
+from utils.inference.videos import READERS, SharedFrames, Video
 from utils.inference.weights import Weights
 from utils.progress import progress_bar
 
@@ -112,11 +112,13 @@ def run_own(
         # further than what is kept makes the decoder begin anew.
         several = args.flip or len(args.scales) > 1
         own.frames.window += args.clip_len * (2 if several else 1)
+    pictures = [SharedFrames(each) for each in (own.frames, flows) if each is not None]
     video = Video(
         place=own.place,
         stems=own.frames.stems,
-        frames=SharedFrames(own.frames),
-        flows=None if flows is None else SharedFrames(flows),
+        frames=pictures[0],
+        flows=pictures[1] if flows is not None else None,
+        readers=READERS if all(each.in_files for each in pictures) else 1,
         sources=(*own.frames.files, *(() if flows is None else flows.files)),
     )
     others = remove_others(video, save_dir)

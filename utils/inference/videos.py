@@ -13,10 +13,10 @@ import numpy as np
 
 from datasets.images import NO_MOTION, NO_PICTURE, LazyImages, load_flow_image, load_frame
 from datasets.video_sequence import VideoSequence
+from utils.video import FolderFrames, LazyFrames
 
 if TYPE_CHECKING:
     from utils.flow.beside import FlowBeside
-    from utils.video import LazyFrames
 
 # What training shows where it takes one of the two inputs away (`datasets.clips.VideoClips`: flow_drop, frame_drop).
 BLANKS = {"flow": NO_MOTION, "frames": NO_PICTURE}
@@ -26,15 +26,20 @@ READERS = 4
 
 
 class SharedFrames(Sequence[np.ndarray]):
-    """`LazyFrames` that several threads may ask: a decoder has one position, so they take turns."""
+    """`LazyFrames` that several threads may ask. The decoder of a video file has one position, so they take turns, and
+    should ask in order; of frames in files each reads its own, and none is kept.
+    """
 
     def __init__(self, frames: LazyFrames) -> None:
         self.frames, self._lock = frames, threading.Lock()
+        self.in_files = isinstance(frames, FolderFrames)
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        if self.in_files:
+            return self.frames.decode(range(len(self))[index])
         with self._lock:
             return self.frames[index]
 
