@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from models.timm_encoder import TimmEncoder
+from utils import distributed
 from utils.distributed import Processes, SyncBatchNorm2d, broadcast_buffers, set_batch_norm, start_processes
 from utils.errors import UserError
 from utils.training.loading import ClipOrder
@@ -239,3 +242,20 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE"):
         start_processes("cpu")
+
+
+def test_processes_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the launcher was killed while they started: without a limit they would look for it for `PATIENCE`."""
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
+    with pytest.raises(UserError, match="WORLD_SIZE 2 asks for several .* RANK, MASTER_ADDR, MASTER_PORT are not set"):
+        start_processes("cpu")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and nobody listens
+        port = unused.getsockname()[1]
+        for name, value in (("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"do not meet at 127.0.0.1:{port}"):
+            start_processes("cpu")

@@ -23,6 +23,8 @@ from utils.progress import progress_bar
 # How long a process waits for the others where they agree. One may have hours of flow or of a long video left when the
 # rest is done, which is no fault; one that dies ends the others through the launcher, long before this.
 PATIENCE = timedelta(days=7)
+# How long it looks for them at the start, where nothing but a launcher that is gone can keep them away.
+JOINING = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
         local_rank: number of this process on its machine; picks its GPU.
 
     Raises:
-        UserError: no CUDA though asked for, or more processes on this machine than GPUs.
+        UserError: no CUDA though asked for, more processes on this machine than GPUs, or no launcher to meet at.
     """
     world_size, rank = environment_number("WORLD_SIZE", 1), environment_number("RANK", 0)
     if device == "cuda" and not torch.cuda.is_available():
@@ -125,22 +127,45 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
     if world_size == 1:
         return Processes(0, local_rank, 1, where)
     backend = "nccl" if where.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=_meeting_place(),
+        rank=rank,
+        world_size=world_size,
+        timeout=None if where.type == "cuda" else PATIENCE,
+    )
+    control = dist.new_group(backend="gloo", timeout=PATIENCE) if where.type == "cuda" else dist.group.WORLD
+    return Processes(rank, local_rank, world_size, where, control)
+
+
+def _meeting_place() -> dist.Store:
+    """The launcher's key-value store, in which the processes find each other's addresses.
+
+    Raises:
+        UserError: the launcher does not say where it is, or nobody answers there within `JOINING`.
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"environment variable WORLD_SIZE {os.environ['WORLD_SIZE']} asks for several processes, but "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; start them by torchrun, or unset "
+            "WORLD_SIZE for one"
+        )
+    host, port = os.environ["MASTER_ADDR"], environment_number("MASTER_PORT", 0)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=JOINING))
+    except dist.DistError:
+        raise UserError(
+            f"the processes of this run do not meet at {host}:{port} (MASTER_ADDR, MASTER_PORT): the launcher has "
+            "ended, the port is taken, or the address is another machine's; start all again, with another "
+            "--master_port where it is taken"
+        ) from None
     attempt = environment_number("TORCHELASTIC_RESTART_COUNT", 0)
     if attempt and environment_number("GROUP_WORLD_SIZE", 1) == 1:
         # A restart finds the addresses of the dead processes in the launcher's store, so it gets keys of its own. With
         # several machines the count may differ between them; their line in docs/training.md has another remedy.
-        store, rank, world_size = next(rendezvous("env://"))
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"attempt-{attempt}", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=None if where.type == "cuda" else PATIENCE,
-        )
-    else:
-        dist.init_process_group(backend, timeout=None if where.type == "cuda" else PATIENCE)
-    control = dist.new_group(backend="gloo", timeout=PATIENCE) if where.type == "cuda" else dist.group.WORLD
-    return Processes(rank, local_rank, world_size, where, control)
+        return dist.PrefixStore(f"attempt-{attempt}", store)
+    return store
 
 
 def stop_processes() -> None:
