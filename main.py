@@ -37,7 +37,7 @@ from models.convlstm import recurrence_in_planes
 from models.losses import distillation_loss, segmentation_loss
 from utils.distributed import Processes, set_batch_norm, start_processes, stop_processes, train_mode
 from utils.errors import UserError, exit_on_user_error
-from utils.files import write_text
+from utils.files import FolderLock, write_text
 from utils.stopping import INTERRUPTED, StopRequest
 from utils.training.config import TrainConfig, parse_args
 from utils.training.data import build_clips, build_sequences
@@ -45,7 +45,15 @@ from utils.training.ema import WeightAverage
 from utils.training.loading import ClipOrder, build_loader, read_batches, rescale, stop_workers, to_device, to_floats
 from utils.training.network import build_network, load_teacher
 from utils.training.optimisation import build_optimizer, check_statistics, lr_factor, step_size
-from utils.training.resuming import find_checkpoint, forget_best, position, restore, save, set_older_run_aside
+from utils.training.resuming import (
+    claim_folder,
+    find_checkpoint,
+    forget_best,
+    position,
+    restore,
+    save,
+    set_older_run_aside,
+)
 from utils.training.run import Run, diverged
 from utils.training.runlog import RunLog
 from utils.training.validation import validate
@@ -277,8 +285,9 @@ def validate_and_save(run: Run) -> bool:
 
 def train(config: TrainConfig, processes: Processes) -> int:
     """A whole run, or the part of it that this call has time for; returns the exit code."""
-    with StopRequest(config.max_minutes) as stop:
-        run, loader, order = build_run(config, processes, stop)
+    notice = "the run stops after this step and saves; Ctrl-C again ends it at once" if processes.is_main else ""
+    with StopRequest(config.max_minutes, notice) as stop, FolderLock(config.save_dir) as lock:
+        run, loader, order = build_run(config, processes, stop, lock)
         try:
             finished = not run.pending_validation or validate_and_save(run)
             while finished and run.step < run.total_steps:
@@ -293,7 +302,9 @@ def train(config: TrainConfig, processes: Processes) -> int:
             run.log.close()
 
 
-def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> tuple[Run, DataLoader, ClipOrder]:
+def build_run(
+    config: TrainConfig, processes: Processes, stop: StopRequest, lock: FolderLock
+) -> tuple[Run, DataLoader, ClipOrder]:
     """All parts of a run, put where its checkpoint was made if there is one, and announced."""
     check_machine(config, processes)
     checkpoint = find_checkpoint(config, processes)
@@ -338,6 +349,7 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.amp == "fp16"),
         log=log,
         stop=stop,
+        lock=lock,
         validation=validation,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
@@ -347,6 +359,8 @@ def build_run(config: TrainConfig, processes: Processes, stop: StopRequest) -> t
         restore(run, checkpoint)
     run.first_step = run.step
     # Only now is anything in the run's folder changed: a call that is refused leaves it as it was.
+    claim_folder(run)
+    stop.listen()
     notes = [set_older_run_aside(run, checkpoint)]
     if checkpoint is not None:
         notes.append(forget_best(run, checkpoint))
@@ -418,7 +432,7 @@ def finish(run: Run, finished: bool) -> int:
         run.log.say(f"done: {run.step} steps{score}; weights to test with: {weights}")
         return 0
     save(run)
-    caught = [name for name in run.processes.gather(run.stop.signal and run.stop.signal.name) if name]
+    caught = [cause for cause in run.processes.gather(run.stop.cause) if cause]
     why = caught[0] if caught else "as asked by max_minutes or stop_after"
     how = "" if run.config.resume == "auto" else " with --resume auto"
     run.log.say(
@@ -431,9 +445,8 @@ def finish(run: Run, finished: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     with exit_on_user_error():
         config, local_rank = parse_args(arguments, __doc__ or "")
-        processes = start_processes(config.device, local_rank)
         try:
-            return train(config, processes)
+            return train(config, start_processes(config.device, local_rank))
         except KeyboardInterrupt:
             print("interrupted at once; what was not in last.pt yet is lost", file=sys.stderr)
             return INTERRUPTED

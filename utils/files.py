@@ -5,9 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 import numpy as np
 
@@ -46,6 +53,51 @@ def _write(path: Path, data: bytes) -> None:
 def temporary_prefix(path: Path) -> str:
     """How the name of a temporary file for this path begins: file systems count a name's bytes, 255 at most."""
     return f".{os.fsencode(path.name)[:64].decode(errors='ignore')}."
+
+
+class FolderLock:
+    """A folder for one process at a time, as long as it lives: the system gives it back however a process ends.
+
+    A context manager, which gives it back at the end; `take` takes it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = folder
+        self.held = False  # stays so where folders cannot be locked (Windows, some network file systems)
+        self._handle = -1
+
+    def take(self, seconds: float) -> bool:
+        """Takes the folder, which has to be there; False if another process still has it after so many seconds."""
+        if fcntl is None:
+            return True
+        self._handle = os.open(self.folder, os.O_RDONLY)
+        deadline = time.monotonic() + seconds
+        while not self.held:
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.held = True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(0.2)
+            except OSError:  # no locks of folders here
+                break
+        return True
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+
+
+def remove_temporaries(path: Path) -> None:
+    """Removes what killed writers of ``path`` have left beside it. For who knows that nobody writes it now."""
+    left = re.compile(re.escape(temporary_prefix(path)) + r"[a-z0-9_]{8}(\.tmp)?")  # as mkstemp names them
+    for file in path.parent.iterdir():
+        if left.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -17,7 +17,10 @@ from safetensors import safe_open
 import main
 from models import load_dbsnet
 from tests.training.runs import TINY, equal, fails, lines, read
+from utils import stopping
 from utils.errors import UserError
+from utils.files import FolderLock
+from utils.training import resuming
 from utils.training.config import TrainConfig
 
 
@@ -265,3 +268,69 @@ def test_a_signal_stops_with_a_checkpoint(number: signal.Signals, tmp_path: Path
     main.main([*arguments, "--stop_after", "1"])
     steps = [line["step"] for line in lines(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_signal_while_a_run_is_loading_ends_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is lost yet, and a cache of all frames may take minutes more, where launchers wait for half of one."""
+    loading = main.build_sequences
+
+    def interrupted(config: TrainConfig):
+        os.kill(os.getpid(), signal.SIGINT)
+        return loading(config)
+
+    monkeypatch.setattr(main, "build_sequences", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert main.main([*TINY, "--save_dir", str(tmp_path / "run")]) == 130
+    assert "interrupted at once" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_first_signal_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    step = main.train_step
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(main, "train_step", interrupted)
+    assert main.main([*TINY, "--save_dir", str(tmp_path)]) == 130
+    told = capfd.readouterr()
+    assert told.err.startswith("SIGINT: the run stops after this step") and "stopped at step 1 of 4" in told.out
+
+
+def test_processes_that_a_killed_launcher_leaves_behind_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stopping, "_PARENT", os.getppid() + 1)  # as if it had been another at the start
+    assert main.main([*TINY, "--max_steps", "1", "--save_dir", str(tmp_path / "nohup")]) == 0  # a shell that was left
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    capsys.readouterr()
+    assert main.main([*TINY, "--save_dir", str(tmp_path / "torchrun")]) == 130
+    assert "stopped at step 0 of 4 (the launcher has ended); saved" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_write_into_one_folder(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    left = [folder / name for name in (".last.pt.ab0_xy12.tmp", ".weights.safetensors.ab0_xy12")]
+    kept = [folder / name for name in (".last.pt.mine", "last.pt.ab0_xy12.tmp")]
+    for path in (*left, *kept):
+        path.write_bytes(b"half of it")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(resuming, "WAIT_FOR_FOLDER", 0.3)
+    arguments = [*TINY, "--save_dir", str(folder), "--max_steps", "5"]
+    with FolderLock(folder) as other:
+        assert other.take(0)
+        message = fails(arguments, capsys)
+        assert f"{folder}: another run is writing there" in message and "--save_dir" in message
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    # When that one has ended, however it did: what it has left half written is put away.
+    assert main.main(arguments) == 0
+    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)

@@ -12,11 +12,13 @@ from models.state_dicts import load_state
 from models.weights import save_weights
 from utils.distributed import Processes, environment_number
 from utils.errors import UserError
+from utils.files import remove_temporaries
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.config import TrainConfig
 from utils.training.run import Run, diverged
 
 RUN_FILES = ("last.pt", "best.pt", "weights.safetensors", "log.jsonl", "config.yaml", "panels")
+WAIT_FOR_FOLDER = 10.0  # seconds: loader processes of a killed run take five to notice that they are alone
 # Options that say what J is of: scores under others of these are not to be compared.
 VALIDATION_OPTIONS = ("val_datasets", "val_sequences", "val_frames", "val_size")
 
@@ -99,6 +101,26 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
         )
     config.keep_stream = before
     return checkpoint
+
+
+def claim_folder(run: Run) -> None:
+    """Makes the run's folder, and this call the only one that writes there; removes what killed ones left half written.
+
+    Raises:
+        UserError: another run is writing there, in all processes.
+    """
+    free = True
+    if run.processes.is_main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        free = run.lock.take(WAIT_FOR_FOLDER)
+    if not run.processes.gather(free)[0]:
+        raise UserError(
+            f"{run.folder}: another run is writing there, and each would take the other's files for its own. Give this "
+            "one another --save_dir, or wait for (or end) that one to go on from its last.pt"
+        )
+    if run.lock.held:
+        for name in RUN_FILES:
+            remove_temporaries(run.folder / name)
 
 
 def set_older_run_aside(run: Run, checkpoint: dict[str, Any] | None) -> str | None:
