@@ -200,8 +200,9 @@ class VideoClips(ClipDataset):
         for sequence in sequences:
             if not sequence.masks:
                 raise DataError(
-                    f"{sequence.dataset}/{sequence.name}: no masks, so it cannot be trained on; {len(sequence.frames)} "
-                    "frames found. Use a split with annotations, or leave the sequence out of its list"
+                    f"{sequence.dataset}/{sequence.name}: no masks, so it cannot be trained on; expected some beside "
+                    f"the {len(sequence.frames)} frames of {sequence.frames[0].parent}, called as these are. Unpack "
+                    "the annotations, or take the sequence out of the data set (its list, or its folder)"
                 )
             for stem in sequence.stems:
                 sequence.flow_path(stem)

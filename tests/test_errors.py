@@ -17,9 +17,16 @@ from PIL import Image
 
 import tool
 from models import build_dbsnet, save_weights
-from utils.errors import PLACES, UserError, exit_on_user_error
+from utils.errors import PLACES, UserError, exit_on_user_error, nearest
 from utils.files import write_text
 from utils.training.loading import read_batches
+
+
+def test_names_are_told_where_they_are_of_help() -> None:
+    assert nearest("bach_size", ["batch_size", "lr"], "--") == "did you mean --batch_size?"
+    assert nearest("zzz", ["lr", "ema"]) == "the valid names are lr, ema"
+    told = nearest("zzz", [f"{number:010x}" for number in range(3471)])  # the videos of YouTube-VOS
+    assert told.endswith("0000000009 … (3471 in all)") and len(told) < 200
 
 
 @pytest.mark.parametrize("number", PLACES)

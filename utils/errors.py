@@ -23,12 +23,19 @@ class UserError(ValueError):
     """
 
 
+MOST_NAMES = 100
+"""More valid names than these are no help: YouTube-VOS has 3471 videos."""
+
+
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """``did you mean …`` with the nearest names, or all names where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    """``did you mean …`` with the nearest names, or all names where none is near, of very many the first."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if near:
         return "did you mean " + " or ".join(prefix + name for name in near) + "?"
-    return "the valid names are " + ", ".join(prefix + name for name in known)
+    shown = known if len(known) <= MOST_NAMES else known[:10]
+    more = f" … ({len(known)} in all)" if len(shown) < len(known) else ""
+    return "the valid names are " + ", ".join(prefix + name for name in shown) + more
 
 
 def number_of(number: int, noun: str) -> str:

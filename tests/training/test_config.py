@@ -101,6 +101,7 @@ def test_local_rank_of_old_and_new_launchers(words: list[str], monkeypatch: pyte
         ("flip: 1.5", ["flip", "0 to 1", "1.5"]),
         ("freeze_stride: 5", ["freeze_stride", "0, 4, 8, 16, 32", "5"]),
         ("amp: fp8", ["amp", "none, bf16, fp16", "fp8"]),
+        ("amp: off", ["amp", "none, bf16, fp16", "False"]),  # which YAML takes for a truth value
         ("size: 64", ["size", "2 values", "64"]),
         ("size: [64, 96, 3]", ["size", "2 values"]),
         ("compile: 1", ["compile", "true or false"]),
@@ -171,7 +172,11 @@ def test_a_file_may_merge_mappings(tmp_path: Path) -> None:
         (["--tensorboard", "false"], "--tensorboard takes no value, got 'false'.*--no-tensorboard off"),
         (["--no-augment", "1"], "--augment takes no value, got '1'"),
         (["--no_augment"], "'--no_augment'; did you mean --no-augment"),
-        (["weights.pt"], "unknown argument 'weights.pt'"),
+        (["weights.pt"], "unexpected word 'weights.pt'; options are given as --name value, their file as --config"),
+        (["--lr", "1e-3", "1e-4"], "unexpected word '1e-4' after --lr, which takes one value"),
+        (["--lr"], "^--lr: expected one argument$"),  # and no usage of all options above it
+        (["--local_rank", "first"], "^--local_rank/--local-rank: invalid int value: 'first'$"),
+        (["--save_dir", ""], "--save_dir: expected a string, got ''"),  # a shell's variable that is not set
     ],
 )
 def test_words_that_no_option_takes(words: list[str], told: str) -> None:

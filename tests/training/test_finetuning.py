@@ -81,6 +81,9 @@ def test_streams_that_were_trained_alone_are_joined(tmp_path: Path, capsys: pyte
     assert load_dbsnet(tmp_path / "kept" / "weights.safetensors").config["streams"] == ["motion"]
     anew = [*options, "--network", *plain, "--save_dir", str(tmp_path / "again"), "--keep_stream", "motion"]
     assert "expected a network of both streams" in fails([*anew, "--finetune", first], capsys)
+    hint = [*options, "--save_dir", str(tmp_path / "again"), "--network", *plain]
+    assert "--keep_stream motion" in fails([*hint, "streams:[motion]", "--finetune", both], capsys)
+    assert "--add_stream" in fails([*hint, "streams:[appearance,motion]", "--finetune", first], capsys)
     assert "--finetune" in fails(anew, capsys)
 
 
@@ -151,6 +154,8 @@ def test_weights_of_another_network(finished: Path, tmp_path: Path, capsys: pyte
     save_weights(tmp_path / "other.safetensors", build_dbsnet("xxs", flavour="wilile", **OPTIONS))
     message = fails([*TINY, *anew, "--finetune", str(tmp_path / "other.safetensors")], capsys)
     assert "flavour wilile, not reference" in message
+    # Twice said, of which one would have to be the one that counts.
+    assert "give --variant xs" in fails([*TINY, "variant:xs", *anew], capsys)
     (tmp_path / "text.pt").write_text("no checkpoint")
     assert "text.pt" in fails([*TINY, *anew, "--finetune", str(tmp_path / "text.pt")], capsys)
     assert "text.pt" in fails([*TINY, *anew, "--pretrained", str(tmp_path / "text.pt")], capsys)

@@ -36,6 +36,14 @@ def test_scores_of_another_validation_are_not_compared(
     assert read(tmp_path, "best.pt")["best"] == {"J": 0.2, "step": 6}
     assert main.main([*arguments, "--max_steps", "9", "--val_sequences", names[1]]) == 0  # the same validation
     assert read(tmp_path)["best"] == {"J": 0.2, "step": 6}
+    # Without validation the last weights are the ones to test with, not those that were the best for the rest of time.
+    capsys.readouterr()
+    assert main.main([*arguments, "--max_steps", "10"]) == 0
+    told = capsys.readouterr().out
+    assert "J 0.2000 at step 6, is left in" in told and "done: 10 steps; weights to test with" in told
+    assert read(tmp_path, "best.pt")["step"] == 6
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        assert (file.metadata()["step"], file.metadata()["J"]) == ("10", "not validated")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +149,9 @@ def test_held_out_sequences_are_not_trained_on(videos: Path) -> None:
     assert [sequence.name for sequence in validation] == [names[1]]
     with pytest.raises(UserError, match=rf"'{names[1]}x' is not in the train split of DAVIS-2016; .*{names[1]}"):
         build_sequences(TrainConfig(**{**vars(config), "val_sequences": [names[1] + "x"]}))
-    with pytest.raises(UserError, match="DAVIS-2016 has no training sequence left"):
+    with pytest.raises(
+        UserError, match="DAVIS-2016 has no training sequence left .* hold all of its 3 out; name fewer"
+    ):
         build_sequences(TrainConfig(**{**vars(config), "val_sequences": names}))
 
 

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -239,9 +239,7 @@ def parse_args(arguments: Sequence[str] | None = None, description: str = "") ->
     ``--config`` is configs/stage1.yaml where nothing is given, configs/finetune.yaml where ``--finetune`` is.
     The local rank comes as ``--local_rank`` (launchers before PyTorch 2.0), ``--local-rank`` (since) or LOCAL_RANK.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--config", metavar="YAML", help="default: configs/stage1.yaml, or configs/finetune.yaml with --finetune"
     )
@@ -273,12 +271,23 @@ def parse_args(arguments: Sequence[str] | None = None, description: str = "") ->
     return config, local_rank
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are lines like all others, without 60 lines of usage above them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
 def _unknown_argument(word: str, words: Sequence[str]) -> str:
     """What to tell of a word of the command line that no option takes."""
     before = words[words.index(word) - 1] if word in words and words.index(word) else ""
     flag = before.removeprefix("--").removeprefix("no-")
     if not word.startswith("-") and before.startswith("--") and _TYPES.get(flag) is bool:
         return f"--{flag} takes no value, got {word!r}; --{flag} alone turns it on and --no-{flag} off"
+    if not word.startswith("-"):
+        flags = [flag for flag in words[: words.index(word)] if flag.startswith("--")] if words.count(word) == 1 else []
+        after = f" after {flags[-1].split('=')[0]}, which takes one value" if flags else ""
+        return f"unexpected word {word!r}{after}; options are given as --name value, their file as --config FILE"
     word = word.split("=")[0]
     name = word.lstrip("-").replace("-", "_")
     if _TYPES.get(name.removeprefix("no_")) is bool:
@@ -326,6 +335,8 @@ def _convert(key: str, value: Any, where: str) -> Any:
         if kind is not str or not metadata["choices"] and key != "resume":
             raise UserError(f"{where}: expected {_name(kind)}, got nothing")
         value = "none"
+    if isinstance(value, bool) and kind is str and metadata["choices"]:  # YAML's off, no, yes …
+        raise UserError(f"{where}: expected one of {', '.join(map(str, metadata['choices']))}, got {value}")
     result = _cast(_required(kind), value, where)
     parts = result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else [result]
     for part in parts:
@@ -365,7 +376,7 @@ def _cast(kind: Any, value: Any, where: str) -> Any:
         raise wrong
     if kind is str:
         # A YAML path such as 2018 is a number to the parser; a list or mapping is a slip.
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != "":
             return str(value)
         raise wrong
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):

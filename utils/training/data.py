@@ -57,7 +57,10 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
         if name in names:
             training[name] = [sequence for sequence in sequences if sequence.name not in held_out]
             if not training[name]:
-                raise UserError(f"datasets: {name} has no training sequence left beside val_sequences")
+                raise UserError(
+                    f"datasets: {name} has no training sequence left beside val_sequences, which hold all of its "
+                    f"{len(sequences)} out; name fewer of them, or leave {name} out of datasets"
+                )
     for sequence in validation:
         check_validation(config, sequence)
     missing = sorted(held_out - known)
@@ -68,7 +71,7 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
         )
     if missing:
         where = ", ".join(sources)
-        near = nearest(missing[0], known)
+        near = nearest(missing[0], sorted(known))
         raise UserError(f"val_sequences: {missing[0]!r} is not in the train split of {where}; {near}")
     return training, validation
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from models import build_dbsnet, load_dbsnet
-from models.dbsnet import DBSNet
+from models.dbsnet import STREAMS, DBSNet
 from models.errors import CheckpointError
 from models.growth import ABSENT, add_stream, grow, is_growth, keep_stream
 from models.state_dicts import load_state
@@ -31,6 +31,8 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
     for key in config.network:
         if key not in known:  # also where a checkpoint says what to build, and nothing else would look at it
             raise UserError(f"network: unknown key {key!r}; {nearest(key, known)}")
+        if key in ("variant", "flavour"):
+            raise UserError(f"network: {key} is an option of its own; give --{key} {config.network[key]}")
     torch.manual_seed(config.seed)
     asked = {"variant": config.variant, "flavour": config.flavour, **config.network}
     if checkpoint is not None:
@@ -69,10 +71,14 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
     other = {key: net.config[key] for key in asked if key in net.config and net.config[key] != asked[key]}
     if other:
         words = ", ".join(f"{key} {value}, not {asked[key]}" for key, value in other.items())
-        flags = " ".join(f"--{key} {value}" for key, value in other.items() if key in ("variant", "flavour"))
+        flags = [f"--{key} {value}" for key, value in other.items() if key in ("variant", "flavour")]
+        if "streams" in other and checkpoint is None:
+            flags += [f"--keep_stream {stream}" for stream in net.streams if asked["streams"] == [stream]]
+            if asked["streams"] == list(STREAMS):
+                flags.append("--add_stream FILE (of the other stream)")
         raise CheckpointError(
             f"{path}: weights of another network ({words}); "
-            + (f"give {flags}, or " if flags else "give ")
+            + (f"give {' '.join(flags)}, or " if flags else "give ")
             + ("another --save_dir, or --resume none" if checkpoint is not None else "another checkpoint")
         )
     return net

@@ -182,10 +182,17 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
 
 def forget_best(run: Run, checkpoint: dict[str, Any]) -> str | None:
     """Begins the search for the best weights anew where those of the checkpoint are not at hand, or were found by
-    another validation: their J would keep all that follow from being handed out. Returns what to tell.
+    another validation or one that there is no more: their J would keep all that follow from being handed out. Returns
+    what to tell.
     """
-    if run.best is None or not run.validation or not run.has_work:
+    if run.best is None or not run.has_work:
         return None
+    if not run.validation:
+        found, run.best = run.best, None
+        return (
+            f"the best so far, J {found['J']:.4f} at step {found['step']}, is left in {run.folder / 'best.pt'}; as "
+            "nothing is validated from here on, the last weights are the ones to test with"
+        )
     before, now = checkpoint["config"], run.config.to_dict()
     changed = [key for key in VALIDATION_OPTIONS if key in before and before[key] != now[key]]
     kept, path = None, run.folder / "best.pt"
