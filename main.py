@@ -399,6 +399,10 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
     if processes.device.type == "cuda":
         machine = torch.cuda.get_device_name()
     run.log.say(f"PyTorch {torch.__version__}, {processes.world_size} x {machine}; {parameters:,} parameters")
+    run.log.say("network: " + ", ".join(f"{key} {value}" for key, value in run.net.config.items()))
+    if checkpoint is None:
+        start = config.finetune or (config.pretrained and f"{config.pretrained} in the encoders")
+        run.log.say(f"starting from {start or 'random weights (--pretrained FILE: trained encoders)'}")
     sizes = ", ".join(f"{name} {count} sequences" for name, count in sequences.items())
     run.log.say(f"{sizes + '; ' if sizes else ''}{len(run.validation)} sequences held out for validation")
     clips = position(run)["clips_per_step"]

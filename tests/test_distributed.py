@@ -158,23 +158,44 @@ def test_processes_share_the_clips_of_each_step() -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of videos whose labels are spread unevenly: three in one, one in each of the others."""
+    from datasets.synthetic import write_dataset
+
+    root = write_dataset(tmp_path_factory.mktemp("data"), videos=3, frames=3, size=(48, 80), seed=1, validation=0)
+    for number, video in enumerate(sorted((root / "Annotations" / "480p").iterdir())):
+        for mask in sorted(video.iterdir())[1 if number else 3 :]:
+            mask.unlink()
+    return ["--datasets", "DAVIS-2016", "--data_dir", str(root), "--strides", "1"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(repository: Path, data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run on two processes, by the README's command line, of half a batch each."""
     folder = tmp_path_factory.mktemp("two")
     line = ["-m", "torch.distributed.launch", "--nproc_per_node=2", "main.py"]
-    result = launch(repository, *line, *TINY, "--batch_size", "1", "--save_dir", str(folder))
+    result = launch(repository, *line, *TINY, *data, "--batch_size", "1", "--save_dir", str(folder))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done: 3 steps") == 1  # one process talks
     return folder
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(
-    two_processes: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    two_processes: Path, data: list[str], tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Though one may have three times the labels of the other: the loss is the mean over all labelled frames."""
     import main
 
+    labels, step = [], main.train_step
+
+    def watched(run: main.Run, parts: list[dict], total: float):
+        labels.append(parts[0]["valid"].sum(1).tolist())  # of the two clips, one of which each process has
+        return step(run, parts, total)
+
+    monkeypatch.setattr(main, "train_step", watched)
     monkeypatch.chdir(repository)
-    assert main.main([*TINY, "--batch_size", "2", "--save_dir", str(tmp_path)]) == 0
+    assert main.main([*TINY, *data, "--batch_size", "2", "--save_dir", str(tmp_path)]) == 0
+    assert any(one != other for one, other in labels), labels
     together, alone = losses(two_processes), losses(tmp_path)
     assert [line["step"] for line in together] == [1, 2, 3]
     for one, other in zip(together, alone):
@@ -189,12 +210,13 @@ def test_two_processes_equal_one_with_the_doubled_batch(
 
 
 def test_a_run_of_two_processes_goes_on_in_one(
-    two_processes: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    two_processes: Path, data: list[str], repository: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     import main
 
     monkeypatch.chdir(repository)
-    longer = [*TINY, "--max_steps", "4", "--batch_size", "2", "--save_dir", str(two_processes)]
+    longer = [*TINY, *data, "--max_steps", "4", "--batch_size", "2", "--save_dir", str(two_processes)]
     assert main.main(longer) == 0
     assert "resuming" in capsys.readouterr().out
     assert [line["step"] for line in losses(two_processes)] == [1, 2, 3, 4]

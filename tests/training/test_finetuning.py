@@ -22,6 +22,8 @@ def test_finetune_starts_from_the_weights(finished: Path, tmp_path: Path, capsys
         # A learning rate of nought shows the weights that it starts from; statistics are kept by bn frozen.
         frozen = [*arguments, "--lr", "0", "--bn", "frozen", "--ema", "0", "--max_steps", "1"]
         assert main.main(frozen) == 0
+        told = capsys.readouterr().out
+        assert f"starting from {finished / weights}" in told and "network: variant xxs" in told
         equal(read(folder)["model"], expected)
     # The same command resumes, and so does one that does not say again what the run began from; it stays on record.
     frozen += ["--max_steps", "2"]

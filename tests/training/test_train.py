@@ -11,7 +11,9 @@ import torch
 import main
 from models import load_dbsnet
 from tests.training.runs import TINY, equal, fails, lines, load_image, read, run_script
+from utils.inference.weights import read_notes
 from utils.training.config import load_config
+from utils.training.runlog import RunLog
 
 
 def test_the_files_of_a_run(finished: Path) -> None:
@@ -22,6 +24,9 @@ def test_the_files_of_a_run(finished: Path) -> None:
     assert net.config == read(finished)["config_model"]
     equal(dict(net.state_dict()), read(finished)["ema"])
     equal(dict(load_dbsnet(finished / "last.pt").state_dict()), read(finished)["ema"])
+    notes, size = read_notes(finished / "weights.safetensors")
+    assert (notes.pop("J"), notes.pop("size"), size) == ("not validated", "32 64", (32, 64))
+    assert notes == read_notes(finished / "last.pt")[0] == {"step": "4", "trained_on": "synthetic"}
 
 
 LIMITED = """
@@ -86,6 +91,22 @@ def test_tensorboard_and_panels(tmp_path: Path) -> None:
     assert events.Images("train")
     picture = load_image(tmp_path / "panels" / "train_0000001.png")
     assert picture.ndim == 3 and picture.std() > 10
+
+
+def test_a_log_that_there_is_no_room_for_is_named(tmp_path: Path) -> None:
+    class Full:
+        def add_scalar(self, *_: object) -> None:
+            raise OSError(
+                28, "No space left on device"
+            )  # without a name, which would be taken for the temporary folder
+
+    log = RunLog(tmp_path, step=0, total=1, tensorboard=False)
+    log.open()
+    log._board = Full()
+    with pytest.raises(OSError) as caught:
+        log.record("train", {"step": 1, "loss": 0.5})
+    assert caught.value.filename == str(tmp_path / "events.out.tfevents")
+    assert lines(tmp_path) == [{"kind": "train", "step": 1, "loss": 0.5}]
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def save(run: Run, best: bool = False) -> None:
             "step": str(run.step),
             "J": f"{run.best['J']:.4f}" if run.best else "not validated",
             "size": " ".join(map(str, run.config.size)),  # what tool.py tests at unless told otherwise
+            "trained_on": ", ".join(run.config.datasets),
         }
         save_weights(run.folder / "weights.safetensors", run.tested_net, metadata=facts)
     save_checkpoint(run.folder / "last.pt", checkpoint)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("tensorboard is not installed: pip install tensorboard, or --no-tensorboard") from None
-            self._board = SummaryWriter(str(folder), purge_step=step + 1)
+            with self._named():
+                self._board = SummaryWriter(str(folder), purge_step=step + 1)
         if sys.stderr.isatty():
             self._bar = progress_bar(total=self._total, initial=step, unit="step")
 
@@ -75,16 +78,13 @@ class RunLog:
         if not self.active:
             return
         line = json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n"
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            error.filename = str(self.path)  # what a full disk refuses has no name
-            raise
+        with self._named(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(line)
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+            with self._named():
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and name != "step":
+                        self._board.add_scalar(f"{kind}/{name}", value, values["step"])
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """An ``(H, W, 3)`` uint8 picture into ``panels/`` and TensorBoard."""
@@ -92,14 +92,25 @@ class RunLog:
             return
         write_png(self.path.parent / "panels" / f"{name}_{step:07d}.png", image)
         if self._board is not None:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            with self._named():
+                self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes what is pending."""
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
+            with self._named():
+                self._board.close()
+
+    @contextmanager
+    def _named(self, path: Path | None = None) -> Iterator[None]:
+        """Says which file (TensorBoard's by default) it was that a full disk refused, whose error has no name."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(path or self.path.parent / "events.out.tfevents")
+            raise
 
 
 def _step(line: str) -> float:
