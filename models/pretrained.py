@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.errors import CheckpointError
-from models.mobilevit import DEPTHS, FLAVOURS, MobileViT
+from models.mobilevit import DEPTHS, FLAVOURS, VARIANTS, MobileViT
 from models.state_dicts import describe_mismatch, read_state
 
 FORMATS = {"wilile": "wilile", "cvnets": "reference", "timm": "reference"}  # format -> flavour
@@ -145,7 +145,8 @@ def load_pretrained(backbone: MobileViT, path: str | Path) -> str:
     if FORMATS[format] != backbone.flavour:
         raise CheckpointError(
             f"{path}: a {format} checkpoint belongs to the MobileViT flavour {FORMATS[format]!r}, but this network's "
-            f"is {backbone.flavour!r}: build it with flavour={FORMATS[format]!r} (of {', '.join(FLAVOURS)})"
+            f"is {backbone.flavour!r}: build it with flavour={FORMATS[format]!r} (of {', '.join(FLAVOURS)}; "
+            f"main.py --flavour {FORMATS[format]})"
         )
     ours = {key: tensor for key, tensor in backbone.state_dict().items() if key not in ("mean", "std")}
     names = {key: foreign_key(key, format) for key in ours}
@@ -153,6 +154,10 @@ def load_pretrained(backbone: MobileViT, path: str | Path) -> str:
     problem = describe_mismatch({names[key]: tensor.shape for key, tensor in ours.items()},
                                 {key: tensor.shape for key, tensor in given.items()})  # fmt: skip
     if problem:
+        last = given.get(names["final.conv.weight"])  # of as many channels as no other size has
+        size = next((name for name, variant in VARIANTS.items() if last is not None and len(last) == variant.final), "")
+        if size not in ("", backbone.variant):
+            problem = f"it is of a MobileViT-{size.upper()} (main.py --variant {size}), {problem}"
         raise CheckpointError(f"{path} ({format} format) does not fit MobileViT-{backbone.variant.upper()}: {problem}")
     new = {key: given[name].clone() for key, name in names.items()}
     if format == "cvnets":

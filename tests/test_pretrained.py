@@ -241,10 +241,13 @@ def test_what_does_not_fit_is_counted_and_named(fmt: str, tmp_path: Path) -> Non
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), "left half loaded"
 
 
-def test_another_size_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "s.pt", make_state("cvnets", "s")[0])
-    with pytest.raises(CheckpointError, match="MobileViT-XXS.*of another shape"):
-        build_backbone("mobilevit_xxs", checkpoint=path)
+@pytest.mark.parametrize("fmt", ["wilile", "cvnets", "timm"])
+def test_another_size_is_refused(fmt: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "s.pt", make_state(fmt, "s")[0])
+    with pytest.raises(
+        CheckpointError, match="fit MobileViT-XXS: .* a MobileViT-S .main.py --variant s., .*of another shape"
+    ):
+        load_pretrained(MobileViT("xxs", flavour_of(fmt)), path)
 
 
 def test_classifier_may_be_absent(tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_classifier_may_be_absent(tmp_path: Path) -> None:
 
 def test_the_other_flavour_is_refused(tmp_path: Path) -> None:
     wilile = save(tmp_path / "w.pth.tar", make_state("wilile", "xxs")[0])
-    with pytest.raises(CheckpointError, match="flavour='wilile'"):
+    with pytest.raises(CheckpointError, match="flavour='wilile' .*main.py --flavour wilile"):
         load_pretrained(MobileViT("xxs"), wilile)
     timm = save(tmp_path / "t.pth", make_state("timm", "xxs")[0])
     with pytest.raises(CheckpointError, match="flavour='reference'"):

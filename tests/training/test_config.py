@@ -32,6 +32,8 @@ def test_the_file_is_chosen_by_finetune() -> None:
     )  # fmt: skip
     assert (second.epochs, second.save_dir, set(second.datasets)) == (25, "runs/finetune", {"DAVIS-2016", "FBMS"})
     assert second.finetune == "weights.pt"
+    neither, _ = parse_args(["--finetune", "none"])  # from nothing at all: the first stage
+    assert (neither.save_dir, neither.finetune) == ("runs/stage1", None)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -177,7 +177,9 @@ class TrainConfig:
     # Run
     save_dir: str = _option("runs/stage1", "folder of checkpoints and logs")
     resume: str = _option("auto", "auto: the last checkpoint of save_dir if there is one; none: start anew; or a path")
-    save_every: int = _option(0, "steps between two writings of last.pt; 0: at the end of each epoch", low=0)
+    save_every: int = _option(
+        0, "steps between two writings of last.pt, beside those at the end of each epoch; 0: those alone", low=0
+    )
     log_every: int = _option(20, "steps between two lines of the log", low=1)
     tensorboard: bool = _option(True, "write TensorBoard scalars and pictures")
     panels_every: int = _option(500, "steps between two pictures of frame, flow, mask and prediction; 0: none", low=0)
@@ -185,7 +187,9 @@ class TrainConfig:
     # Validation
     val_datasets: list[str] = _option([], "data sets whose train split holds val_sequences; empty: the training sets")
     val_sequences: list[str] = _option([], "sequences kept out of training for validation; empty: no validation")
-    val_every: int = _option(0, "steps between two validations; 0: at the end of each epoch", low=0)
+    val_every: int = _option(
+        0, "steps between two validations, the last at the end of training; 0: at the end of each epoch", low=0
+    )
     val_size: tuple[int, int] | None = _option(
         None, "height and width that the network sees; none: size", low=32, high=16384
     )
@@ -261,7 +265,8 @@ def parse_args(arguments: Sequence[str] | None = None, description: str = "") ->
     if local_rank is None:
         local_rank = environment_number("LOCAL_RANK", 0)
     if path is None:
-        path = CONFIGS / ("finetune.yaml" if options.get("finetune") else "stage1.yaml")
+        finetuned = options.get("finetune", "none").lower() not in ("none", "null")
+        path = CONFIGS / ("finetune.yaml" if finetuned else "stage1.yaml")
     config = load_config(path, options)
     if "epochs" in options and "max_steps" not in options and config.max_steps:
         raise UserError(
