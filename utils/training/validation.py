@@ -50,4 +50,5 @@ def validate(run: Run) -> dict[str, float] | None:
     shares = processes.gather(mine)
     if any(share is None for share in shares):
         return None
-    return {name: score for share in shares for name, score in sorted(share.items())}
+    # By name, so that the mean is summed in one order, however many processes there are.
+    return dict(sorted(item for share in shares for item in share.items()))
