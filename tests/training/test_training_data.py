@@ -117,11 +117,19 @@ def test_options_that_reach_no_clip_are_told(videos: Path, tmp_path: Path, capsy
     assert told.startswith("frame_faults 0.5 has no effect")
 
 
-def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_is_not_there(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--data_dir", str(tmp_path), "--save_dir", str(tmp_path / "run")]
     assert "DAVIS-2016" in fails([*arguments, "--datasets", "DAVIS-2016"], capsys)
     for name in ("DUTS-TR", "duts-tr"):
         assert "DUTS-TR-Image" in fails([*arguments, "--datasets", name], capsys)
+    # Who has not all of a configuration's sets is told how to do with the others.
+    shutil.copytree(videos, tmp_path / "DAVIS")
+    several = ["--datasets", "YouTube-VOS", "DAVIS-2016:3", "FBMS", "synthetic"]
+    message = fails([*arguments, *several], capsys)
+    assert message.endswith("To train without it: --datasets DAVIS-2016:3 synthetic:1\n") and "YouTube-VOS" in message
+    shutil.rmtree(tmp_path / "DAVIS" / "JPEGImages" / "480p" / "video-000")  # it is there, but broken
+    assert "To train without" not in fails([*arguments, "--datasets", "DAVIS-2016", "synthetic"], capsys)
+    shutil.rmtree(tmp_path / "DAVIS")
     for name in ("DUTS", "synthtic"):  # the two that are no data sets of videos
         message = fails([*arguments, "--datasets", name], capsys)
         assert "stills are DUTS-TR" in message and "synthetic" in message

@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
 from datasets.errors import DataError
 from datasets.scenes import SceneOptions
-from datasets.sequences import DATASETS, VideoSequence, canonical_name, read_dataset
+from datasets.sequences import DATASETS, VideoSequence, canonical_name, find_root, read_dataset
 from datasets.stills import read_stills
 from datasets.synthetic import SyntheticClips
 from datasets.transforms import Augment
@@ -41,7 +41,10 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
         except DataError as error:
             if name in names:
                 if canonical_name(name) in DATASETS:
-                    raise
+                    rest = [f"{one}:{share:g}" for one, share in config.datasets.items() if _is_there(config, one)]
+                    if _is_there(config, name) or not rest:
+                        raise
+                    raise DataError(f"{error}. To train without it: --datasets {' '.join(rest)}") from error
                 raise DataError(
                     f"{error}. Clips made of stills are DUTS-TR, and those that need no data synthetic"
                 ) from error
@@ -74,6 +77,18 @@ def build_sequences(config: TrainConfig) -> tuple[dict[str, list[VideoSequence]]
         near = nearest(missing[0], sorted(known))
         raise UserError(f"val_sequences: {missing[0]!r} is not in the train split of {where}; {near}")
     return training, validation
+
+
+def _is_there(config: TrainConfig, name: str) -> bool:
+    """Whether a data set to train on has been unpacked, whatever may be wrong with it."""
+    try:
+        if canonical_name(name) == "DUTS-TR":
+            read_stills(Path(config.data_dir), "DUTS-TR")
+        elif name != "synthetic":
+            find_root(name, config.data_dir)
+    except DataError:
+        return False
+    return True
 
 
 def check_validation(config: TrainConfig, sequence: VideoSequence) -> None:
