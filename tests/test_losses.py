@@ -109,6 +109,12 @@ def test_edge_weight_equals_the_plain_loop() -> None:
         ious.append(1 - (intersection + 1) / (union + 1))
     assert losses["bce"].item() == pytest.approx(sum(bces) / 2, rel=1e-5)
     assert losses["iou"].item() == pytest.approx(sum(ious) / 2, rel=1e-5)
+    # The auxiliary logits are weighed as ever: of a cell at stride 8 nobody says where in it the outline is.
+    aux = [torch.randn(1, 2, 1, 5, 5, generator=generator)]
+    masks, logits = masks[..., :40], logits[..., :40]
+    weighed = segmentation_loss(logits, masks, aux=aux, edge_weight=5.0)
+    alike = segmentation_loss(logits, masks, aux=aux)
+    assert weighed["aux"] == alike["aux"] and weighed["bce"] != alike["bce"]
 
 
 def test_edges_and_thin_parts_weigh_most() -> None:
@@ -156,6 +162,18 @@ def test_empty_and_full_maps_are_finite(sign: float, mask: int, dtype: torch.dty
     assert losses["bce"].item() == pytest.approx(0.0 if right else 200.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_in_half_precision_lose_nothing_more(dtype: torch.dtype) -> None:
+    """As autocast gives them: what they say is computed with as in single precision, and so are the sums."""
+    logits, masks, valid, aux = make()
+    half, coarse = logits.to(dtype), [x.to(dtype) for x in aux]
+    losses = segmentation_loss(half, masks, valid, coarse)
+    same = segmentation_loss(half.float(), masks, valid, [x.float() for x in coarse])
+    for key, loss in losses.items():
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, same[key]), key
+
+
 def test_without_valid_every_frame_counts_and_any_mask_type_will_do() -> None:
     logits, masks, _, _ = make()
     expected = segmentation_loss(logits, masks, torch.ones(2, 3, dtype=torch.bool))["total"]
@@ -178,7 +196,8 @@ def test_other_shapes_are_refused() -> None:
 
 def test_distillation_is_relative_to_the_teachers_variance() -> None:
     torch.manual_seed(0)
-    teacher = [3 + 5 * torch.randn(4, 6, 8, 8), 0.1 * torch.randn(4, 6, 16, 16)]
+    levels = 20 * torch.randn(6, 1, 1)  # channels apart, as far as it takes to tell their variance from the map's
+    teacher = [levels + 5 * torch.randn(4, 6, 8, 8), 0.1 * torch.randn(4, 6, 16, 16)]
     assert distillation_loss(teacher, teacher) == 0
     # The mean of each channel, which knows nothing of the picture, gives 1 whatever the maps' scale.
     means = [x.mean((0, 2, 3), keepdim=True).expand_as(x) for x in teacher]
@@ -191,3 +210,18 @@ def test_distillation_is_relative_to_the_teachers_variance() -> None:
     assert all(x.grad.abs().sum() > 0 for x in own) and all(x.grad is None for x in lesson)
     with pytest.raises(ValueError, match="maps of network and teacher differ"):
         distillation_loss(half, teacher[::-1])
+    with pytest.raises(ValueError, match="shorter"):
+        distillation_loss(half, teacher[:1])
+
+
+def test_distillation_from_a_dead_map_and_in_half_precision() -> None:
+    torch.manual_seed(0)
+    own = [torch.randn(2, 3, 4, 4).bfloat16().requires_grad_()]
+    still = [torch.full((2, 3, 4, 4), 0.5)]  # no variance at all
+    loss = distillation_loss(own, still)
+    loss.backward()
+    assert loss.isfinite() and own[0].grad.isfinite().all() and own[0].grad.any()
+    teacher = [torch.randn(2, 3, 4, 4)]
+    loss = distillation_loss(own, [x.bfloat16() for x in teacher])
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, distillation_loss([own[0].float()], [x.bfloat16().float() for x in teacher]))
