@@ -83,6 +83,7 @@ def test_without_scale_messages_change_nothing() -> None:
     x = torch.randn(1, 16, 4, 5)
     with torch.no_grad():
         assert torch.equal(net.messages(x), x)
+        assert not any(bias[bias.isfinite()].any() for bias in net.biases(4, 5))  # near and far alike at first
         none = CoDGA(8, rounds=0)
         none.readout.load_state_dict(net.readout.state_dict())
         torch.testing.assert_close(net.eval()(x), none.eval()(x))

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import DBSNet, Predictor, build_dbsnet
-from models.consensus import LIMIT, TEMPERATURE, agree, describe_looks, voters
+from models.consensus import agree, describe_looks, voters
 from models.frame_store import FrameStore
 from models.predictor import directly
 from tests.test_predictor import as_clip, collect, make_net, make_video
 
 CPU = torch.device("cpu")
 H, W, C = 2, 3, 5  # of the maps at stride 16
+LIMIT, TEMPERATURE = 3.0, 0.03  # that the published scores with consensus were measured with
 
 
 def make_maps(length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -103,6 +104,21 @@ def test_units_of_the_looks_do_not_matter() -> None:
     torch.testing.assert_close(corrected(logits, other), corrected(logits, looks), atol=1e-3, rtol=0)
 
 
+def test_a_channel_that_is_the_same_everywhere_says_nothing() -> None:
+    """As dead ones of an encoder are, and all in frames of one colour: no spread to measure by."""
+    logits, looks = make_maps(30)
+    dead = torch.cat([looks, torch.full_like(looks[:, :2], 4.0)], 1)
+    torch.testing.assert_close(corrected(logits, dead), corrected(logits, looks), atol=1e-3, rtol=0)
+    assert corrected(logits, torch.zeros_like(looks)).isfinite().all()
+
+
+def test_logits_in_half_precision_lose_nothing_more() -> None:
+    """As autocast gives them."""
+    logits, looks = make_maps(20)
+    half = logits.bfloat16()
+    assert torch.equal(corrected(half, looks), corrected(half.float(), looks))
+
+
 def test_where_all_frames_say_the_same_nothing_moves() -> None:
     _, looks = make_maps(30)
     logits = torch.full((30, 1, 4 * H, 4 * W), 1.3)
@@ -158,7 +174,10 @@ def test_a_predictor_corrects_the_logits_of_its_network() -> None:
         levels, skip = net.join(maps)
         levels = [net.refine(i, net.propagation[i](x[None]))[0] for i, x in enumerate(levels)]
         plain = net.decode(levels, skip)
-        logits = corrected(plain, describe_looks(maps["appearance"][1]))
+        seen = maps["appearance"][1]  # at stride 8: what four of its positions look like together
+        looks = sum(seen[..., row::2, column::2] for row in (0, 1) for column in (0, 1)) / 4
+        torch.testing.assert_close(describe_looks(seen), looks)
+        logits = corrected(plain, looks)
         wanted, before = (
             F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False).sigmoid()[:, 0].numpy()
             for x in (logits, plain)

@@ -108,6 +108,8 @@ def test_gradients_in_bfloat16_after_a_channels_last_conversion() -> None:
     torch.manual_seed(0)
     net = DenseBiConvLSTM(16, 8, streams=2).to(memory_format=torch.channels_last)
     recurrence_in_planes(net)
+    # Not every processor gets the gradients wrong, and this one may not.
+    assert all(p.is_contiguous() for layer in net.layers for p in layer.parameters())
     x = torch.rand(1, 2, 32, 32, 56)
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -37,6 +37,8 @@ def test_refinement_looks_at_an_eighth_on_each_side() -> None:
             assert start == 0 or keep - start >= 1
             assert stop == length or stop - until >= 1
     assert len(list(refinement_windows(600, 8))) == pytest.approx(600 / 6, abs=1)  # a third more, not double
+    # An eighth of fewer than eight frames is none, and not the quarter that clips overlap by.
+    assert list(refinement_windows(12, 4)) == [(start, start + 4, start, start + 4) for start in (0, 4, 8)]
 
 
 def test_a_short_video_is_one_window() -> None:
@@ -138,6 +140,7 @@ def test_clips_are_refined_independently_and_mirror_images_of_time_stay_so() -> 
     torch.testing.assert_close(code[:, 0::2], -code.flip(0)[:, 0::2])
     torch.testing.assert_close(code[:, 1::2], code.flip(0)[:, 1::2])
     torch.testing.assert_close(time_encoding(9, 8, x)[2:7], code)  # longer clips share their middle
+    assert code.dtype == x.dtype
 
 
 def test_a_time_encoding_made_in_inference_serves_training() -> None:
@@ -145,6 +148,7 @@ def test_a_time_encoding_made_in_inference_serves_training() -> None:
     x = torch.randn(1, 7, 24, 2, 2)  # a length and a width that no other test asks for
     with torch.inference_mode():
         expected = net(x)
+    assert not time_encoding(7, 24, x).is_inference()  # the kept one; autograd refuses some uses of such
     y = net(x)
     torch.testing.assert_close(y, expected)
     y.square().mean().backward()
