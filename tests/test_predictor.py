@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import gc
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,10 @@ import pytest
 import torch
 
 import models.convlstm
+import models.predictor
 from models import DBSNet, Predictor, build_dbsnet
-from models.frame_store import FrameStore
+from models.frame_io import read_ahead
+from models.frame_store import FrameStore, Storage
 from models.windows import batches_of_windows, refinement_windows
 
 SIZE = (64, 96)
@@ -167,6 +170,8 @@ def test_flip_averages_with_the_mirrored_video(net: DBSNet, video: tuple) -> Non
     expected = (whole(net, frames, flows) + whole(net, *mirrored)[..., ::-1]) / 2
     np.testing.assert_allclose(result, expected, atol=1e-5)
     np.testing.assert_allclose(collect(exact(net, flip=True)(*mirrored))[..., ::-1], result, atol=1e-5)
+    with pytest.raises(ValueError, match=r"a mirrored flow image has shape \(96, 64, 3\), expected \(64, 96, 3\)"):
+        collect(Predictor(net, flip=True, mirror_flow=lambda x: x.transpose(1, 0, 2))(frames, flows))
     # A flow image's mirroring can be given.
     other = collect(exact(net, flip=True, mirror_flow=lambda x: 255 - x[:, ::-1])(frames, flows))
     expected = (whole(net, frames, flows) + whole(net, mirrored[0], [255 - x for x in mirrored[1]])[..., ::-1]) / 2
@@ -180,6 +185,9 @@ def test_scales_are_averaged_at_the_frames_own_size(net: DBSNet, video: tuple) -
     result = collect(exact(net, scales=(1.0, 1.4))(frames, flows))  # 1.4: 90 x 134, rounded to multiples of 32
     np.testing.assert_allclose(result, sum(alone) / 2, atol=1e-5)
     assert np.abs(alone[0] - alone[1]).max() > 0.01
+    # A scale that would leave less than the network's smallest size gives that.
+    least = collect(exact(net, size=(32, 32))(frames, flows))
+    np.testing.assert_allclose(collect(exact(net, scales=(0.1,))(frames, flows)), least, atol=1e-6)
 
 
 def test_pictures_are_resized_as_pillow_does_and_logits_back(net: DBSNet) -> None:
@@ -243,8 +251,8 @@ def test_arrays_and_lazy_sequences_will_do_and_no_frame_is_held(net: DBSNet, vid
 class OneAtATime(Sequence):
     """A decoder of one buffer and one position: the next picture overwrites the last, and two askers would mix."""
 
-    def __init__(self, images: list[np.ndarray]) -> None:
-        self.images, self.buffer, self.asking = images, np.empty_like(images[0]), threading.Lock()
+    def __init__(self, images: list[np.ndarray], asking: threading.Lock) -> None:
+        self.images, self.buffer, self.asking = images, np.empty_like(images[0]), asking
 
     def __len__(self) -> int:
         return len(self.images)
@@ -252,7 +260,7 @@ class OneAtATime(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
         if not self.asking.acquire(blocking=False):
             raise RuntimeError("asked for from two threads at once")
-        time.sleep(0.002)
+        time.sleep(0.02)  # so that passes, which read ahead at the same time, would meet
         self.buffer[...] = self.images[index]
         self.asking.release()
         return self.buffer
@@ -263,7 +271,8 @@ class OneAtATime(Sequence):
 )
 def test_a_decoder_with_one_buffer_may_be_given(net: DBSNet, video: tuple, options: dict) -> None:
     expected = collect(exact(net, **options)(*video))
-    result = collect(exact(net, **options)(OneAtATime(video[0]), OneAtATime(video[1])))
+    asking = threading.Lock()  # one for both: frames and flow may come out of one file
+    result = collect(exact(net, **options)(*(OneAtATime(images, asking) for images in video)))
     np.testing.assert_array_equal(result, expected)
 
 
@@ -289,6 +298,23 @@ def test_several_readers_change_nothing_but_read_at_once(net: DBSNet, video: tup
     expected = collect(exact(net, **options)(*video))
     result = collect(exact(net, **options, readers=2)(SecondAfterThird(video[0]), SecondAfterThird(video[1])))
     np.testing.assert_array_equal(result, expected)
+
+
+def test_nothing_is_read_any_more_once_a_reader_is_closed() -> None:
+    """Whoever closes results may close the video file next."""
+    begun, read = threading.Event(), []
+
+    def make(start: int) -> int:
+        if start == 1:
+            begun.set()
+            time.sleep(0.2)
+        read.append(start)
+        return start
+
+    reader = read_ahead(make, range(9))
+    assert next(reader) == 0 and begun.wait(10)
+    reader.close()
+    assert read == [0, 1]  # what was being read is finished, and no more is begun
 
 
 @pytest.mark.parametrize("readers", [1, 3])
@@ -407,6 +433,12 @@ def test_networks_that_are_none_or_not_in_single_precision(net: DBSNet) -> None:
             Predictor(copy.deepcopy(net).to(dtype))
 
 
+def test_a_compiled_network_will_do(net: DBSNet, video: tuple) -> None:
+    frames, flows = video[0][:3], video[1][:3]
+    result = collect(exact(torch.compile(net, backend="eager"))(frames, flows))
+    np.testing.assert_allclose(result, whole(net, frames, flows), atol=1e-5)
+
+
 @pytest.mark.parametrize("fold", [True, False])
 def test_a_network_put_back_in_training_mode_is_neither_used_nor_changed_in_it(
     net: DBSNet, video: tuple, truth: np.ndarray, fold: bool
@@ -479,6 +511,59 @@ def test_maps_of_one_pixel_go_to_the_file() -> None:
     store.write(1, value)
     assert torch.equal(store.read(1, 3, torch.device("cpu")), value)
     store.close()
+
+
+def test_a_file_is_written_and_read_on_where_one_call_does_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux moves no more than 2 GiB a call, and a nearly full disk or a signal less."""
+    write, read = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[:50], offset))
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: read(file, [buffers[0][:70]], offset))
+    value = torch.randn(4, 3, 5, 2)
+    store = FrameStore(6, (3, 5, 2), torch.float32, None)
+    store.write(2, value[2:])
+    store.write(0, value[:2])
+    assert torch.equal(store.read(0, 4, torch.device("cpu")), value)
+    assert torch.equal(store.read(1, 3, torch.device("cpu")), value[1:3])
+    with pytest.raises(OSError, match="ended at byte 480, expected 600"):  # frames that nobody wrote
+        store.read(3, 5, torch.device("cpu"))
+    store.close()
+
+
+def test_stores_are_kept_in_memory_up_to_the_limit_and_what_is_freed_counts_no_more() -> None:
+    cpu, size = torch.device("cpu"), 10 * 4 * 3 * 2  # bytes of ten frames of (4, 3) in half precision
+
+    def in_memory(store: FrameStore) -> bool:
+        return store.tensor is not None
+
+    storage = Storage(10, cpu, torch.float16, 0, 2 * size)
+    first, second, third = (storage.new((4, 3)) for _ in range(3))
+    assert in_memory(first) and in_memory(second) and not in_memory(third)
+    assert not in_memory(storage.new(()))  # not the smallest one more
+    storage.free(third)
+    assert third.file.closed
+    storage.free(first)
+    assert not in_memory(first)  # its memory is given back
+    fourth, fifth = storage.new((4, 3)), storage.new((4, 3))
+    assert in_memory(fourth) and not in_memory(fifth)
+    storage.close()
+    assert fifth.file.closed and not in_memory(second) and not in_memory(fourth)
+
+
+def test_passes_share_the_memory_for_features(net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Storage] = []
+
+    class Watched(Storage):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(models.predictor, "Storage", Watched)
+    for options, passes in (({}, 1), ({"flip": True, "scales": (1.0, 0.5)}, 4)):
+        made.clear()
+        results = Predictor(net, host_memory=1 << 20, **options)(video[0][:2], video[1][:2])
+        next(results)
+        assert [[limit for _, limit in storage.places] for storage in made] == [[(1 << 20) // passes]] * passes
+        results.close()
 
 
 def test_a_full_disk_says_which(net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
