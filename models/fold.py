@@ -22,8 +22,9 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     The copy gives what ``net.eval()`` gives, up to rounding. Its activations work in place and its parameters take no
     gradient, and its state dict has other keys (``conv.bias`` in place of ``norm.*``): not for training or saving.
 
-    In an encoder of timm, a batch norm that reads no convolution stays as it is. Raises ValueError for any other batch
-    norm that does not follow a convolution inside a `ConvNormAct`.
+    In an encoder of timm, a batch norm that is not the only reader of one convolution, or has no weights or statistics
+    of its own, stays as it is. Raises ValueError for any other batch norm that does not follow a convolution inside a
+    `ConvNormAct`.
     """
     folded = copy.deepcopy(net).eval().requires_grad_(False)
     foreign = {name: module for name, module in folded.named_modules() if isinstance(module, TimmEncoder)}

@@ -78,10 +78,13 @@ def test_folded_network(flavour: str) -> None:
     assert not any(parameter.requires_grad for parameter in folded.parameters())
 
 
-def test_folding_is_the_formula() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_folding_is_the_formula(bias: bool) -> None:
     block = stir(ConvNormAct(4, 6, 3, groups=2)).double()
+    if bias:  # as some networks of timm have it
+        block.conv.bias = nn.Parameter(torch.randn(6, dtype=torch.float64))
     x = torch.randn(2, 4, 5, 7, dtype=torch.float64)
-    conv = torch.nn.functional.conv2d(x, block.conv.weight, None, 1, 1, 1, 2)
+    conv = torch.nn.functional.conv2d(x, block.conv.weight, block.conv.bias, 1, 1, 1, 2)
     norm = block.norm
     y = (conv - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + norm.eps).sqrt()
     y = y * norm.weight[:, None, None] + norm.bias[:, None, None]

@@ -89,6 +89,47 @@ def test_batch_norms_of_such_an_encoder_are_folded(name: str, left: int) -> None
         torch.testing.assert_close(folded(frames, flows), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+class Crooked(TimmEncoder):
+    """Convolutions and batch norms as no network has them by halves: which of them may be folded is not plain."""
+
+    def __init__(self, kind: str) -> None:
+        torch.nn.Module.__init__(self)
+        self.kind = kind
+        self.first, self.second = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.one = torch.nn.BatchNorm2d(4, affine=kind != "no weights", track_running_stats=kind != "no statistics")
+        self.two, self.other = torch.nn.BatchNorm2d(4), torch.nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        y = self.first(x)
+        z = self.one(y).relu()
+        if self.kind == "a norm of two convolutions":
+            return [self.one(self.second(z))]
+        if self.kind == "a convolution of two norms":
+            return [self.two(self.first(x)) + z]
+        if self.kind == "another reader":
+            return [self.other(y) + self.two(self.second(z))]
+        return [self.two(self.second(z))]
+
+
+@pytest.mark.parametrize(("kind", "left"), [
+    ("plain", 0), ("a norm of two convolutions", 1), ("a convolution of two norms", 2), ("another reader", 1),
+    ("no weights", 1), ("no statistics", 1),
+])  # fmt: skip
+def test_what_cannot_be_folded_stays_as_it_is(kind: str, left: int) -> None:
+    torch.manual_seed(0)
+    encoder = Crooked(kind).eval()
+    for norm in (encoder.one, encoder.two):
+        for name, tensor in norm.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 2) if name.endswith("var") else tensor.normal_(0.5)
+    (folded,) = fold_batch_norm(torch.nn.Sequential(encoder))
+    used = (folded.one,) if kind == "a norm of two convolutions" else (folded.one, folded.two)
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in used) == left
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x)[0], encoder(x)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_streams_of_two_kinds_are_joined() -> None:
     torch.manual_seed(0)
     options = {"width": 8, "dilations": [], "depth": 0, "rounds": 0}
