@@ -67,7 +67,7 @@ class BiConvLSTM(nn.Module):
         input's. Returns the hidden states of each chain, (B, T, S, h, H, W) in the order of time, and the last state.
         """
         if self.apart(forward[0]):
-            return self._one_by_one(forward, forward if backward is None else backward, state)
+            return self._one_by_one(forward, backward, state)
         if backward is None:
             z = self._project(forward).unbind(3)  # 2 of (B, T, S, 4*h, H, W); the gradient of unbind is one copy
         else:
@@ -122,7 +122,7 @@ class BiConvLSTM(nn.Module):
         return x.device.type == "cpu" and size > LARGE
 
     def _one_by_one(
-        self, forward: Sequence[Tensor], backward: Sequence[Tensor], state: State | None
+        self, forward: Sequence[Tensor], backward: Sequence[Tensor] | None, state: State | None
     ) -> tuple[Tensor, Tensor, State]:
         """`chains`, one stream, direction and frame after the other."""
         s, length = self.streams, forward[0].shape[1]
@@ -133,9 +133,9 @@ class BiConvLSTM(nn.Module):
             before = list(zip(*(part.chunk(s * 2, 1) for part in state)))
         made: dict[tuple[int, int, int], Tensor] = {}  # of direction, frame and stream: hidden state (B, h, H, W)
         after: list[State] = []
-        same = forward is backward
+        same = backward is None
         forward = _frames(forward)
-        backward = forward if same else _frames(backward)
+        backward = forward if backward is None else _frames(backward)
         for stream in range(s):
             if same:  # one convolution of a frame for both directions
                 whole = (weights[stream], biases[stream])

@@ -155,9 +155,9 @@ def keep_stream(net: DBSNet, stream: str) -> DBSNet:
     old, state = net.state_dict(), {}
     for key, place in one.state_dict().items():
         value = old[key]
-        if value.shape != place.shape:  # a convolution that read both, appearance first
+        if value.shape != place.shape:  # a convolution that read both, in the order of the network's streams
             columns = place.shape[1]
-            value = value[:, :columns] if stream == STREAMS[0] else value[:, -columns:]
+            value = value[:, :columns] if stream == net.streams[0] else value[:, -columns:]
         state[key] = value
     one.load_state_dict(state)
     return one.train(net.training)

@@ -167,6 +167,16 @@ def test_a_stream_kept_gives_what_the_network_gave_with_the_other_silent(plain: 
 
 
 @pytest.mark.parametrize("stream", STREAMS)
+def test_a_stream_is_kept_of_a_network_that_has_motion_first(stream: str) -> None:
+    torch.manual_seed(2)
+    whole = build_dbsnet("xxs", **TINY, dilations=[], depth=0, rounds=0, streams=["motion", "appearance"]).eval()
+    frames, flows = torch.rand(2, 1, 1, 3, 64, 96).unbind()
+    silent = keep_all_but_maps(whole, next(name for name in STREAMS if name != stream))
+    with torch.no_grad():
+        torch.testing.assert_close(keep_stream(whole, stream)(frames, flows), silent(frames, flows))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
 def test_a_stream_put_back_changes_that_stream_alone(plain: DBSNet, stream: str) -> None:
     torch.manual_seed(3)
     whole = grow(plain, **FULL)
