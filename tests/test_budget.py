@@ -10,12 +10,14 @@ from models import build_backbone, build_dbsnet, complexity
 from models.complexity import BUDGET_CLIP, BUDGET_SIZE, BUDGETS, count_macs, count_parameters, macs_per_frame
 
 
-@pytest.mark.parametrize("variant", BUDGETS)
-def test_budgets_are_kept(variant: str) -> None:
+# GMAC per frame and millions of parameters that docs/performance.md says the default networks have.
+@pytest.mark.parametrize(("variant", "gmac", "millions"), [("s", 26.7, 13.2), ("xxs", 8.6, 3.19)])
+def test_budgets_are_kept_and_costs_are_those_of_the_documentation(variant: str, gmac: float, millions: float) -> None:
     assert BUDGETS == {"s": (40e9, 16e6), "xxs": (9e9, 4e6)} and BUDGET_SIZE == (384, 640)
     macs, parameters = macs_per_frame(BUDGET_SIZE, BUDGET_CLIP, variant=variant)
     assert macs <= BUDGETS[variant][0]
     assert parameters <= BUDGETS[variant][1]
+    assert macs / 1e9 == pytest.approx(gmac, abs=0.05) and parameters / 1e6 == pytest.approx(millions, abs=0.01)
 
 
 # Millions of parameters and GMAC at 256x256 of timm's published results, classifier included.

@@ -103,7 +103,7 @@ def test_the_network_is_its_parts_in_the_order_of_the_abstract() -> None:
         expected = nn.functional.interpolate(net.decoder.head(path[3]), scale_factor=4, mode="bilinear")
         logits, aux, given = net(frames, flows, return_path=True)
         torch.testing.assert_close(logits[0], expected)
-        for found, stride in zip(aux, (8, 16, 32)):  # each head on the map of the path at its stride
+        for found, stride in zip(aux, (8, 16, 32), strict=True):  # each head on the map of the path at its stride
             (on,) = (x for x in path if x.shape[-1] == 96 // stride)
             torch.testing.assert_close(found[0], net.decoder.aux_heads[(8, 16, 32).index(stride)](on))
         for found, wanted in zip(given, path, strict=True):
@@ -167,8 +167,13 @@ def test_without_propagation_and_refinement_frames_are_independent() -> None:
 def test_config_is_json_and_rebuilds_the_network(options: dict) -> None:
     net = small(**options)
     config = json.loads(json.dumps(net.config))
+    given = json.loads(json.dumps({**SMALL, **options}))
+    assert {key: config[key] for key in given} == given
     again = build_dbsnet(**config)
     assert again.config == net.config
+    for encoder in again.encoders.values():
+        rates = {module.p for module in encoder.modules() if isinstance(module, nn.Dropout)}
+        assert rates == ({options["dropout"]} if "dropout" in options else set())
     again.load_state_dict(net.state_dict())
     frames, flows = clip()
     with torch.inference_mode():

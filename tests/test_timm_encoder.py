@@ -142,6 +142,11 @@ def test_streams_of_two_kinds_are_joined() -> None:
         frames, flows = torch.rand(2, 1, 1, 3, 64, 96).unbind()
         with torch.no_grad():
             torch.testing.assert_close(both(frames, flows), first(frames, flows))
+    # Padded to what the more demanding of the two needs.
+    wilile = build_dbsnet("xxs", "wilile", **options, encoder={"appearance": NAME, "motion": "mobilevit"}).eval()
+    assert wilile.multiple == 64
+    with torch.no_grad():
+        assert wilile(*torch.rand(2, 1, 1, 3, 32, 96)).shape == (1, 1, 1, 32, 96)
     with pytest.raises(ValueError, match="encoder must be one name or one for each"):
         build_dbsnet("xxs", encoder={"appearance": NAME})
 
