@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import build_backbone, load_pretrained
-from models.mobilevit import MobileViT
+from models.mobilevit import MobileViT, TransformerLayer
 
 # Without the classifier: (reference, wilile); counted on the public implementations.
 COUNTS = {"xxs": (951_024, 1_010_016), "xs": (1_932_848, 1_996_960), "s": (4_937_632, 4_993_520)}
@@ -126,6 +126,11 @@ def test_normalisation_is_applied_to_rgb() -> None:
         for mine, theirs in zip(net(x), expected):
             torch.testing.assert_close(mine, theirs)
     assert {"mean", "std"} <= net.state_dict().keys()
+    # Before anything is loaded: as the public weights of each flavour want it.
+    assert MobileViT("xxs").mean.tolist() == [0, 0, 0] and MobileViT("xxs").std.tolist() == [1, 1, 1]
+    other = MobileViT("xxs", "wilile")
+    torch.testing.assert_close(other.mean, torch.tensor([0.485, 0.456, 0.406]))
+    torch.testing.assert_close(other.std, torch.tensor([0.229, 0.224, 0.225]))
 
 
 def test_dropout_only_in_training() -> None:
@@ -136,3 +141,15 @@ def test_dropout_only_in_training() -> None:
     with torch.inference_mode():
         torch.testing.assert_close(net.eval()(x)[-1], plain.eval()(x)[-1])
         assert not torch.equal(net.train()(x)[-1], net.train()(x)[-1])
+
+
+@pytest.mark.parametrize("branch", ["attention", "mlp"])
+def test_dropout_is_after_attention_and_after_the_mlp(branch: str) -> None:
+    layer = TransformerLayer(8, heads=2, head_dim=4, scale=0.5, bias=True, mlp_ratio=2, dropout=1.0)  # of everything
+    last = layer.mlp[-1] if branch == "attention" else layer.attention.out
+    for parameter in last.parameters():  # the other branch
+        torch.nn.init.zeros_(parameter)
+    x = torch.randn(2, 5, 8)
+    with torch.inference_mode():
+        assert torch.equal(layer.train()(x), x)
+        assert not torch.allclose(layer.eval()(x), x, atol=1e-2)
