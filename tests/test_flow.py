@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import get_sampling
 from torchvision.models.optical_flow import Raft_Large_Weights, Raft_Small_Weights, raft_large, raft_small
 
 from datasets.errors import DataError
@@ -274,12 +275,15 @@ def test_padding_is_taken_off_at_the_right_place_and_the_last_update_is_used(siz
 
 def test_batches_do_not_change_raft(monkeypatch):
     torch.manual_seed(0)
-    model = raft_small(weights=None).eval()
-    monkeypatch.setattr(estimation, "load_raft", lambda method, weights: model)
+    model, asked, loaded = raft_small(weights=None).eval(), [], []
+    model.register_forward_pre_hook(lambda _, inputs, options: asked.append(options), with_kwargs=True)
+    monkeypatch.setattr(estimation, "load_raft", lambda method, weights: loaded.append(method) or model)
     frames = [texture(128, 136, (t, 0)) for t in range(4)]
     one = dict(compute_flows(frames, "raft_small", batch_size=1, iters=2))
+    assert loaded == ["raft_small"]  # once, and not for every pair
     three = dict(compute_flows(frames, "raft_small", batch_size=3, iters=2))
     assert list(one) == list(three) == [0, 1, 2, 3]
+    assert asked == [{"num_flow_updates": 2}] * (4 + 2)
     for t in one:
         np.testing.assert_allclose(one[t], three[t], atol=1e-4)
 
@@ -310,6 +314,10 @@ def test_flow_of_one_frame_is_zero_and_its_image_white():
 def test_frames_of_different_sizes_are_an_error():
     with pytest.raises(DataError, match="frames 1 and 2 have different shapes"):
         list(compute_flows([texture(40, 40), texture(40, 40), texture(40, 48)], "dis"))
+    # Going on after an interruption takes some pairs only, each of which may be of one size.
+    two, others = [texture(40, 40)] * 2, [texture(40, 48)] * 2
+    with pytest.raises(DataError, match="frame 2 has another shape than frame 0"):
+        list(compute_flows([*two, *others], "dis", indices=[0, 2]))
 
 
 def test_size_is_height_then_width_and_flow_is_in_its_pixels():
@@ -329,6 +337,15 @@ def test_dis_finds_a_shift_and_takes_any_size(size):
         np.testing.assert_allclose(np.median(flow, (0, 1)), (3, -2), atol=0.2)
         back = dis_flow(texture(*size, shift=(3, -2)), texture(*size))
         np.testing.assert_allclose(np.median(back, (0, 1)), (-3, 2), atol=0.2)
+
+
+def test_dis_sees_grey_as_eyes_do():
+    """Red counts 0.299 and blue 0.114 (ITU-R BT.601): where the two move differently, flow is that of red."""
+    still, moved = texture(64, 96), texture(64, 96, shift=(3, -2))
+    first, second = np.zeros_like(still), np.zeros_like(still)
+    first[..., 0], second[..., 0] = still[..., 0], moved[..., 0]
+    first[..., 2] = second[..., 2] = still[..., 2]
+    np.testing.assert_allclose(np.median(dis_flow(first, second), (0, 1)), (3, -2), atol=0.2)
 
 
 def test_settings_are_checked():
@@ -378,6 +395,8 @@ def test_images_are_the_flow_coloured_under_the_frames_stems(tmp_path: Path, ima
         image = np.array(Image.open(sequence.flow_dir / f"{t:05d}.{image_format}")).astype(int)
         difference = np.abs(image - flow_to_image(flow)).mean()
         assert difference == 0 if image_format == "png" else difference < 4
+        if image_format == "jpg":  # hue is the direction of motion: not at half the resolution
+            assert get_sampling(Image.open(sequence.flow_dir / f"{t:05d}.jpg")) == 0
 
 
 def test_going_on_keeps_what_is_good_and_makes_what_is_missing_or_damaged(tmp_path: Path):
@@ -510,6 +529,23 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path):
     assert contents(sequence.flow_dir) == before
     prepare.run(dis("--flow_size", "20", "30", "--overwrite"), [sequence], ALONE)
     assert Image.open(sequence.flow_dir / "00000.png").size == (30, 20)
+
+
+def test_settings_that_flow_does_not_depend_on_are_no_others():
+    assert FlowSettings("dis", iters=5).record() == FlowSettings("dis").record()
+    assert FlowSettings(iters=5).record() != FlowSettings().record()
+    assert FlowSettings(weights="/here/a.pth").record() == FlowSettings(weights="there/a.pth").record()
+    assert FlowSettings(weights="here/a.pth").record() != FlowSettings(weights="here/b.pth").record()
+
+
+@pytest.mark.parametrize(
+    "method, workers, processes, can",
+    [("dis", 2, 1, True), ("dis", 1, 1, False), ("dis", 4, 2, False), ("raft", 2, 1, False)],
+)
+def test_where_flow_is_made_beside_the_network(method: str, workers: int, processes: int, can: bool):
+    """Several processes would each wait for flow that another one makes and does not tell of."""
+    args = arguments("--flow_method", method, "--workers", str(workers))
+    assert prepare.can_run_beside(args, processes) == can
 
 
 def test_a_size_of_another_aspect_is_warned_of_with_one_that_keeps_it(
