@@ -144,6 +144,7 @@ def test_fbms_scores_annotated_frames_and_names_the_alternatives(tmp_path, capsy
 
     chosen = score(maps, [sequence], "--skip_first", "--skip_last", "--skip_empty", table_dir=tmp_path / "out2")
     assert chosen["overall"]["J_mean"] == alternatives[(True, True)]["J_mean"]
+    assert len(result["alternatives"]) == 3 and chosen["alternatives"] == []  # each told once, and not itself
     with (tmp_path / "out2" / "maps" / "evaluation_FBMS_frames.csv").open() as file:  # the frames of these figures
         rows = list(csv.DictReader(file))
     assert [row["frame"] for row in rows] == ["00003", "00009"]
@@ -154,6 +155,37 @@ def test_fbms_scores_annotated_frames_and_names_the_alternatives(tmp_path, capsy
         maps, [sequence], "--metrics", "vsod", "--no-skip_first", "--no-skip_last", table_dir=tmp_path / "out3"
     )
     assert kept["overall"]["vsod_frames"] == 5 and "J_mean" not in kept["overall"]
+
+
+def test_sequences_count_alike_for_salient_objects_and_curves_are_averaged_before_their_maximum(tmp_path):
+    """As DAVSOD's tool does. The mean of the sequences' maxima would be higher: each has another best threshold."""
+    sequences = [make_sequence(tmp_path, "long", 9), make_sequence(tmp_path, "short", 4)]
+    levels = {"long": (250, 200), "short": (100, 230)}  # of the object, and of something beside it that is no object
+    shown: dict[str, list[np.ndarray]] = {"long": [], "short": []}
+    for sequence in sequences:
+        for t, stem in enumerate(sequence.stems):
+            thing, beside = levels[sequence.name]
+            picture = np.where(prediction(t), np.uint8(thing), np.uint8(0))
+            picture[30:, 40:], picture[0, 0] = beside, 255
+            shown[sequence.name].append(picture)
+            save(tmp_path / "m" / sequence.name / f"{stem}.png", picture)
+    result = score(tmp_path / "m", sequences, "--metrics", "vsod", table_dir=tmp_path / "out")
+    means = [mean_scores(saliency_scores(shown[s.name][t], blob(t)) for t in range(1, len(s) - 1)) for s in sequences]
+    overall = result["overall"]
+    for key in ("f", "e"):
+        curve = (getattr(means[0], f"{key}_curve") + getattr(means[1], f"{key}_curve")) / 2
+        assert overall[f"max_{key.upper()}"] == pytest.approx(curve.max(), abs=1e-12)
+    assert overall["max_F"] < np.mean([mean.summary()["max_F"] for mean in means]) - 0.01
+    assert overall["MAE"] == pytest.approx((means[0].mae + means[1].mae) / 2, abs=1e-12)
+    assert overall["vsod_frames"] == 7 + 2
+
+
+def test_a_sequence_of_which_no_frame_is_left_is_named(tmp_path):
+    sequence = make_sequence(tmp_path, count=4, empty=(1, 2))
+    maps = write_maps(tmp_path / "m", sequence)
+    for measures in ("uvos", "vsod"):
+        with pytest.raises(DataError, match="DAVIS-2016/dog: no frame has foreground.*--skip_empty"):
+            score(maps, [sequence], "--metrics", measures, "--skip_empty", table_dir=tmp_path / "out")
 
 
 def test_ground_truth_that_lacks_frames_is_warned_of_where_the_release_has_all(tmp_path, capsys):
@@ -295,6 +327,15 @@ def test_a_map_of_0_and_1_among_grey_maps_is_nearly_black(tmp_path):
     assert float(rows["00002"]["J"]) == 0 and float(rows["00003"]["J"]) > 0.5
 
 
+def test_probability_maps_of_0_and_1_alone_are_nearly_black(tmp_path):
+    """Of our own it is known what they are: 1 of 255, as a network that sees nothing writes it."""
+    sequence = make_sequence(tmp_path)
+    for root in ("run/probability/DAVIS-2016", "others"):
+        write_maps(tmp_path / root, sequence, scale=1)
+    assert score(tmp_path / "run", [sequence], table_dir=tmp_path / "out")["overall"]["J_mean"] == 0
+    assert score(tmp_path / "others", [sequence], table_dir=tmp_path / "out")["overall"]["J_mean"] > 0.5
+
+
 def test_object_labels_as_grey_levels_are_refused(tmp_path):
     sequence = make_sequence(tmp_path)
     for t, stem in enumerate(sequence.stems):
@@ -325,13 +366,13 @@ def test_maps_that_cannot_be_scored_are_named(tmp_path, spoil, message):
 def test_resize_is_opt_in_and_leaves_the_files_alone(tmp_path):
     sequence = make_sequence(tmp_path)
     for t, stem in enumerate(sequence.stems):
-        double = prediction(t).repeat(2, axis=0).repeat(2, axis=1)
+        double = prediction(t).repeat(2, axis=0).repeat(2, axis=1) if t < 4 else prediction(t)
         save(tmp_path / "m" / "dog" / f"{stem}.png", double * np.uint8(255))
     before = tree(tmp_path / "m")
     result = score(tmp_path / "m", [sequence], "--resize", table_dir=tmp_path / "out")
     expected = by_hand(sequence, list(sequence.stems[1:-1]))
     assert result["overall"]["J_mean"] == pytest.approx(expected["J_mean"])
-    assert result["protocol"]["resized_maps"] == 4 and result["protocol"]["uvos"]["resize"] is True
+    assert result["protocol"]["resized_maps"] == 3 and result["protocol"]["uvos"]["resize"] is True
     assert tree(tmp_path / "m") == before
 
 
@@ -458,6 +499,17 @@ def write_own(folder: Path, sequence: VideoSequence, crf: bool) -> Path:
         if crf:
             save(folder / "crf" / name, np.where(blob(t), 250, 3).astype(np.uint8))
     return folder
+
+
+def test_folders_that_the_tools_before_will_make_need_not_be_there_yet(tmp_path):
+    """`--tools test eval --results run`: checked before `test` has begun."""
+    for folder in (tmp_path / "run", tmp_path / "run" / "part", tmp_path / "demo" / "results"):
+        args = arguments("--results", folder, "--save_dir", tmp_path / "run")
+        args.demo_dir = tmp_path / "demo"
+        evaluate.check(args, ["DAVIS-2016"])
+    args.results = [tmp_path / "elsewhere"]
+    with pytest.raises(UserError, match="elsewhere: no such folder"):
+        evaluate.check(args, ["DAVIS-2016"])
 
 
 def test_our_own_results_with_crf(tmp_path):
@@ -609,7 +661,7 @@ def test_published_rows_come_unasked_only_where_they_compare(tmp_path):
     sequences = {part: [make_sequence(tmp_path, name, 3) for name in names[part]] for part in names}
     for sequence in (*sequences["val"], *sequences["others"]):
         write_maps(tmp_path / "m", sequence)
-    cases = (("val", 20, (), True), ("val", 19, (), False), ("val", 20, ("--no-skip_last",), False))
+    cases = (("val", 20, ("--resize",), True), ("val", 19, (), False), ("val", 20, ("--no-skip_last",), False))
     for part, count, line, expected in (*cases, ("others", 20, (), False)):
         score(tmp_path / "m", sequences[part][:count], "--metrics", "uvos", *line, table_dir=tmp_path / "out")
         text = (tmp_path / "out" / "comparison.md").read_text()

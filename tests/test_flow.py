@@ -414,6 +414,10 @@ def test_going_on_keeps_what_is_good_and_makes_what_is_missing_or_damaged(tmp_pa
     assert contents(sequence.flow_dir) == before
     assert (sequence.flow_dir / "00003.png").stat().st_mtime_ns == untouched
 
+    cut.write_bytes(before["00001.png"][:200])  # and of two images of one stem a reader would not know which
+    assert prepare.run(dis("--flow_raw", "flo", "--flow_format", "jpg"), [sequence], ALONE) == 1
+    assert set(contents(sequence.flow_dir)) == set(before) - {"00001.png"} | {"00001.jpg"}
+
 
 def test_supplied_images_count_whatever_their_format_and_overwrite_leaves_one_image_per_stem(tmp_path: Path):
     sequence = make_sequence(tmp_path)
