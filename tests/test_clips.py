@@ -133,6 +133,23 @@ def test_a_stride_that_does_not_fit_gives_way(tmp_path: Path) -> None:
     clips = VideoClips([counting_video(tmp_path, 6)], 4, (24, 32), samples_per_epoch=20, strides=(4,))
     for i in range(20):
         assert numbers(clips[i]) in ([0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5])
+    longer = VideoClips([counting_video(tmp_path, 8, name="8")], 4, (24, 32), samples_per_epoch=20, strides=(4,))
+    for i in range(20):  # to the largest that fits
+        assert numbers(longer[i]) in ([0, 2, 4, 6], [1, 3, 5, 7])
+
+
+def test_every_sequence_comes_once_a_round_in_an_order_of_its_own(tmp_path: Path) -> None:
+    videos = [counting_video(tmp_path, 3, name=name) for name in "abcd"]
+    clips = VideoClips(videos, 2, (24, 32), samples_per_epoch=40)
+
+    def rounds() -> list[str]:
+        names = "".join(clips[i]["sequence"] for i in range(40))
+        return [names[i : i + 4] for i in range(0, 40, 4)]
+
+    first = rounds()
+    assert all(sorted(names) == list("abcd") for names in first) and len(set(first)) > 5
+    clips.set_epoch(1)
+    assert rounds() != first
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -445,6 +462,12 @@ def test_flow_of_another_shape(broken: VideoSequence) -> None:
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(broken.flows["00001"])
     with pytest.raises(DataError, match=r"flows/00001\.png.*50x50"):
         VideoClips([broken], 7, SIZE, strides=(1,))[0]
+    # 5 % of the aspect, for sizes that were rounded: frames are 90 x 150.
+    Image.fromarray(np.zeros((90, 160, 3), np.uint8)).save(broken.flows["00001"])
+    with pytest.raises(DataError, match="160x90"):
+        VideoClips([broken], 7, SIZE, strides=(1,))[0]
+    Image.fromarray(np.zeros((90, 155, 3), np.uint8)).save(broken.flows["00001"])
+    VideoClips([broken], 7, SIZE, strides=(1,))[0]
 
 
 def test_frames_of_two_sizes(broken: VideoSequence) -> None:

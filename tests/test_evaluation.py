@@ -717,6 +717,26 @@ def test_ties_gaps_and_signs_in_tables():
     assert len({len(line) for line in lines}) == 1
 
 
+def test_what_is_best_and_how_it_is_rounded_and_marked():
+    decay = {column.key: column for column in tables.COLUMNS["uvos"]}["J_decay"]
+    assert decay.format(0.8145) == "81.5" and decay.format(0.8155) == "81.6"  # halves up, as papers round
+    overall = {"J_mean": 0.5, "S": 0.9, "MAE": 0.01}  # one run's figures of both kinds
+    rows = (tables.Row("a|b", overall | {"J_decay": -0.002}), tables.Row("c", overall | {"J_decay": 0.05, "MAE": 0.02}))
+    both = [tables.Table("D", measures, rows) for measures in ("uvos", "vsod")]
+    text, latex = tables.markdown(both), tables.latex(both)
+    assert "**-0.2**" in text and "**0.010**" in text and "**5.0**" not in text and "**0.020**" not in text
+    assert r"a\|b" in text  # a bar would begin another column
+    assert r"\textbf{$-0.2$}" in latex and r"\textbf{0.010}" in latex  # a minus, not a hyphen
+    for key, arrow, command in (("J mean", "↑", "uparrow"), ("J decay", "↓", "downarrow"), ("MAE", "↓", "downarrow")):
+        assert f"{key} {arrow}" in text
+        title = next(c.latex for columns in tables.COLUMNS.values() for c in columns if c.title == key)
+        assert rf"{title} $\{command}$" in latex
+    alone = [tables.Table("D", "uvos", rows[:1])]  # nothing to be better than
+    assert "**" not in tables.markdown(alone) and "textbf" not in tables.latex(alone)
+    _, salient = (row for row in csv.DictReader(tables.comma_separated(both).splitlines()) if row["method"] == "c")
+    assert (salient["measures"], salient["S"], salient["J_mean"]) == ("vsod", "0.9", "")
+
+
 # Several processes
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 pytest.importorskip("cv2")
 
@@ -31,6 +35,47 @@ def test_one_of_a_thing_is_one() -> None:
     one, two = scores_of({"a": {"0": 0.5}}), scores_of({"a": {"0": 0.5, "1": 0.5}, "b": {"0": 0.5}})
     assert "<b>1</b>sequence of D<" in report._tiles(one) and "<b>2</b>sequences of D<" in report._tiles(two)
     assert "a, 1 frame<" in report._curves(one) and "a, 2 frames<" in report._curves(two)
+
+
+def test_sequences_stand_from_best_to_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = scores_of({name: {"0": value} for name, value in zip("abcde", (0.3, 0.9, 0.1, 0.7, 0.5))})
+    rows = re.findall(r"<tr[^>]*><th>([^<]*)</th><td>([^<]*)</td>", report._table(score))
+    expected = [("all 5", "50.0"), ("b", "90.0"), ("d", "70.0"), ("e", "50.0"), ("a", "30.0"), ("c", "10.0")]
+    assert rows == expected
+    assert re.findall(r"<figcaption>(\w), 1 frame<", report._curves(score)) == list("bdeac")
+
+    monkeypatch.setattr(report, "_pictures", lambda save_dir, score, sequence: [sequence.name])
+    sequences = [SimpleNamespace(name=name) for name in "abcde"]
+    shown = re.findall(
+        r'<h3>(\w) <small>(\w+), J ([\d.]+)</small></h3>\n?<div class="pictures">(\w)<',
+        report._examples(Path(), score, sequences),
+    )
+    assert shown == [
+        ("b", "best", "90.0", "b"),
+        ("d", "best", "70.0", "d"),
+        ("a", "worst", "30.0", "a"),
+        ("c", "worst", "10.0", "c"),
+    ]
+    one = report._examples(Path(), scores_of({"a": {"0": 0.5}}), sequences)
+    assert "best" in one and "worst" not in one  # not the same one twice
+
+
+def test_curves_are_where_their_values_are() -> None:
+    """The diagram is 280 wide and 110 high; 0 lies at 102, the top at 8, the first place at 30, the last at 274."""
+
+    def path(values: list[float | None], **options: Any) -> str:
+        return re.search(r'class="line plain" d="(.*?)"', report.chart({"plain": values}, name="J", **options))[1]
+
+    assert path([0, 1, 0.5]) == "M30.0 102.0L152.0 8.0 274.0 55.0"
+    assert path([0, 4, 2, 9], top=4, positions=[10, 20, 40, 50]) == "M30.0 102.0L91.0 8.0 213.0 55.0 274.0 8.0"
+    assert path([1, None, 0, 0, None]) == "M30.0 8.0h.1M152.0 102.0L213.0 102.0"  # a gap, and a point by itself
+
+
+def test_steps_of_a_log_that_are_no_numbers_are_passed_over(tmp_path: Path) -> None:
+    lines = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 2.0), (2, math.nan), (3, 1.0))]
+    lines += [{"kind": "val", "step": 3, "J": 0.5}, {"kind": "train", "step": 4, "loss": None}, {"kind": "start"}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report._curves_of(tmp_path / "log.jsonl") == {"loss": [(1, 2.0), (3, 1.0)]}  # one value makes no curve
 
 
 SIZE, MASK_SIZE = (40, 56), (20, 28)
@@ -67,6 +112,53 @@ def test_pictures_of_masks_of_another_size(tmp_path: Path, monkeypatch: pytest.M
         rows, columns = np.nonzero((picture == report.TRUTH).all(axis=2))
         inner = np.argwhere((picture == picture[20, columns.min() + 3]).all(axis=2))
         assert abs(rows.min() - inner[:, 0].min()) <= 2 and abs(columns.max() - inner[:, 1].max()) <= 2
+
+
+def test_the_frames_that_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, sequence = scored(tmp_path)
+    flows = {stem: tmp_path / "flow" / f"{stem}.png" for stem in sequence.stems}
+    for t, path in enumerate(flows.values()):
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((*SIZE, 3), 10 * t, np.uint8)).save(path)
+    sequence = dataclasses.replace(sequence, flows=flows)
+    monkeypatch.setattr(report, "_figure", lambda image, caption: (caption, image))
+
+    def shown(values: tuple[float, ...]) -> list[tuple[str, np.ndarray]]:
+        score = scores_of({"dog": dict(zip(sequence.stems, values))}, "DAVIS-2016")
+        return report._pictures(results, score, sequence)
+
+    five = shown((0.2, 0.9, 0.1, 0.7, 0.5))
+    assert [caption for caption, _ in five] == [
+        "flow of frame 00004",
+        "best frame 00001: J 90.0",
+        "median frame 00004: J 50.0",
+        "worst frame 00002: J 10.0",
+    ]
+    assert (five[0][1] == 40).all()
+    assert [caption for caption, _ in shown((0.2, 0.9))] == ["flow of frame 00001", "frame 00001: J 90.0"]
+
+
+def test_training_curves_are_those_beside_the_checkpoint(tmp_path: Path) -> None:
+    """Unless the maps are of another run than the one that test.json tells of."""
+    results, sequence = scored(tmp_path)
+    making = {"weights": "0123", "size": [40, 56], "clip_len": None, "flip": False, "scales": [1.0], "amp": "none"}
+    for path in (results / "probability" / "DAVIS-2016" / "dog").iterdir():
+        text = PngImagePlugin.PngInfo()
+        text.add_text("dbsnet-test", json.dumps(making | {"sources": path.stem}))
+        Image.open(path).save(path, pnginfo=text)
+    (tmp_path / "run").mkdir()
+    record = {"checkpoint": str(tmp_path / "run" / "best.pt"), "sha256": "0123", "notes": {}, "parameters": 1}
+    record |= {"network": {"variant": "xs"}, "settings": making, "date": "", "device": "", "frames_per_second": None}
+    log = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in (1, 2)]
+
+    def page(**changed: Any) -> str:
+        (results / "test.json").write_text(json.dumps(record | changed))
+        return report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]}).read_text()
+
+    assert "<h2>Training</h2>" not in page()
+    (tmp_path / "run" / "log.jsonl").write_text("\n".join(log))
+    assert "<h2>Training</h2>" in page()
+    assert "<h2>Training</h2>" not in page(settings=making | {"weights": "4567"})
 
 
 def test_data_that_lack_a_scored_frame(tmp_path: Path) -> None:
