@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from datasets import flow_colour
 from datasets.clips import FaultyClips, MixedClips, VideoClips
 from datasets.errors import DataError
+from datasets.faults import Fault, apply_faults, draw_faults
 from datasets.scenes import SceneOptions
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.synthetic import SyntheticClips, write_dataset
@@ -188,6 +189,29 @@ def test_dropping_flow_or_frames(sequences: list[VideoSequence]) -> None:
     for i in range(20):
         item = both[i]
         assert (item["flows"] == 255).all() != (item["frames"] == 128).all()
+
+
+def test_where_faults_are() -> None:
+    faults = [draw_faults(4, 1.0, np.random.default_rng(seed)) for seed in range(60)]
+    spared = [set(range(4)) - {fault.frame for fault in clip} for clip in faults]
+    assert all(len(frames) == 1 for frames in spared) and set.union(*spared) == set(range(4))
+    for fault in (fault for clip in faults for fault in clip):
+        top, left, bottom, right = fault.box
+        assert 0 <= top < bottom <= 1 and 0 <= left < right <= 1
+        assert 0.3 <= bottom - top <= 0.7 and 0.3 <= right - left <= 0.7 and 1 / 16 <= fault.amount <= 1 / 4
+    assert {fault.kind for clip in faults for fault in clip} == {"still", "blurred", "hidden"}
+
+
+def test_a_blurred_picture_is_the_mean_of_what_was_there_and_a_hidden_one_grey_in_its_box() -> None:
+    frames = torch.zeros(2, 3, 32, 64, dtype=torch.uint8)
+    frames[..., ::2] = 200
+    flows, before = torch.full_like(frames, 7), frames.clone()
+    apply_faults(frames, flows, (Fault(0, "blurred", 1 / 8), Fault(1, "hidden", box=(0.25, 0.5, 0.75, 1.0))))
+    assert (frames[0] == 100).all() and (flows[0] == 7).all()
+    inside = torch.zeros(32, 64, dtype=torch.bool)
+    inside[8:24, 32:] = True
+    assert torch.equal(frames[1], torch.where(inside, torch.tensor(128, dtype=torch.uint8), before[1]))
+    assert torch.equal(flows[1], torch.where(inside, torch.tensor(255, dtype=torch.uint8), flows[0]))
 
 
 def test_faults_are_of_single_frames(sequences: list[VideoSequence]) -> None:
@@ -371,6 +395,16 @@ def test_videos_are_read_with_room_for_crops_and_never_enlarged(sequences: list[
             assert raw.planes[t, 6].float().mean() == pytest.approx(share, abs=0.02)
 
 
+def test_crops_are_aimed_at_the_object_in_whichever_frame_it_is_annotated(tmp_path: Path) -> None:
+    """A crop of a part of the frame, drawn blindly, would miss so small an object in a corner most of the time."""
+    video = counting_video(tmp_path, 3, labelled=[2])
+    mask = np.zeros((24, 32), np.uint8)
+    mask[1:4, 1:4] = 255
+    Image.fromarray(mask).save(video.masks["00002"])
+    clips = VideoClips([video], 3, (24, 32), Augment(scale=(0.4, 0.4), flip=0, rotation_probability=0), strides=(1,))
+    assert sum(bool(clips.clip(i)["masks"].any()) for i in range(40)) >= 38
+
+
 def test_a_mixture_keeps_its_weights_and_repeats_nothing(sequences: list[VideoSequence]) -> None:
     videos = replace(sequences[0], name="a"), sequences[1]
     one, two = (VideoClips([video], 2, (24, 32), Augment(), "ram", 3) for video in videos)
@@ -387,6 +421,9 @@ def test_a_mixture_keeps_its_weights_and_repeats_nothing(sequences: list[VideoSe
         mixture.set_epoch(1)
     names = [[mixture[i]["sequence"] for i in range(40)] for mixture in (again, fresh)]
     assert names[0] == names[1] != [i["sequence"] for i in items[:40]]
+    # Of other clips, too: each part numbers them from 0 again.
+    seen = {i["frames"].numpy().tobytes() for i in items}
+    assert not any(again[i]["frames"].numpy().tobytes() in seen for i in range(40))
 
 
 def test_impossible_options_are_refused(sequences: list[VideoSequence]) -> None:

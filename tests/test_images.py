@@ -196,6 +196,14 @@ def davis_palette(image: Image.Image) -> Image.Image:
     return image
 
 
+def test_objects_of_any_colour_are_foreground(tmp_path):
+    """As YouTube-VOS's masks come out of a tool that drops the palette: red, green, yellow … on black."""
+    colours = np.zeros((2, 3, 3), np.uint8)
+    colours[0] = (236, 0, 0), (0, 95, 0), (1, 1, 0)
+    Image.fromarray(colours).save(tmp_path / "00000.png")
+    np.testing.assert_array_equal(load_mask(tmp_path / "00000.png", "nonzero"), [[1, 1, 1], [0, 0, 0]])
+
+
 @pytest.mark.parametrize("rule", ["nonzero", "above_128"])
 def test_indexed_masks_are_merged_by_index(tmp_path, rule):
     objects = np.array([[0, 1, 2, 3]] * 3, dtype=np.uint8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import math
 import re
@@ -78,6 +80,59 @@ def test_steps_of_a_log_that_are_no_numbers_are_passed_over(tmp_path: Path) -> N
     assert report._curves_of(tmp_path / "log.jsonl") == {"loss": [(1, 2.0), (3, 1.0)]}  # one value makes no curve
 
 
+def test_training_curves_lie_over_their_steps(tmp_path: Path) -> None:
+    lines = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((10, 4.0), (20, 2.0), (50, 0.0))]
+    lines += [{"kind": "val", "step": step, "J": 0.5} for step in (10, 50)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loss, j = re.findall(r'class="line plain" d="(.*?)"', report._training(tmp_path / "log.jsonl"))
+    assert loss == "M30.0 8.0L91.0 55.0 274.0 102.0"  # from 0 to the largest
+    assert j == "M30.0 55.0L274.0 55.0"  # from 0 to 1
+
+
+def test_figures_after_the_crf_stand_beside_the_others() -> None:
+    plain, refined = scores_of({"a": {"0": 0.5, "1": 0.75}}), scores_of({"a": {"1": 0.25}})
+    parts = ("overall", "sequences", "frames")
+    both = dataclasses.replace(
+        plain, **{part: {**getattr(plain, part), "crf": getattr(refined, part)[""]} for part in parts}
+    )
+    rows = re.findall(r"<th>(all 1|a)</th><td>([^<]*)</td><td>([^<]*)</td></tr>", report._table(both))
+    assert rows == [("all 1", "62.5", "25.0"), ("a", "62.5", "25.0")]
+    assert report._table(both).count("J mean + CRF") == 1 and "CRF" not in report._table(plain)
+    assert 'class="line crf" d="M274.0 78.5h.1"' in report._curves(both)  # under its frame, the second
+
+
+MAKING = {"weights": "0123", "size": [40, 56], "clip_len": None, "flip": False, "scales": [1.0], "amp": "none"}
+
+
+def test_every_option_of_a_run_is_told_and_each_run_of_several() -> None:
+    def facts(**makings: dict[str, Any]) -> dict[str, str]:
+        page = report._facts({}, [], {name: {"": making} for name, making in makings.items()})
+        return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+
+    assert facts(A=MAKING)["test"] == "40×56, whole video"
+    options = {"clip_len": 8, "flip": True, "scales": [1.0, 1.5], "amp": "bf16", "without": "flow"}
+    other = MAKING | options | {"zoom": True, "consensus": True, "flow_dir": "/f"}
+    said = "40×56, clips of 8, flip, scales [1.0, 1.5], bf16, without flow, zoom, consensus of frames, flow of /f"
+    assert facts(A=other)["test"] == said
+    told = facts(A=MAKING, B=other)
+    assert (told["A, test"], told["B, test"]) == ("40×56, whole video", said) and "test" not in told
+    alike = facts(
+        A=MAKING | {"sources": "1"}, B=MAKING | {"sources": "2", "size": [56, 40]}
+    )  # turned for an upright video
+    assert alike["test"] == "40×56, whole video" and not any("A" in name or "B" in name for name in alike)
+
+
+def test_wide_pictures_are_made_smaller_in_their_shape() -> None:
+    def size(height: int, width: int) -> tuple[int, int]:
+        figure = report._figure(np.zeros((height, width, 3), np.uint8), "")
+        data = base64.b64decode(re.search(r'base64,([^"]*)"', figure)[1])
+        said = re.search(r'width="(\d+)" height="(\d+)"', figure)
+        assert Image.open(io.BytesIO(data)).size == (int(said[1]), int(said[2]))
+        return int(said[2]), int(said[1])
+
+    assert size(480, 854) == (225, 400) and size(300, 200) == (300, 200)
+
+
 SIZE, MASK_SIZE = (40, 56), (20, 28)
 
 
@@ -141,14 +196,13 @@ def test_the_frames_that_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_training_curves_are_those_beside_the_checkpoint(tmp_path: Path) -> None:
     """Unless the maps are of another run than the one that test.json tells of."""
     results, sequence = scored(tmp_path)
-    making = {"weights": "0123", "size": [40, 56], "clip_len": None, "flip": False, "scales": [1.0], "amp": "none"}
     for path in (results / "probability" / "DAVIS-2016" / "dog").iterdir():
         text = PngImagePlugin.PngInfo()
-        text.add_text("dbsnet-test", json.dumps(making | {"sources": path.stem}))
+        text.add_text("dbsnet-test", json.dumps(MAKING | {"sources": path.stem}))
         Image.open(path).save(path, pnginfo=text)
     (tmp_path / "run").mkdir()
     record = {"checkpoint": str(tmp_path / "run" / "best.pt"), "sha256": "0123", "notes": {}, "parameters": 1}
-    record |= {"network": {"variant": "xs"}, "settings": making, "date": "", "device": "", "frames_per_second": None}
+    record |= {"network": {"variant": "xs"}, "settings": MAKING, "date": "", "device": "", "frames_per_second": None}
     log = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in (1, 2)]
 
     def page(**changed: Any) -> str:
@@ -158,7 +212,7 @@ def test_training_curves_are_those_beside_the_checkpoint(tmp_path: Path) -> None
     assert "<h2>Training</h2>" not in page()
     (tmp_path / "run" / "log.jsonl").write_text("\n".join(log))
     assert "<h2>Training</h2>" in page()
-    assert "<h2>Training</h2>" not in page(settings=making | {"weights": "4567"})
+    assert "<h2>Training</h2>" not in page(settings=MAKING | {"weights": "4567"})
 
 
 def test_data_that_lack_a_scored_frame(tmp_path: Path) -> None:
