@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from datasets import rendering
 from datasets.errors import DataError
 from datasets.flow_colour import image_to_flow
 from datasets.rendering import _blur_along_flow, expose, stir
@@ -332,6 +333,43 @@ def test_a_scene_knows_whether_motion_alone_says_what_is_meant(rivals: float, sh
     # A still as it is has no rivals, whatever the odds of them.
     still = [make_scene(seed, 2, SIZE, options=replace(options, natural=1.0)) for seed in range(5)]
     assert not any(scene.by_motion for scene in still)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_meant_by_motion_alone_moves_and_its_motion_is_not_hidden(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside another thing at rest, an object at rest would be foreground for no reason that can be seen."""
+    options = SceneOptions(
+        camera_static=1.0, object_static=1.0, other_background=0.0, second_object=0.0, turbulence=1.0
+    )
+    stirred = []
+    monkeypatch.setattr(rendering, "stir", lambda rng, flow, masks, may_hide: stirred.append(may_hide) or flow)
+    alone, beside = (make_clip(seed, 3, SIZE, options=replace(options, distractor=p)) for p in (0.0, 1.0))
+    assert not alone["flow"].any() and alone["masks"].any()
+    assert np.abs(beside["flow"][beside["masks"] > 0]).max() > 0.05
+    assert stirred == [True, False]
+
+
+def test_the_camera_follows_an_object_that_is_tracked() -> None:
+    options = SceneOptions(
+        camera_static=0.0,
+        camera_speed=(0.03, 0.03),
+        camera_shake=0.0,
+        relief=0.0,
+        object_static=0.0,
+        object_parallax=0.0,
+    )
+    options = replace(options, object_speed=(0.003, 0.003), deformation=0.0, second_object=0.0, occluder=0.0).clean()
+    for tracked in (0.0, 1.0):
+        ratios = []
+        for seed in range(12):
+            clip = make_clip(seed, 3, SIZE, options=replace(options, object_tracked=tracked))
+            speed = np.hypot(*np.moveaxis(clip["flow"], -1, 0))
+            inside = clip["masks"] > 0
+            if inside.any():
+                ratios.append(np.median(speed[inside]) / np.median(speed[~inside]))
+        assert np.median(ratios) < 0.3 if tracked else 0.6 < np.median(ratios) < 1.5
 
 
 # --- stills -----------------------------------------------------------------------------------------------------------
