@@ -170,9 +170,10 @@ def test_without_decoding_only_headers_are_looked_at(tmp_path):
     root = davis(tmp_path / "DAVIS", ["bear"])
     truncate(root / "JPEGImages" / "480p" / "bear" / "00001.jpg")
     save(root / "Annotations" / "480p" / "bear" / "00002.png", SHAPE[:-2])
+    save(root / "Annotations" / "480p" / "bear" / "00003.png", noise())
     sequences = read_dataset("DAVIS-2016", tmp_path)
     assert fatal(check_sequences(sequences, decode=False)) == [("mask", "bear")]
-    assert sorted(fatal(check_sequences(sequences))) == [("frame", "bear"), ("mask", "bear")]
+    assert sorted(fatal(check_sequences(sequences))) == [("frame", "bear"), ("mask", "bear"), ("mask values", "bear")]
 
 
 def test_sparse_sets_need_some_masks_and_not_all(tmp_path):
@@ -195,6 +196,7 @@ def test_sparse_sets_need_some_masks_and_not_all(tmp_path):
         (np.zeros_like(SHAPE), None),
         (np.where(np.eye(HEIGHT, WIDTH) > 0, 90, SHAPE).astype(np.uint8), False),  # 24 of 960 pixels in between
         (SHAPE // 2, True),  # 127: the object is lost
+        (np.where(np.eye(HEIGHT, WIDTH) > 0, 100, 0).astype(np.uint8), True),  # and so is a small one
         (noise()[..., 0], True),
     ],
 )
@@ -256,6 +258,11 @@ def test_sets_and_splits_that_are_not_there(tmp_path):
     assert count == 2, "a set of which nothing is here is a problem even by default"
     count, _ = report(tmp_path / "none", ["DAVIS-2016"], splits=["val"])
     assert count == 1
+    # A split that may be absent is another thing than one of which no sequence can be read.
+    assert report(tmp_path, ["DAVIS-2016"])[0] == 0
+    (tmp_path / "DAVIS" / "ImageSets" / "2016" / "train.txt").write_text("gone")
+    count, text = report(tmp_path, ["DAVIS-2016"])
+    assert count == 1 and "DAVIS-2016/gone" in text
 
 
 def test_the_report_shortens_long_groups(tmp_path):
@@ -299,7 +306,7 @@ def stills(root: Path, names: list[str]) -> Path:
 def test_a_sound_set_of_stills(tmp_path):
     root = stills(tmp_path, ["s0", "s1"])
     save(root / "DUTS-TR-Image" / "s2.jpg", noise(30, 30))  # stills are of many sizes
-    save(root / "DUTS-TR-Mask" / "s2.png", np.full((30, 30), 255, dtype=np.uint8))
+    save(root / "DUTS-TR-Mask" / "s2.png", np.full((30, 30), 128, dtype=np.uint8))  # which is an object just so
     screen = io.StringIO()
     assert report(tmp_path, ["duts-tr"]) == report(tmp_path, ["DUTS-TR"])
     for decode in (True, False):

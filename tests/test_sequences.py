@@ -79,6 +79,21 @@ def test_davis_2016_by_names(tmp_path):
     assert named(read_dataset("DAVIS-2016", root, "trainval")) == ["zebra", "bear", "ant"]
 
 
+def test_davis_is_read_at_480p_where_there_are_several_resolutions(tmp_path):
+    """Which its figures are of; its own flow comes before flow under the other spelling, and is written there."""
+    root = davis(tmp_path / "DAVIS", ["bear"], flows=False)
+    write(root / "ImageSets" / "2016" / "val.txt", ["bear"])
+    for kind in ("JPEGImages", "Annotations"):
+        pictures(root / kind / "1080p" / "bear", stems(3), ".jpg" if kind == "JPEGImages" else ".png")
+    (bear,) = read_dataset("DAVIS-2016", tmp_path)
+    assert {path.parent.parent.name for path in (*bear.frames, *bear.masks.values())} == {"480p"}
+    assert bear.flow_dir == root / "Flows" / "480p" / "bear" and not bear.flows
+    for folder in ("flows", "Flows"):
+        pictures(root / folder / "480p" / "bear", stems(3))
+        (bear,) = read_dataset("DAVIS-2016", tmp_path)
+        assert {path.parents[2].name for path in bear.flows.values()} == {folder}
+
+
 def test_flow_elsewhere_has_the_same_sub_tree(tmp_path):
     data, flow = tmp_path / "data", tmp_path / "flow"
     root = davis(data / "DAVIS", ["bear"])
@@ -337,7 +352,7 @@ def test_roots_are_found_by_the_usual_names_or_given_themselves(tmp_path, folder
 
 
 def test_davis_2016_is_preferred_to_davis_2017(tmp_path):
-    for folder, name in (("DAVIS-2017", "other"), ("DAVIS-2016", "bear")):
+    for folder, name in (("DAVIS-2017", "other"), ("DAVIS", "another"), ("DAVIS-2016", "bear")):
         root = davis(tmp_path / folder, [name])
         write(root / "ImageSets" / "2016" / "val.txt", [name])
     assert named(read_dataset("DAVIS-2016", tmp_path)) == ["bear"]
@@ -374,6 +389,11 @@ def test_youtube_vos_keeps_every_fifth_frame(tmp_path, folder):
     # Of every second frame the even ones are kept, where no mask is: the odd ones are taken instead.
     (odd, _) = read_dataset("YouTube-VOS", tmp_path, "train", num_frames=2)
     assert odd.stems == tuple(stems(12, step=5)[1::2]) == odd.annotated
+    # One mask alone, beyond the first five: two frames are kept, in step with it.
+    for mask in (root / "train" / "Annotations" / "003234408d").iterdir():
+        if mask.stem != "00035":
+            mask.unlink()
+    assert read_dataset("YouTube-VOS", tmp_path, "train")[0].stems == ("00010", "00035")
     with pytest.raises(DataError, match="num_frames is 0"):
         read_dataset("YouTube-VOS", tmp_path, "train", num_frames=0)
 
@@ -679,6 +699,15 @@ def test_every_set_is_read_in_the_authors_layout(tmp_path, name):
     kept = 2 if name.startswith("YouTube") else 6
     assert len(bear) == len(bear.flows) == len(bear.masks) == kept
     assert bear.flow_dir == root / "train" / "Flows" / "bear"
+
+
+def test_authors_layout_with_a_folder_test_in_place_of_val(tmp_path):
+    authors(tmp_path / "FBMS", "test", ["goat"])
+    for split in ("val", "test"):
+        (goat,) = read_dataset("FBMS", tmp_path, split)
+        assert goat.frames[0].parent == tmp_path / "FBMS" / "test" / "images" / "goat" and len(goat.masks) == 6
+    authors(tmp_path / "FBMS", "val", ["camel"])
+    assert named(read_dataset("FBMS", tmp_path)) == ["camel"]
 
 
 def test_authors_layout_names_what_is_missing(tmp_path):
