@@ -13,6 +13,7 @@ from PIL import Image
 
 from datasets.errors import DataError
 from datasets.images import (
+    LazyImages,
     fbms_regions,
     image_size,
     load_flow_image,
@@ -167,6 +168,18 @@ def test_require_size_names_both_files_and_both_sizes(tmp_path):
     require_size("m.png", (4, 6), (4, 6, 3), "f.jpg")
     with pytest.raises(DataError, match=r"m\.png: 6×4 .*expected 8×4.*f\.jpg"):
         require_size("m.png", (4, 6), (4, 8, 3), "f.jpg")
+
+
+def test_images_of_a_video_are_of_the_size_of_the_first(tmp_path):
+    """Whichever is asked for first: a batch of two sizes could not be stacked, and flow would be of another frame."""
+    sizes = ((4, 6), (4, 6), (6, 4))
+    paths = [save(tmp_path / f"{t}.png", np.full((*size, 3), t, np.uint8)) for t, size in enumerate(sizes)]
+    images = LazyImages(paths, load_frame)
+    with pytest.raises(DataError, match=r"2\.png: 4×6 pixels .*expected 6×4, the size of .*0\.png"):
+        images[2]
+    assert len(images) == 3 and (images[1] == 1).all() and images[1].shape == (4, 6, 3)
+    with pytest.raises(DataError, match=r"gone\.png"):
+        LazyImages([paths[0], tmp_path / "gone.png"], load_frame)[1]
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.inference import maps, segment
+from utils.inference import maps, own_video, segment
 from utils.inference.maps import fingerprint, is_current, made_with, of_run, remove_others, write_maps
-from utils.inference.own_video import check_place
+from utils.inference.own_video import OwnVideo, check_place
 from utils.inference.videos import Video
 
 SETTINGS = {"weights": "0123", "size": [4, 8], "sources": "a"}
@@ -177,8 +177,6 @@ def test_a_video_among_the_results_would_be_written_over(kind: str, tmp_path: Pa
 
 
 def test_frames_go_to_the_crf_by_their_files_where_each_has_one() -> None:
-    from utils.inference.own_video import OwnVideo
-
     class Frames(list):
         files: tuple[Path, ...]
         stems = ("0", "1")
@@ -192,6 +190,42 @@ def test_frames_go_to_the_crf_by_their_files_where_each_has_one() -> None:
 
     assert refinable("a/0.png", "a/1.png") and refinable("a/0.JPG", "a/1.JPG")
     assert not refinable("clip.mp4") and not refinable("clip.webp")  # the second is a moving picture of two frames
+
+
+def test_ones_own_video_is_of_its_frames_and_flow_and_a_refined_overlay_of_older_maps_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Frames(list):
+        stems, window = ("0", "1"), 4
+
+        def __init__(self, *files: str) -> None:
+            super().__init__([np.zeros((1, 8, 3), np.uint8)] * 2)
+            self.files = tuple(map(Path, files))
+
+    seen: list[Video] = []
+    flows, made = Frames("flow/0.png", "flow/1.png"), 2
+    monkeypatch.setattr(own_video, "run_own_flow", lambda *_: flows)
+    monkeypatch.setattr(own_video, "write_overlay", lambda own, save_dir, kind, path: path)
+    monkeypatch.setattr(segment, "needs_flow", lambda args, weights: args.without != "flow")
+    monkeypatch.setattr(segment, "run", lambda args, videos, *_: seen.extend(videos) or made)
+    refined = tmp_path / "overlay" / "v_crf.mp4"
+    refined.parent.mkdir()
+
+    def run(**changed: Any) -> OwnVideo:
+        refined.touch()
+        own = OwnVideo("v", Frames("clip.mp4"))
+        main = SimpleNamespace(is_main=True, device="cpu")
+        own_video.run_own(options(save_dir=tmp_path, **changed), own, main, None)
+        return own
+
+    assert run().frames.window == 4 and seen[-1].sources == (Path("clip.mp4"), *flows.files)
+    assert not refined.exists()
+    made = 0
+    run(without="flow")
+    assert refined.exists() and seen[-1].sources == (Path("clip.mp4"),) and seen[-1].flows is None
+    # Readers of several passes are a clip apart: the decoder would begin anew for each.
+    assert run(clip_len=3).frames.window == 4 + 3
+    assert run(clip_len=3, flip=True).frames.window == run(clip_len=3, scales=[1.0, 1.5]).frames.window == 4 + 6
 
 
 def test_sources_are_frames_and_flow() -> None:

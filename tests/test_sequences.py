@@ -490,6 +490,8 @@ def test_fbms_native(tmp_path, train, test):
     assert len(read_dataset("FBMS-59", root, "val")[1].flows) == 24
     assert named(read_dataset("FBMS", tmp_path, "train")) == ["marple13"]
     assert len(read_dataset("FBMS", tmp_path, "trainval")) == 4
+    with pytest.raises(DataError, match="no split 'easy'; expected one of train, val"):
+        read_dataset("FBMS", tmp_path, "easy")
 
 
 @pytest.mark.parametrize("masks", ["GroundTruth", "GT", "ground-truth"])
