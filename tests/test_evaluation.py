@@ -140,10 +140,19 @@ def test_fbms_scores_annotated_frames_and_names_the_alternatives(tmp_path, capsy
     assert alternatives[(True, True)]["uvos_frames"] == 2
     printed = capsys.readouterr().out
     assert "annotated frames, none left out (--no-skip_first --no-skip_last --no-skip_empty)" in printed
-    assert "by another convention, --skip_first --skip_last --skip_empty: J_mean" in printed
+    contours, salient = (tmp_path / "out" / "comparison.md").read_text().split("## FBMS: salient objects")
+    figures = ", ".join(f"{key} {100 * alternatives[(True, True)][key]:.1f}" for key in ("J_mean", "F_mean", "J&F"))
+    assert f"by another convention, --skip_first --skip_last --skip_empty: {figures}." in contours
+    assert "another convention" not in salient and contours in printed
+
+    with (tmp_path / "out" / "maps" / "evaluation_FBMS_frames.csv").open() as file:
+        scored = {row["frame"]: (bool(row["J"]), bool(row["S"])) for row in csv.DictReader(file)}
+    assert scored == {stem: (True, stem in annotated[1:-1]) for stem in annotated}  # no figure is no 0
 
     chosen = score(maps, [sequence], "--skip_first", "--skip_last", "--skip_empty", table_dir=tmp_path / "out2")
     assert chosen["overall"]["J_mean"] == alternatives[(True, True)]["J_mean"]
+    ends = "annotated frames without the first and last of each sequence"
+    assert chosen["protocol"]["uvos"]["frames"] == f"{ends}, only those with foreground in the ground truth"
     assert len(result["alternatives"]) == 3 and chosen["alternatives"] == []  # each told once, and not itself
     with (tmp_path / "out2" / "maps" / "evaluation_FBMS_frames.csv").open() as file:  # the frames of these figures
         rows = list(csv.DictReader(file))
@@ -652,6 +661,7 @@ def test_comparison_of_several_folders(tmp_path):
     assert matnet["published"] == "yes" and float(matnet["J_mean"]) == 0.824 and "davischallenge" in matnet["source"]
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "MATNet (published, all 20 sequences)" in text and "**100.0**" in text
+    assert re.search(r"^- Published: MATNet, .*: DAVIS-2016 results of davischallenge\.org", text, re.MULTILINE)
     latex = (tmp_path / "out" / "comparison.tex").read_text()
     assert r"best\_of\_all" in latex and r"MATNet$^\dagger$ & 82.4" in latex and r"\bottomrule" in latex
 
