@@ -281,10 +281,14 @@ def test_a_signal_while_a_run_is_loading_ends_it_at_once(
         return loading(config)
 
     monkeypatch.setattr(main, "build_sequences", interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    assert main.main([*TINY, "--save_dir", str(tmp_path / "run")]) == 130
+    # As Python has it where the shell does not have SIGINT ignored, as it does for what it runs in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main.main([*TINY, "--save_dir", str(tmp_path / "run")]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted at once" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_first_signal_is_acknowledged(
