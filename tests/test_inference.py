@@ -392,6 +392,23 @@ def test_clips_of_an_own_video_are_decoded_once(
     assert len(opened) <= 4  # to count the frames, for the flow, for the clips, for the overlay
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["--flip"], ["--zoom"], ["--flip", "--scales", "1", "2", "--zoom"], ["--clip_len", "3"]]
+)
+def test_the_bar_moves_while_frames_are_encoded_and_ends_with_them(
+    words: list[str], data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All masks of a video come at its end: counted alone, they would promise hours for minutes."""
+    bars, seen = [], []
+    make = segment.progress_bar
+    monkeypatch.setattr(segment, "progress_bar", lambda **options: bars.append(make(**options)) or bars[-1])
+    monkeypatch.setattr(segment, "write_maps", lambda *_: seen.append(bars[0].n))
+    call(weights, tmp_path / "r", "--data_dir", data, *words)
+    assert len(bars) == 1 and bars[0].n == pytest.approx(3 * FRAMES) and len(seen) == 3 * FRAMES
+    if "--clip_len" not in words:
+        assert min(seen) >= segment.ENCODED * FRAMES - 1e-6  # when the first map of the first video comes
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_pictures_in_files_are_decoded_by_several_threads(
     own: bool, data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

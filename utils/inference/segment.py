@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = (384, 640)
 # Beside the maps, the same and more in full, for the report.
 RECORD = "test.json"
+# Of a frame's work, the part that is done when it has been encoded in all passes: about what it is on a CPU.
+ENCODED = 0.7
+BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's, with whole frames
 WRITERS, WAITING = 4, 32  # threads that write maps, and maps that may wait for them
 
 
@@ -204,6 +207,7 @@ def run(
         zoom=settings["zoom"],
         consensus=settings["consensus"],
     )
+    passes = (1 + settings["zoom"]) * (1 + args.flip) * len(args.scales)
     waiting: deque[tuple[Future, Path]] = deque()
 
     def finish_next() -> None:
@@ -214,8 +218,10 @@ def run(
 
     began, waited = time.monotonic(), 0.0
     with (
-        # miniters 0: drawn anew as time passes, also while frames are encoded and none is finished.
-        progress_bar(total=total, desc="test", unit="frame", disable=not processes.is_main, miniters=0) as progress,
+        # miniters 0: drawn anew as time passes, whatever comes of it.
+        progress_bar(
+            total=total, desc="test", unit="frame", disable=not processes.is_main, miniters=0, bar_format=BAR
+        ) as progress,
         ThreadPoolExecutor(WRITERS) as writers,
     ):
         for video in todo:
@@ -227,7 +233,7 @@ def run(
             own = settings_of(video, settings, args)
             predictor.size, predictor.readers = tuple(own["size"]), video.readers
             progress.set_postfix_str(video.place.name, refresh=False)
-            predictor.on_encoded = show_encoded(progress, video.place.name)
+            predictor.on_encoded = show_encoded(progress, video.place.name, passes)
             frames, flows = video.frames, video.flows
             if args.without == "frames":
                 frames = Blank(frames, BLANKS["frames"])
@@ -241,7 +247,7 @@ def run(
                 waiting.append((writing, video.place / f"{stem}.png"))
                 if len(waiting) > WAITING:
                     finish_next()
-                progress.update()
+                advance(progress, 1 if args.clip_len else 1 - ENCODED)
         while waiting:
             finish_next()
     processes.wait()
@@ -263,9 +269,9 @@ def not_numbers(weights: Weights, place: Path, args: argparse.Namespace) -> str:
     return f"{said}: its training may have diverged; take other weights"
 
 
-def show_encoded(progress: tqdm, name: str) -> Callable[[int], None]:
-    """What tells beside the bar how many frames of a video have been encoded: of a long one, minutes pass before the
-    first map. It is called with the number of each batch; flipped and scaled passes count, too.
+def show_encoded(progress: tqdm, name: str, passes: int) -> Callable[[int], None]:
+    """What moves the bar on, and tells beside it how many frames of a video have been encoded: of a long one, minutes
+    pass before the first map. It is called with the number of each batch, in each of `passes`.
     """
     encoded = 0
 
@@ -273,9 +279,14 @@ def show_encoded(progress: tqdm, name: str) -> Callable[[int], None]:
         nonlocal encoded
         encoded += count
         progress.set_postfix_str(f"{name}, {encoded} encoded", refresh=False)
-        progress.update(0)
+        advance(progress, count * ENCODED / passes)
 
     return show
+
+
+def advance(progress: tqdm, frames: float) -> None:
+    """Moves the bar on by parts of frames, whose sum may be off in its last digit: never beyond its end."""
+    progress.update(min(frames, progress.total - progress.n))
 
 
 def mirror_flow(image: np.ndarray) -> np.ndarray:
