@@ -524,6 +524,23 @@ def test_an_unknown_tool(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'evaluate'" in message and "eval" in message
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--tools", "test", "--sizes", "3"], "error: unknown argument '--sizes'; did you mean --size "),
+        (["--tools", "test", "--save-dri=x"], "error: unknown argument '--save-dri'; did you mean --save_dir"),
+        (["--checkpoint", "w.pt", "extra", "--tools", "test"], "error: unexpected word 'extra'; "),
+        (["--tools", "test", "--size", "3"], "error: --size: expected 2 arguments"),
+        ([], "error: --tools is missing; give one or several of check, "),
+    ],
+)
+def test_a_slip_in_the_command_line_is_told_in_one_line(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(capsys, *words)
+    assert message.startswith(expected) and message.count("\n") == 1
+
+
 def test_no_data(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "--tools", "test", "--checkpoint", weights)
     assert "--data_dir data" in message and "--video" in message and "demo" in message

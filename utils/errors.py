@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import os
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from datasets.errors import DataError
 from utils import PACKAGES, not_installed
@@ -21,6 +22,13 @@ class UserError(ValueError):
 
     Says what, where, expected, and what to do.
     """
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose errors are lines like all others (`UserError`), without 60 lines of usage above them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
 
 
 MOST_NAMES = 100

@@ -16,13 +16,13 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from datasets.sequences import canonical_name
 from utils.distributed import environment_number
-from utils.errors import UserError, nearest
+from utils.errors import CommandLine, UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -243,7 +243,9 @@ def parse_args(arguments: Sequence[str] | None = None, description: str = "") ->
     ``--config`` is configs/stage1.yaml where nothing is given, configs/finetune.yaml where ``--finetune`` is.
     The local rank comes as ``--local_rank`` (launchers before PyTorch 2.0), ``--local-rank`` (since) or LOCAL_RANK.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = CommandLine(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--config", metavar="YAML", help="default: configs/stage1.yaml, or configs/finetune.yaml with --finetune"
     )
@@ -274,13 +276,6 @@ def parse_args(arguments: Sequence[str] | None = None, description: str = "") ->
             "goes first; give --max_steps 0 with it, or another --max_steps in its place"
         )
     return config, local_rank
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are lines like all others, without 60 lines of usage above them."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
 
 
 def _unknown_argument(word: str, words: Sequence[str]) -> str:
