@@ -152,6 +152,8 @@ def _check(args: argparse.Namespace) -> None:
     from utils.inference.own_video import check_place
     from utils.inference.weights import check_file, find_checkpoint
 
+    if not args.save_dir:  # of a variable that is not set; results would go beside the program
+        raise UserError("--save_dir '': expected the name of a folder")
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected 0 (no extra process) or more")
     for name, what in (("video", "file"), ("frames", "folder")):

@@ -531,6 +531,7 @@ def test_an_unknown_tool(capsys: pytest.CaptureFixture[str]) -> None:
         (["--tools", "test", "--save-dri=x"], "error: unknown argument '--save-dri'; did you mean --save_dir"),
         (["--checkpoint", "w.pt", "extra", "--tools", "test"], "error: unexpected word 'extra'; "),
         (["--tools", "test", "--size", "3"], "error: --size: expected 2 arguments"),
+        (["--tools", "test", "--save_dir", ""], "error: --save_dir '': expected the name of a folder"),
         ([], "error: --tools is missing; give one or several of check, "),
     ],
 )
