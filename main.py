@@ -349,7 +349,6 @@ def build_run(
         scaler=torch.amp.GradScaler(processes.device.type, enabled=config.amp == "fp16"),
         log=log,
         stop=stop,
-        lock=lock,
         validation=validation,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
@@ -359,7 +358,7 @@ def build_run(
         restore(run, checkpoint)
     run.first_step = run.step
     # Only now is anything in the run's folder changed: a call that is refused leaves it as it was.
-    claim_folder(run)
+    claim_folder(lock, run.folder, processes)
     stop.listen()
     notes = [set_older_run_aside(run, checkpoint)]
     if checkpoint is not None:

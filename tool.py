@@ -44,7 +44,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; each tool's own options come from its module."""
     from utils import crf, demo, export, parallel, report
     from utils.benchmark import bench
-    from utils.errors import CommandLine, UserError
+    from utils.errors import CommandLine, UserError, unknown_argument
     from utils.evaluation import evaluate
     from utils.flow import prepare
     from utils.inference import segment
@@ -107,7 +107,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=local_rank, help=argparse.SUPPRESS)
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise _unknown_argument(unknown[0], sorted(set(vars(args)) - {"local_rank", "own"}))
+        if unknown[0].startswith("-"):
+            raise UserError(unknown_argument(unknown[0], sorted(set(vars(args)) - {"local_rank", "own"})))
+        raise UserError(
+            f"unexpected word {unknown[0]!r}; options are given as --name value, what to do as --tools TOOL"
+        )
     if args.tools is None:
         raise UserError(
             f"--tools is missing; give one or several of {', '.join(TOOLS)} (python tool.py --tools demo needs no data)"
@@ -116,17 +120,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         _refuse_without_effect(args, parser)
     _check(args)
     return args
-
-
-def _unknown_argument(word: str, options: Sequence[str]) -> ValueError:
-    """What to tell of a word of the command line that no option takes."""
-    from utils.errors import UserError, nearest
-
-    if not word.startswith("-"):
-        return UserError(f"unexpected word {word!r}; options are given as --name value, what to do as --tools TOOL")
-    word = word.split("=")[0]
-    name = word.lstrip("-").replace("-", "_")
-    return UserError(f"unknown argument {word!r}; {nearest(name.removeprefix('no_'), options, '--')}")
 
 
 def _refuse_without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

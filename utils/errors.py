@@ -46,6 +46,12 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return "the valid names are " + ", ".join(prefix + name for name in shown) + more
 
 
+def unknown_argument(word: str, names: Iterable[str]) -> str:
+    """What to tell of an option of the command line that there is not; ``names`` are the options without dashes."""
+    word = word.split("=")[0]
+    return f"unknown argument {word!r}; {nearest(word.lstrip('-').replace('-', '_'), names, '--')}"
+
+
 def number_of(number: int, noun: str) -> str:
     """``1 frame``, ``2 frames``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -22,7 +22,7 @@ import yaml
 
 from datasets.sequences import canonical_name
 from utils.distributed import environment_number
-from utils.errors import CommandLine, UserError, nearest
+from utils.errors import CommandLine, UserError, nearest, unknown_argument
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -288,11 +288,11 @@ def _unknown_argument(word: str, words: Sequence[str]) -> str:
         flags = [flag for flag in words[: words.index(word)] if flag.startswith("--")] if words.count(word) == 1 else []
         after = f" after {flags[-1].split('=')[0]}, which takes one value" if flags else ""
         return f"unexpected word {word!r}{after}; options are given as --name value, their file as --config FILE"
-    word = word.split("=")[0]
-    name = word.lstrip("-").replace("-", "_")
-    if _TYPES.get(name.removeprefix("no_")) is bool:
-        return f"unknown argument {word!r}; did you mean --no-{name.removeprefix('no_')}?"
-    return f"unknown argument {word!r}; {nearest(name, ['config', *_FIELDS], '--')}"
+    flag = word.split("=")[0]
+    name = flag.lstrip("-").replace("-", "_").removeprefix("no_")
+    if _TYPES.get(name) is bool:
+        return f"unknown argument {flag!r}; did you mean --no-{name}?"
+    return unknown_argument(word, ["config", *_FIELDS])
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, item: dataclasses.Field) -> None:

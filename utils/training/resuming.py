@@ -12,7 +12,7 @@ from models.state_dicts import load_state
 from models.weights import save_weights
 from utils.distributed import Processes, environment_number
 from utils.errors import UserError
-from utils.files import remove_temporaries
+from utils.files import FolderLock, remove_temporaries
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.config import TrainConfig
 from utils.training.run import Run, diverged
@@ -104,24 +104,24 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
     return checkpoint
 
 
-def claim_folder(run: Run) -> None:
+def claim_folder(lock: FolderLock, folder: Path, processes: Processes) -> None:
     """Makes the run's folder, and this call the only one that writes there; removes what killed ones left half written.
 
     Raises:
         UserError: another run is writing there, in all processes.
     """
     free = True
-    if run.processes.is_main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        free = run.lock.take(WAIT_FOR_FOLDER)
-    if not run.processes.gather(free)[0]:
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = lock.take(WAIT_FOR_FOLDER)
+    if not processes.gather(free)[0]:
         raise UserError(
-            f"{run.folder}: another run is writing there, and each would take the other's files for its own. Give this "
+            f"{folder}: another run is writing there, and each would take the other's files for its own. Give this "
             "one another --save_dir, or wait for (or end) that one to go on from its last.pt"
         )
-    if run.lock.held:
+    if lock.held:
         for name in RUN_FILES:
-            remove_temporaries(run.folder / name)
+            remove_temporaries(folder / name)
 
 
 def set_older_run_aside(run: Run, checkpoint: dict[str, Any] | None) -> str | None:

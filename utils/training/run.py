@@ -12,7 +12,6 @@ from torch import nn
 
 from datasets.sequences import VideoSequence
 from utils.distributed import Processes
-from utils.files import FolderLock
 from utils.stopping import StopRequest
 from utils.training.config import TrainConfig
 from utils.training.ema import WeightAverage
@@ -32,7 +31,6 @@ class Run:
     scaler: torch.amp.GradScaler
     log: RunLog
     stop: StopRequest
-    lock: FolderLock  # of the run's folder
     validation: list[VideoSequence]
     steps_per_epoch: int
     total_steps: int
