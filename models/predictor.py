@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models.consensus import agree, can_agree, describe_looks
 from models.cuda_graphs import CudaGraphs, Run, Work
-from models.dbsnet import DBSNet, pad_to_multiple, upsample_logits
+from models.dbsnet import STREAMS, DBSNet, pad_to_multiple, upsample_logits
 from models.fold import inference_copy
 from models.frame_io import Images, checked_picture, hand_out, read_ahead
 from models.frame_store import FrameStore, Storage
@@ -33,6 +33,11 @@ from models.windows import Window, batches_of_windows, refinement_windows, tempo
 from models.zoom import FIRST, View, extents, follow, magnify, put_back
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Of motion as an option. Tried on the four videos of `MODEL_CARD.md` that no training saw; docs/experiments.md has what
+# other values gave.
+NO_MOTION = 255  # of a flow image's three channels where nothing moves: the middle of the colour wheel
+AT_REST = 1 / 3  # of the say have the frames at rest
 
 Size = tuple[int, int]  # height, width
 
@@ -89,6 +94,9 @@ class Predictor:
             `size` (`models.zoom`); not of the paper. Not with `clip_len` (ValueError).
         consensus: let what looks alike in other frames vote on each frame's result (`models.consensus`); not of the
             paper. Not with `clip_len`, nor with a network that has no appearance stream (ValueError).
+        optional_motion: the same frames at rest, whose flow images are `NO_MOTION`, have a third of the say, so that
+            looks can tell where motion misleads. A frame is encoded once, propagated and decoded twice. Not of the
+            paper, and not with a network of one stream (ValueError).
         readers: threads that ask for images at once. More than one need `frames` and `flows` that several threads may
             ask in any order, and keep up with a GPU where images are decoded from files. Changes speed, not the result.
         on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
@@ -109,7 +117,8 @@ class Predictor:
                  channels_last: bool = True, fold: bool = True, piece: int = 16,
                  store_dtype: torch.dtype = torch.float16, device_memory: int = 4 << 30,
                  host_memory: int = 1 << 30, cuda_graphs: bool = False, zoom: bool = False, consensus: bool = False,
-                 readers: int = 1, on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
+                 optional_motion: bool = False, readers: int = 1,
+                 on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
         if amp not in AMP:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
         if clip_len is not None and clip_len < 1:
@@ -146,6 +155,8 @@ class Predictor:
                 "consensus needs whole videos and the appearance stream, got "
                 + (f"clip_len={clip_len}" if clip_len else f"a network of {net.streams}")
             )
+        if optional_motion and set(net.streams) != set(STREAMS):
+            raise ValueError(f"optional_motion needs a network of both streams, got one of {net.streams}")
         self.net = net.to(self.device).eval()
         self.size, self.batch_size, self.amp, self.clip_len = size, batch_size, AMP[amp], clip_len
         self.flip, self.mirror_flow, self.scales = flip, mirror_flow, tuple(scales)
@@ -153,6 +164,7 @@ class Predictor:
         self.fold, self.piece, self.store_dtype = fold, piece, store_dtype
         self.device_memory, self.host_memory = device_memory, host_memory
         self.cuda_graphs, self.zoom, self.consensus = cuda_graphs, zoom, consensus
+        self.optional_motion = optional_motion
         self.readers, self.on_encoded = readers, on_encoded
         self._graphs = CudaGraphs(self.device)
         self._recorded: _Recorded | None = None
@@ -218,7 +230,7 @@ class Predictor:
             return inference_copy(self.net, self.amp, self.memory_format), directly
         self._graphs.begin()
         state, kept = self.net.state_dict(), self._recorded
-        settings = (sizes, self.amp, self.memory_format, self.zoom, self.consensus)
+        settings = (sizes, self.amp, self.memory_format, self.zoom, self.consensus, self.optional_motion)
         if kept is None or kept.settings != settings or not _same(kept.state, state):
             self._recorded = None  # their memory first
             self._graphs.clear()
@@ -289,23 +301,47 @@ class Predictor:
         )
 
     def _clips(self, way: Pass, frames: Images, flows: Images) -> Iterator[Tensor]:
-        net, size = way.net, way.size
+        net, size, motionless = way.net, way.size, self._motionless_maps(way)
         windows = list(temporal_windows(len(frames), self.clip_len))
         for (start, _, keep, until), (x, y) in zip(
             windows, self._batches(frames, flows, [w[:2] for w in windows], way.flip)
         ):
             kept = slice(keep - start, until - start)
 
-            def clip(x: Tensor, y: Tensor, kept: slice = kept) -> tuple[Tensor]:
-                levels, skip = net.encode(self._input(x, size), self._input(y, size))
-                for index, level in enumerate(levels):
-                    levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
-                return (self._finish(net.decode(levels, skip[kept]), way),)
+            def clip(x: Tensor, y: Tensor, *motionless: Tensor, kept: slice = kept) -> tuple[Tensor]:
+                opinions = []
+                maps = net.encoder_maps(self._input(x, size), self._input(y, size))
+                for levels, skip in self._joined(net, maps, motionless):
+                    for index, level in enumerate(levels):
+                        levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
+                    opinions.append(net.decode(levels, skip[kept]).float())
+                logits = torch.lerp(*opinions, AT_REST) if self.optional_motion else opinions[0]
+                return (self._finish(logits, way),)
 
             with torch.inference_mode(), self._autocast():
                 key = ("clip", size, way.flip, kept.start, kept.stop)
-                (results,) = way.run(key, clip, self._on_device(x), self._on_device(y))
+                (results,) = way.run(key, clip, self._on_device(x), self._on_device(y), *motionless)
             yield results
+
+    def _motionless_maps(self, way: Pass) -> list[Tensor]:
+        """The motion encoder's maps of one flow image in which nothing moves, each (1, C, h, w); with
+        `optional_motion`, else none.
+        """
+        if not self.optional_motion:
+            return []
+        with torch.inference_mode(), self._autocast():
+            image = torch.full((1, 3, *way.size), NO_MOTION, dtype=torch.uint8, device=self.device)
+            return way.net.encoders["motion"](self._input(image, way.size))
+
+    def _joined(
+        self, net: DBSNet, maps: dict[str, list[Tensor]], motionless: Sequence[Tensor]
+    ) -> list[tuple[list[Tensor], Tensor]]:
+        """Laterals and skip (`DBSNet.join`) of frames and, with maps of no motion, of the same frames at rest."""
+        both = [net.join(maps)]
+        if motionless:
+            frames = len(maps["appearance"][0])
+            both.append(net.join({**maps, "motion": [x.expand(frames, -1, -1, -1) for x in motionless]}))
+        return both
 
     def _whole(self, way: Pass, frames: Images, flows: Images) -> Iterator[Tensor]:
         length = len(frames)
@@ -362,14 +398,14 @@ class Predictor:
             name: of what is recorded here: the same for the same `finish` and for views or none.
             views: one for each frame: what the network sees of it, the whole frame by default.
         """
-        net, size, length = way.net, way.size, len(frames)
+        net, size, length, motionless = way.net, way.size, len(frames), self._motionless_maps(way)
 
-        def encode(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        def encode(x: Tensor, y: Tensor, *motionless: Tensor) -> tuple[Tensor, ...]:
             if not views:  # with them, each batch has others
                 x, y = self._input(x, size), self._input(y, size)
             maps = net.encoder_maps(x, y)
-            levels, skip = net.join(maps)
-            return *levels, skip, *([describe_looks(maps["appearance"][1])] if self.consensus else [])
+            made = [each for levels, skip in self._joined(net, maps, motionless) for each in (*levels, skip)]
+            return *made, *([describe_looks(maps["appearance"][1])] if self.consensus else [])
 
         features: list[FrameStore] = []
         spans = [(start, min(start + self.batch_size, length)) for start in range(0, length, self.batch_size)]
@@ -378,7 +414,7 @@ class Predictor:
                 x, y = (self._on_device(each) for each in images)
                 if views:
                     x, y = (self._input(each, size, views[start:stop]) for each in (x, y))
-                maps = way.run(("encode", name, size), encode, x, y)
+                maps = way.run(("encode", name, size), encode, x, y, *motionless)
                 for index, value in enumerate(maps):
                     if start == 0:
                         features.append(storage.new(tuple(value.shape[1:])))
@@ -387,15 +423,21 @@ class Predictor:
                 self.on_encoded(stop - start)
         made = list(features)
         looks = features.pop() if self.consensus else None
-        for index, block in enumerate(net.propagation):
-            with torch.inference_mode(), self._autocast():
-                propagate_store(block, features[index], storage, self.piece, self.device, way.run, index)
+        count = len(net.levels) + 1  # laterals and skip: of the video, and then of the same frames at rest
+        videos = [features[start : start + count] for start in range(0, len(features), count)]
+        for video in videos:
+            for index, block in enumerate(net.propagation):
+                with torch.inference_mode(), self._autocast():
+                    propagate_store(block, video[index], storage, self.piece, self.device, way.run, index)
 
-        if looks is None:
+        if looks is None and not self.optional_motion:
             yield from self._decoded(way, name, features, length, finish)
         else:
-            plain = self._decoded(way, name, features, length)
-            for batch in agree(plain, looks, length, self.batch_size, self.device, way.run):
+            plain = [self._decoded(way, name, video, length) for video in videos]
+            batches = weigh(*plain) if self.optional_motion else plain[0]
+            if looks is not None:
+                batches = agree(batches, looks, length, self.batch_size, self.device, way.run)
+            for batch in batches:
                 if finish is not None:
                     with torch.inference_mode():
                         (batch,) = way.run(("finish", name, size, way.flip), lambda x: (finish(x),), batch)
@@ -437,6 +479,15 @@ class Predictor:
         # (windows, T, S*d, h, w)
         (x,) = way.run(("refine", level), lambda maps: (way.net.refine(level, maps),), x)
         return torch.cat([y[keep - start : until - start] for y, (start, _, keep, until) in zip(x, windows)])
+
+
+def weigh(moving: Iterator[Tensor], resting: Iterator[Tensor]) -> Iterator[Tensor]:
+    """A video's logits, batch by batch, with those of the same frames at rest."""
+    for logits in moving:
+        with torch.inference_mode():
+            joined = logits.float().clone()  # what a graph gave is written over by the next
+            joined.lerp_(next(resting).float(), AT_REST)
+        yield joined
 
 
 def _checked_size(size: Sequence[int]) -> Size:

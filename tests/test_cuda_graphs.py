@@ -119,7 +119,9 @@ def test_the_third_call_is_recorded(emulated: Counter) -> None:
     [{}, {"flip": True}, {"scales": (1.0, 2.0), "flip": True}, {"clip_len": 4}, {"clip_len": 4, "flip": True},
      {"batch_size": 2, "piece": 3}, {"host_memory": 200_000}, {"size": (32, 64)},
      {"consensus": True}, {"consensus": True, "flip": True, "batch_size": 1},
-     {"zoom": True}, {"zoom": True, "consensus": True, "flip": True, "size": (96, 160)}],
+     {"zoom": True}, {"zoom": True, "consensus": True, "flip": True, "size": (96, 160)},
+     {"optional_motion": True}, {"optional_motion": True, "consensus": True, "zoom": True},
+     {"optional_motion": True, "clip_len": 4}],
 )  # fmt: skip
 def test_a_video_comes_out_the_same(options: dict[str, Any], emulated: Counter) -> None:
     options = {**FINE, **options}
@@ -298,7 +300,8 @@ def test_what_compiles_is_not_asked_about_a_recording(monkeypatch: pytest.Monkey
     ("amp", "options"),
     [(None, {}), ("bf16", {}), ("fp16", {}), ("bf16", {"clip_len": 4}), ("bf16", {"device_memory": 0}),
      ("fp16", {"flip": True}), (None, {"scales": (0.5, 1.0)}), (None, {"consensus": True}),
-     ("bf16", {"consensus": True}), (None, {"zoom": True}), ("bf16", {"zoom": True, "consensus": True})],
+     ("bf16", {"consensus": True}), (None, {"zoom": True}), ("bf16", {"zoom": True, "consensus": True}),
+     ("bf16", {"optional_motion": True, "zoom": True, "consensus": True})],
 )  # fmt: skip
 def test_a_video_comes_out_the_same_on_a_gpu(amp: str | None, options: dict[str, Any]) -> None:
     options = {"device": "cuda", "amp": amp, "batch_size": 4, "piece": 4, **options}

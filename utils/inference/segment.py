@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "whole videos, where the network sees their frames",
     )
     group.add_argument(
+        "--optional_motion",
+        action=argparse.BooleanOptionalAction,
+        help="give what the network finds in the same frames at rest a third of the say, which is not of the paper; "
+        "default: where the checkpoint says that it gains by it",
+    )
+    group.add_argument(
         "--without",
         choices=(*BLANKS, *PARTS),
         help="blind one stream, to see what the other does alone (flow, frames), or take out a part of the network, to "
@@ -86,6 +92,23 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--consensus and {other}: give one of them; what votes is how the frames of the whole video look"
         )
+
+
+def wants_optional_motion(args: argparse.Namespace, weights: Weights) -> bool:
+    """Whether the frames at rest have their say, too: as ``--optional_motion`` says, or the checkpoint.
+
+    Raises:
+        UserError: asked for, and one stream sees nothing.
+    """
+    both = len(weights.net.streams) == 2
+    if args.optional_motion and (not both or args.without in BLANKS):
+        why = f"--without {args.without}" if both else f"{weights.path}, a network of one stream"
+        raise UserError(
+            f"--optional_motion and {why}: give one of them; it averages what both streams say with looks alone"
+        )
+    if args.optional_motion is not None:
+        return args.optional_motion
+    return weights.optional_motion and both and args.without not in BLANKS
 
 
 def wants_consensus(args: argparse.Namespace, weights: Weights) -> bool:
@@ -113,7 +136,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     """What the maps depend on. Not the batch size, nor the device, which change them by rounding alone.
 
     Raises:
-        As `check` and `wants_consensus`.
+        As `check`, `wants_consensus` and `wants_optional_motion`.
     """
     check(args)
     return {
@@ -126,6 +149,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         "without": args.without,
         "zoom": weights.zoom and not args.clip_len if args.zoom is None else args.zoom,
         "consensus": wants_consensus(args, weights),
+        "optional_motion": wants_optional_motion(args, weights),
         **({"flow_dir": str(Path(args.flow_dir).resolve())} if args.flow_dir else {}),
     }
 
@@ -186,7 +210,11 @@ def run(
         others = f", {total} of them here" if processes.world_size > 1 else ""
         sizes = dict.fromkeys("×".join(map(str, size_for(video, settings, args))) for video in todo)
         size = " and ".join(sizes) or "×".join(map(str, settings["size"]))
-        ours = {"zoom": "a closer look at the object", "consensus": "frames vote"}
+        ours = {
+            "zoom": "a closer look at the object",
+            "consensus": "frames vote",
+            "optional_motion": "motion as an option",
+        }
         on = [key for key in ours if settings[key]]
         more = f"; {', '.join(ours[key] for key in on)} ({' '.join(f'--no-{key}' for key in on)}: the network alone)"
         print(
@@ -206,6 +234,7 @@ def run(
         scales=args.scales,
         zoom=settings["zoom"],
         consensus=settings["consensus"],
+        optional_motion=settings["optional_motion"],
     )
     passes = (1 + settings["zoom"]) * (1 + args.flip) * len(args.scales)
     waiting: deque[tuple[Future, Path]] = deque()
