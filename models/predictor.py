@@ -311,7 +311,7 @@ class Predictor:
             def clip(x: Tensor, y: Tensor, *motionless: Tensor, kept: slice = kept) -> tuple[Tensor]:
                 opinions = []
                 maps = net.encoder_maps(self._input(x, size), self._input(y, size))
-                for levels, skip in self._joined(net, maps, motionless):
+                for levels, skip in _joined(net, maps, motionless):
                     for index, level in enumerate(levels):
                         levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
                     opinions.append(net.decode(levels, skip[kept]).float())
@@ -332,16 +332,6 @@ class Predictor:
         with torch.inference_mode(), self._autocast():
             image = torch.full((1, 3, *way.size), NO_MOTION, dtype=torch.uint8, device=self.device)
             return way.net.encoders["motion"](self._input(image, way.size))
-
-    def _joined(
-        self, net: DBSNet, maps: dict[str, list[Tensor]], motionless: Sequence[Tensor]
-    ) -> list[tuple[list[Tensor], Tensor]]:
-        """Laterals and skip (`DBSNet.join`) of frames and, with maps of no motion, of the same frames at rest."""
-        both = [net.join(maps)]
-        if motionless:
-            frames = len(maps["appearance"][0])
-            both.append(net.join({**maps, "motion": [x.expand(frames, -1, -1, -1) for x in motionless]}))
-        return both
 
     def _whole(self, way: Pass, frames: Images, flows: Images) -> Iterator[Tensor]:
         length = len(frames)
@@ -404,7 +394,7 @@ class Predictor:
             if not views:  # with them, each batch has others
                 x, y = self._input(x, size), self._input(y, size)
             maps = net.encoder_maps(x, y)
-            made = [each for levels, skip in self._joined(net, maps, motionless) for each in (*levels, skip)]
+            made = [each for levels, skip in _joined(net, maps, motionless) for each in (*levels, skip)]
             return *made, *([describe_looks(maps["appearance"][1])] if self.consensus else [])
 
         features: list[FrameStore] = []
@@ -488,6 +478,19 @@ def weigh(moving: Iterator[Tensor], resting: Iterator[Tensor]) -> Iterator[Tenso
             joined = logits.float().clone()  # what a graph gave is written over by the next
             joined.lerp_(next(resting).float(), AT_REST)
         yield joined
+
+
+def _joined(
+    net: DBSNet, maps: dict[str, list[Tensor]], motionless: Sequence[Tensor]
+) -> list[tuple[list[Tensor], Tensor]]:
+    """Laterals and skip (`DBSNet.join`) of frames by their encoders' maps and, with those of one flow image in which
+    nothing moves, of the same frames at rest.
+    """
+    both = [net.join(maps)]
+    if motionless:
+        frames = len(maps["appearance"][0])
+        both.append(net.join({**maps, "motion": [x.expand(frames, -1, -1, -1) for x in motionless]}))
+    return both
 
 
 def _checked_size(size: Sequence[int]) -> Size:

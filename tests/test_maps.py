@@ -129,36 +129,27 @@ def test_a_size_that_nobody_gave_is_turned_for_upright_videos(
 
 
 def options(**changed: Any) -> SimpleNamespace:
-    default = dict.fromkeys(
-        ("size", "batch_size", "clip_len", "zoom", "consensus", "optional_motion", "without", "flow_dir")
+    default = dict.fromkeys(("size", "batch_size", "clip_len", "zoom", "consensus", "without", "flow_dir"))
+    return SimpleNamespace(
+        **default | {"flip": False, "scales": [1.0], "amp": "none", "optional_motion": False} | changed
     )
-    return SimpleNamespace(**default | {"flip": False, "scales": [1.0], "amp": "none"} | changed)
 
 
 def test_what_maps_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = SimpleNamespace(streams=("appearance", "motion"))
-    weights = SimpleNamespace(sha256="0123", size=(32, 64), zoom=True, optional_motion=True, net=net, path="w.pt")
+    weights = SimpleNamespace(sha256="0123", size=(32, 64), zoom=True, net=net, path="w.pt")
     usual = segment.settings_from(options(), weights)
     assert usual == {
         **{"weights": "0123", "size": [32, 64], "clip_len": None, "flip": False, "scales": [1.0], "amp": "none"},
-        **{"without": None, "zoom": True, "consensus": True, "optional_motion": True},
+        **{"without": None, "zoom": True, "consensus": True, "optional_motion": False},
     }
     assert segment.settings_from(options(batch_size=3), weights) == usual  # rounding alone
     # A closer look, and votes, need the whole video; without frames there is nothing to vote by.
     clips = segment.settings_from(options(clip_len=4), weights)
     assert not clips["zoom"] and not clips["consensus"]
     assert not segment.settings_from(options(without="frames"), weights)["consensus"]
-    off = segment.settings_from(options(zoom=False, consensus=False, optional_motion=False), weights)
-    assert not off["zoom"] and not off["consensus"] and not off["optional_motion"]
-    # A network with one stream blinded has nothing to weigh against it; clips have.
-    assert (
-        clips["optional_motion"] and segment.settings_from(options(without="propagation"), weights)["optional_motion"]
-    )
-    for blind in ("flow", "frames"):
-        assert not segment.settings_from(options(without=blind), weights)["optional_motion"]
-    shy = SimpleNamespace(**vars(weights) | {"optional_motion": False})
-    assert not segment.settings_from(options(), shy)["optional_motion"]
-    assert segment.settings_from(options(optional_motion=True), shy)["optional_motion"]
+    off = segment.settings_from(options(zoom=False, consensus=False), weights)
+    assert not off["zoom"] and not off["consensus"]
     monkeypatch.chdir(tmp_path)
     assert segment.settings_from(options(flow_dir="f"), weights) == usual | {"flow_dir": str(tmp_path / "f")}
     for wrong, said in (
@@ -174,9 +165,8 @@ def test_what_maps_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(UserError, match=said):
             segment.settings_from(options(**wrong), weights)
     motion = SimpleNamespace(**vars(weights) | {"net": SimpleNamespace(streams=("motion",))})
-    alone = segment.settings_from(options(), motion)
-    assert not alone["consensus"] and not alone["optional_motion"]
-    with pytest.raises(UserError, match="--optional_motion and w.pt, a network of one stream"):
+    assert not segment.settings_from(options(), motion)["consensus"]
+    with pytest.raises(UserError, match="--optional_motion: w.pt is a network of one stream"):
         segment.settings_from(options(optional_motion=True), motion)
 
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="facts for its metadata, for instance licence=…; zoom=yes, optional_motion=yes: the default of test",
+        help="facts for its metadata, for instance licence=…; zoom=yes makes --zoom the default of test",
     )
 
 
@@ -72,7 +72,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: an option that is missing or wrong.
     """
-    from utils.inference.weights import PARTS, check_file, check_notes, check_size
+    from utils.inference.weights import PARTS, check_file, check_size, check_zoom
 
     if not args.checkpoint:
         raise UserError("--tools export: give --checkpoint FILE, the training checkpoint (best.pt or last.pt)")
@@ -87,7 +87,7 @@ def check(args: argparse.Namespace) -> None:
     _refuse_own_source(args.output, "checkpoint", args.checkpoint)
     refuse_folder("output", args.output)
     check_size(args.size)
-    check_notes("--note", parse_notes(args.note))
+    check_zoom("--note", parse_notes(args.note))
 
 
 def _refuse_own_source(output: str, option: str, source: str) -> None:

@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--optional_motion",
-        action=argparse.BooleanOptionalAction,
-        help="give what the network finds in the same frames at rest a third of the say, which is not of the paper; "
-        "default: where the checkpoint says that it gains by it",
+        action="store_true",
+        help="give what the network finds in the same frames at rest a third of the say, for videos whose motion "
+        "misleads; not of the paper",
     )
     group.add_argument(
         "--without",
@@ -92,23 +92,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--consensus and {other}: give one of them; what votes is how the frames of the whole video look"
         )
-
-
-def wants_optional_motion(args: argparse.Namespace, weights: Weights) -> bool:
-    """Whether the frames at rest have their say, too: as ``--optional_motion`` says, or the checkpoint.
-
-    Raises:
-        UserError: asked for, and one stream sees nothing.
-    """
-    both = len(weights.net.streams) == 2
-    if args.optional_motion and (not both or args.without in BLANKS):
-        why = f"--without {args.without}" if both else f"{weights.path}, a network of one stream"
+    if args.optional_motion and args.without in BLANKS:
         raise UserError(
-            f"--optional_motion and {why}: give one of them; it averages what both streams say with looks alone"
+            f"--optional_motion and --without {args.without}: give one of them; it weighs both streams against looks"
         )
-    if args.optional_motion is not None:
-        return args.optional_motion
-    return weights.optional_motion and both and args.without not in BLANKS
 
 
 def wants_consensus(args: argparse.Namespace, weights: Weights) -> bool:
@@ -136,9 +123,11 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     """What the maps depend on. Not the batch size, nor the device, which change them by rounding alone.
 
     Raises:
-        As `check`, `wants_consensus` and `wants_optional_motion`.
+        As `check` and `wants_consensus`; UserError also for ``--optional_motion`` with a network of one stream.
     """
     check(args)
+    if args.optional_motion and len(weights.net.streams) == 1:
+        raise UserError(f"--optional_motion: {weights.path} is a network of one stream, and needs none: leave it out")
     return {
         "weights": weights.sha256,
         "size": list(args.size or weights.size or DEFAULT_SIZE),
@@ -149,7 +138,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         "without": args.without,
         "zoom": weights.zoom and not args.clip_len if args.zoom is None else args.zoom,
         "consensus": wants_consensus(args, weights),
-        "optional_motion": wants_optional_motion(args, weights),
+        "optional_motion": args.optional_motion,
         **({"flow_dir": str(Path(args.flow_dir).resolve())} if args.flow_dir else {}),
     }
 
@@ -210,11 +199,7 @@ def run(
         others = f", {total} of them here" if processes.world_size > 1 else ""
         sizes = dict.fromkeys("×".join(map(str, size_for(video, settings, args))) for video in todo)
         size = " and ".join(sizes) or "×".join(map(str, settings["size"]))
-        ours = {
-            "zoom": "a closer look at the object",
-            "consensus": "frames vote",
-            "optional_motion": "motion as an option",
-        }
+        ours = {"zoom": "a closer look at the object", "consensus": "frames vote"}
         on = [key for key in ours if settings[key]]
         more = f"; {', '.join(ours[key] for key in on)} ({' '.join(f'--no-{key}' for key in on)}: the network alone)"
         print(

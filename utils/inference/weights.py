@@ -30,7 +30,7 @@ class Weights:
         sha256: of the file, the first 16 digits.
         notes: what the file says about itself (metadata of a .safetensors, step and options of a training checkpoint).
         size: (H, W) that the file says its network is for, or None.
-        zoom, optional_motion: whether the file says that its network gains by that (notes of these names: yes).
+        zoom: whether the file says that its network gains by a closer look (note ``zoom``: yes).
     """
 
     net: DBSNet
@@ -42,10 +42,6 @@ class Weights:
     @property
     def zoom(self) -> bool:
         return self.notes.get("zoom") == "yes"
-
-    @property
-    def optional_motion(self) -> bool:
-        return self.notes.get("optional_motion") == "yes"
 
 
 def find_checkpoint(given: str | Path | None) -> Path:
@@ -77,11 +73,10 @@ def check_size(size: Sequence[int] | None) -> None:
         raise UserError(f"--size {size[0]} {size[1]}: expected a height and a width above 0")
 
 
-def check_notes(where: str, notes: Mapping[str, str]) -> None:
-    """Raises UserError for a note ``zoom`` or ``optional_motion`` that is neither yes nor no."""
-    for key in ("zoom", "optional_motion"):
-        if notes.get(key, "yes") not in ("yes", "no"):
-            raise UserError(f"{where} {key}={notes[key]}; expected yes or no")
+def check_zoom(where: str, notes: Mapping[str, str]) -> None:
+    """Raises UserError for a note ``zoom`` that is neither yes nor no."""
+    if notes.get("zoom", "yes") not in ("yes", "no"):
+        raise UserError(f"{where} zoom={notes['zoom']}; expected yes or no")
 
 
 def load_weights(given: str | Path | None) -> Weights:
@@ -104,7 +99,7 @@ def read_notes(path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
     A .safetensors has these in its metadata (key ``size``: ``"384 640"``), a training checkpoint in its options.
 
     Raises:
-        UserError: a ``size`` that is not two numbers, or a ``zoom`` or ``optional_motion`` that is neither yes nor no.
+        UserError: a ``size`` that is not two numbers, or a ``zoom`` that is neither yes nor no.
     """
     from models.state_dicts import read_checkpoint
 
@@ -112,7 +107,7 @@ def read_notes(path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
     if "metadata" in content:
         metadata = content["metadata"]
         notes = {key: value for key, value in metadata.items() if key not in ("format", "config")}
-        check_notes(f"{path}: its metadata say", notes)
+        check_zoom(f"{path}: its metadata say", notes)
         if "size" not in metadata:
             return notes, None
         words = metadata["size"].split()
