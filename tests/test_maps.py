@@ -141,7 +141,7 @@ def test_what_maps_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     usual = segment.settings_from(options(), weights)
     assert usual == {
         **{"weights": "0123", "size": [32, 64], "clip_len": None, "flip": False, "scales": [1.0], "amp": "none"},
-        **{"without": None, "zoom": True, "consensus": True, "optional_motion": False},
+        **{"without": None, "zoom": True, "consensus": True},
     }
     assert segment.settings_from(options(batch_size=3), weights) == usual  # rounding alone
     # A closer look, and votes, need the whole video; without frames there is nothing to vote by.
@@ -150,6 +150,8 @@ def test_what_maps_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not segment.settings_from(options(without="frames"), weights)["consensus"]
     off = segment.settings_from(options(zoom=False, consensus=False), weights)
     assert not off["zoom"] and not off["consensus"]
+    weighed = segment.settings_from(options(optional_motion=True), weights)
+    assert weighed == usual | {"optional_motion": True}
     monkeypatch.chdir(tmp_path)
     assert segment.settings_from(options(flow_dir="f"), weights) == usual | {"flow_dir": str(tmp_path / "f")}
     for wrong, said in (

@@ -213,8 +213,8 @@ def bench_video(
 ) -> dict[str, Any]:
     """Whole videos through `Predictor`: uint8 pictures in host memory in, probability maps in host memory out.
 
-    The network alone, and what `tool.py --tools test` adds to it: with consensus where frames can vote, with zoom
-    beside it, and with motion as an option beside both.
+    The network alone, and what `tool.py --tools test` adds to it: with consensus where frames can vote, and with both
+    zoom and consensus.
     """
     votes = can_agree(net.streams)
 
@@ -231,8 +231,6 @@ def bench_video(
     if votes:
         others["consensus"] = measure(cuda_graphs=cuda_graphs, consensus=True)
     others["zoom"] = measure(cuda_graphs=cuda_graphs, consensus=votes, zoom=True)
-    if len(net.streams) > 1:
-        others["optional motion"] = measure(cuda_graphs=cuda_graphs, consensus=votes, zoom=True, optional_motion=True)
     return {"frames": length, **measure(), **others}
 
 

@@ -138,7 +138,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         "without": args.without,
         "zoom": weights.zoom and not args.clip_len if args.zoom is None else args.zoom,
         "consensus": wants_consensus(args, weights),
-        "optional_motion": args.optional_motion,
+        **({"optional_motion": True} if args.optional_motion else {}),
         **({"flow_dir": str(Path(args.flow_dir).resolve())} if args.flow_dir else {}),
     }
 
@@ -219,7 +219,7 @@ def run(
         scales=args.scales,
         zoom=settings["zoom"],
         consensus=settings["consensus"],
-        optional_motion=settings["optional_motion"],
+        optional_motion=args.optional_motion,
     )
     passes = (1 + settings["zoom"]) * (1 + args.flip) * len(args.scales)
     waiting: deque[tuple[Future, Path]] = deque()
