@@ -36,7 +36,7 @@ AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Of motion as an option. Tried on the four videos of `MODEL_CARD.md` that no training saw; docs/experiments.md has what
 # other values gave.
-NO_MOTION = 255  # of a flow image's three channels where nothing moves: the middle of the colour wheel
+NO_MOTION = 255  # as `datasets.images` has it, of which the network knows nothing: the middle of the colour wheel
 AT_REST = 1 / 3  # of the say have the frames at rest
 
 Size = tuple[int, int]  # height, width

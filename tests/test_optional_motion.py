@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import datasets.images
 import models.predictor
 from datasets.flow_colour import flow_to_image
 from models import DBSNet, Predictor
@@ -44,7 +45,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 def test_no_motion_has_the_colour_that_flow_images_give_it() -> None:
     flow = np.zeros((2, 3, 2), np.float32)
     flow[0, 0] = (1, 0)
-    assert (flow_to_image(flow)[1] == NO_MOTION).all()
+    assert (flow_to_image(flow)[1] == NO_MOTION).all() and datasets.images.NO_MOTION == NO_MOTION
 
 
 @pytest.mark.parametrize("options", [
