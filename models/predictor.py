@@ -28,16 +28,12 @@ from models.dbsnet import STREAMS, DBSNet, pad_to_multiple, upsample_logits
 from models.fold import inference_copy
 from models.frame_io import Images, checked_picture, hand_out, read_ahead
 from models.frame_store import FrameStore, Storage
+from models.optional_motion import NO_MOTION, join_both, weigh, weigh_batches
 from models.video_propagation import propagate_store
 from models.windows import Window, batches_of_windows, refinement_windows, temporal_windows
 from models.zoom import FIRST, View, extents, follow, magnify, put_back
 
 AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Of motion as an option. Tried on the four videos of `MODEL_CARD.md` that no training saw; docs/experiments.md has what
-# other values gave.
-NO_MOTION = 255  # as `datasets.images` has it, of which the network knows nothing: the middle of the colour wheel
-AT_REST = 1 / 3  # of the say have the frames at rest
 
 Size = tuple[int, int]  # height, width
 
@@ -94,9 +90,9 @@ class Predictor:
             `size` (`models.zoom`); not of the paper. Not with `clip_len` (ValueError).
         consensus: let what looks alike in other frames vote on each frame's result (`models.consensus`); not of the
             paper. Not with `clip_len`, nor with a network that has no appearance stream (ValueError).
-        optional_motion: the same frames at rest, whose flow images are `NO_MOTION`, have a third of the say, so that
-            looks can tell where motion misleads. A frame is encoded once, propagated and decoded twice. Not of the
-            paper, and not with a network of one stream (ValueError).
+        optional_motion: the same frames at rest, with flow images without motion, have a third of the say
+            (`models.optional_motion`): a frame is encoded once, propagated and decoded twice. Not of the paper, and not
+            with a network of one stream (ValueError).
         readers: threads that ask for images at once. More than one need `frames` and `flows` that several threads may
             ask in any order, and keep up with a GPU where images are decoded from files. Changes speed, not the result.
         on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
@@ -311,11 +307,11 @@ class Predictor:
             def clip(x: Tensor, y: Tensor, *motionless: Tensor, kept: slice = kept) -> tuple[Tensor]:
                 opinions = []
                 maps = net.encoder_maps(self._input(x, size), self._input(y, size))
-                for levels, skip in _joined(net, maps, motionless):
+                for levels, skip in join_both(net, maps, motionless):
                     for index, level in enumerate(levels):
                         levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
-                    opinions.append(net.decode(levels, skip[kept]).float())
-                logits = torch.lerp(*opinions, AT_REST) if self.optional_motion else opinions[0]
+                    opinions.append(net.decode(levels, skip[kept]))
+                logits = weigh(*opinions) if self.optional_motion else opinions[0]
                 return (self._finish(logits, way),)
 
             with torch.inference_mode(), self._autocast():
@@ -394,7 +390,7 @@ class Predictor:
             if not views:  # with them, each batch has others
                 x, y = self._input(x, size), self._input(y, size)
             maps = net.encoder_maps(x, y)
-            made = [each for levels, skip in _joined(net, maps, motionless) for each in (*levels, skip)]
+            made = [each for levels, skip in join_both(net, maps, motionless) for each in (*levels, skip)]
             return *made, *([describe_looks(maps["appearance"][1])] if self.consensus else [])
 
         features: list[FrameStore] = []
@@ -424,7 +420,7 @@ class Predictor:
             yield from self._decoded(way, name, features, length, finish)
         else:
             plain = [self._decoded(way, name, video, length) for video in videos]
-            batches = weigh(*plain) if self.optional_motion else plain[0]
+            batches = weigh_batches(*plain) if self.optional_motion else plain[0]
             if looks is not None:
                 batches = agree(batches, looks, length, self.batch_size, self.device, way.run)
             for batch in batches:
@@ -469,28 +465,6 @@ class Predictor:
         # (windows, T, S*d, h, w)
         (x,) = way.run(("refine", level), lambda maps: (way.net.refine(level, maps),), x)
         return torch.cat([y[keep - start : until - start] for y, (start, _, keep, until) in zip(x, windows)])
-
-
-def weigh(moving: Iterator[Tensor], resting: Iterator[Tensor]) -> Iterator[Tensor]:
-    """A video's logits, batch by batch, with those of the same frames at rest."""
-    for logits in moving:
-        with torch.inference_mode():
-            joined = logits.float().clone()  # what a graph gave is written over by the next
-            joined.lerp_(next(resting).float(), AT_REST)
-        yield joined
-
-
-def _joined(
-    net: DBSNet, maps: dict[str, list[Tensor]], motionless: Sequence[Tensor]
-) -> list[tuple[list[Tensor], Tensor]]:
-    """Laterals and skip (`DBSNet.join`) of frames by their encoders' maps and, with those of one flow image in which
-    nothing moves, of the same frames at rest.
-    """
-    both = [net.join(maps)]
-    if motionless:
-        frames = len(maps["appearance"][0])
-        both.append(net.join({**maps, "motion": [x.expand(frames, -1, -1, -1) for x in motionless]}))
-    return both
 
 
 def _checked_size(size: Sequence[int]) -> Size:

@@ -13,7 +13,7 @@ import datasets.images
 import models.predictor
 from datasets.flow_colour import flow_to_image
 from models import DBSNet, Predictor
-from models.predictor import NO_MOTION
+from models.optional_motion import NO_MOTION
 from tests.test_predictor import as_clip, collect, exact, make_net, make_video
 
 SIZE = (64, 96)
