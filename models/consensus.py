@@ -127,7 +127,7 @@ def agree(
                         torch.stack([of[start + offset : start + offset + count] for offset in offsets], 1)
                         for of in (around, said)
                     ]  # (count, M, …)
-                    (x,) = run(("consensus",), lambda *inputs: (correct(*inputs),), x, *own, *voting)
+                    (x,) = run(("consensus",), lambda *inputs: (correct(*inputs),), x, *own, *voting, by_row=True)
                 yield x
                 done += count
             for frame in [frame for frame in opinions if frame < done - STEP * REACH]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Work = Callable[..., tuple[Tensor, ...]]  # of tensors on one device
-Run = Callable[..., tuple[Tensor, ...]]  # run(key, work, *inputs): a `CudaGraphs`, or what does without
+Run = Callable[..., tuple[Tensor, ...]]  # run(key, work, *inputs, by_row=…): a `CudaGraphs`, or what does without
 
 
 class CudaGraphs:
@@ -22,7 +22,12 @@ class CudaGraphs:
 
     ``graphs(key, work, *inputs)`` is ``work(*inputs)``. The first two calls with a key and these shapes, counted from
     `begin`, run `work` as it is; the third records it, which costs as much as several calls, and from then on it is
-    replayed. So nothing is recorded for the shorter batch at the end of a video.
+    replayed. So nothing is recorded for the shorter batch at the end of a video; where it is work ``by_row``, what was
+    recorded for whole batches is replayed for it, and what comes out for the missing rows is left out. That takes less
+    time than launching all of it, and no memory beside that of the recordings.
+
+    `by_row` says that row i of each result depends on row i of the inputs alone, or on inputs that have the same number
+    of rows in each call.
 
     The same key must mean the same work: what `work` reads beside its inputs (weights, numbers) is what it read when it
     was recorded, and the tensors among it must stay where they are. **Use a result before any other call**: recordings
@@ -37,6 +42,7 @@ class CudaGraphs:
         self.device = device
         self._seen: Counter = Counter()
         self._recorded: dict[Hashable, Recording] = {}
+        self._largest: dict[Hashable, Recording] = {}  # of those whose inputs differ in their numbers of rows alone
         self._pool: tuple[int, int] | None = None  # of the memory that all recordings work in
         # One for good: what cuBLAS works in is kept for each stream, and a new stream each time would keep more of it.
         self._stream: torch.cuda.Stream | None = None
@@ -49,16 +55,22 @@ class CudaGraphs:
         """Forget all recordings, and free their memory. All at once, since they share it."""
         self._seen.clear()
         self._recorded.clear()
+        self._largest.clear()
         self._pool = None
 
-    def __call__(self, key: Hashable, work: Work, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, key: Hashable, work: Work, *inputs: Tensor, by_row: bool = False) -> tuple[Tensor, ...]:
         signature = (key, *((tuple(x.shape), x.dtype) for x in inputs))
-        recording = self._recorded.get(signature)
+        family = (key, *((tuple(x.shape[1:]), x.dtype) for x in inputs)) if by_row else None
+        recording, larger = self._recorded.get(signature), self._largest.get(family)
+        if recording is None and larger is not None and len(inputs[0]) < larger.rows:
+            return tuple(result[: len(inputs[0])] for result in larger(*inputs))
         if recording is None:
             self._seen[signature] += 1
             if self._seen[signature] < 3:
                 return work(*inputs)
             recording = self._recorded[signature] = self._record(work, inputs)
+            if by_row:  # none is larger, or that would have been replayed
+                self._largest[family] = recording
         return recording(*inputs)
 
     def _record(self, work: Work, inputs: tuple[Tensor, ...]) -> Recording:
@@ -79,7 +91,9 @@ class CudaGraphs:
 
 
 class Recording:
-    """One graph, with the inputs and results it works on."""
+    """One graph, with the inputs and results it works on. Inputs may have fewer rows than those it was made with: the
+    rest stays what it was.
+    """
 
     def __init__(
         self, work: Work, inputs: tuple[Tensor, ...], pool: tuple[int, int], stream: torch.cuda.Stream
@@ -99,6 +113,11 @@ class Recording:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for kept, given in zip(self.inputs, inputs):
-            kept.copy_(given)
+            kept[: len(given)].copy_(given)
         self.graph.replay()
         return self.results
+
+    @property
+    def rows(self) -> int:
+        """Of its first input."""
+        return len(self.inputs[0])

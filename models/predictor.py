@@ -38,7 +38,7 @@ AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Size = tuple[int, int]  # height, width
 
 
-def directly(key: Hashable, work: Work, *inputs: Tensor) -> tuple[Tensor, ...]:
+def directly(key: Hashable, work: Work, *inputs: Tensor, by_row: bool = False) -> tuple[Tensor, ...]:
     """What `CudaGraphs` does, without a graph."""
     return work(*inputs)
 
@@ -400,7 +400,7 @@ class Predictor:
                 x, y = (self._on_device(each) for each in images)
                 if views:
                     x, y = (self._input(each, size, views[start:stop]) for each in (x, y))
-                maps = way.run(("encode", name, size), encode, x, y, *motionless)
+                maps = way.run(("encode", name, size), encode, x, y, *motionless, by_row=True)
                 for index, value in enumerate(maps):
                     if start == 0:
                         features.append(storage.new(tuple(value.shape[1:])))
@@ -426,7 +426,8 @@ class Predictor:
             for batch in batches:
                 if finish is not None:
                     with torch.inference_mode():
-                        (batch,) = way.run(("finish", name, size, way.flip), lambda x: (finish(x),), batch)
+                        key = ("finish", name, size, way.flip)
+                        (batch,) = way.run(key, lambda x: (finish(x),), batch, by_row=True)
                 yield batch
         for store in made:
             storage.free(store)
@@ -456,14 +457,14 @@ class Predictor:
                 part = slice(start, start + self.batch_size)
                 with torch.inference_mode(), self._autocast():
                     key = ("decode", name, way.size, way.flip)
-                    (results,) = way.run(key, decode, skip[part], *(level[part] for level in levels))
+                    (results,) = way.run(key, decode, skip[part], *(level[part] for level in levels), by_row=True)
                 yield results
 
     def _refine(self, way: Pass, level: int, features: FrameStore, windows: Sequence[Window]) -> Tensor:
         """What windows of one length keep of a level's refined maps, joined: (n, S*d, h, w)."""
         x = torch.stack([features.read(start, stop, self.device) for start, stop, _, _ in windows])
         # (windows, T, S*d, h, w)
-        (x,) = way.run(("refine", level), lambda maps: (way.net.refine(level, maps),), x)
+        (x,) = way.run(("refine", level), lambda maps: (way.net.refine(level, maps),), x, by_row=True)
         return torch.cat([y[keep - start : until - start] for y, (start, _, keep, until) in zip(x, windows)])
 
 

@@ -35,7 +35,7 @@ alive: list[Emulated] = []
 
 class Emulated:
     """What `models.cuda_graphs.Recording` does with a GPU, where the memory is as unkind as it may be: a replay spoils
-    the results of all others.
+    the results of all others, and rows that are not given hold what no row should see.
     """
 
     def __init__(self, work: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> None:
@@ -47,13 +47,18 @@ class Emulated:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         made["replays"] += 1
         for kept, given in zip(self.inputs, inputs, strict=True):
-            kept.copy_(given)
+            kept[: len(given)].copy_(given)
+            kept[len(given) :].fill_(float("nan") if kept.is_floating_point() else 255)
         for recording in alive:
             for result in recording.results:
                 result.fill_(float("nan"))
         for kept, result in zip(self.results, self.work(*self.inputs), strict=True):
             kept.copy_(result)
         return tuple(self.results)
+
+    @property
+    def rows(self) -> int:
+        return len(self.inputs[0])
 
 
 @pytest.fixture
@@ -114,6 +119,40 @@ def test_the_third_call_is_recorded(emulated: Counter) -> None:
     assert emulated == {"recordings": 1, "replays": 4}
 
 
+def test_a_shorter_batch_replays_what_was_recorded_for_a_whole_one(emulated: Counter) -> None:
+    graphs, calls = CudaGraphs(torch.device("cpu")), []
+
+    def add(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(x))
+        return x + y, x - y
+
+    def check(rows: int, by_row: bool = True, key: str = "add") -> None:
+        x, y = torch.rand(rows, 2), torch.rand(1, 2)  # y has one row each time
+        total, difference = graphs(key, add, x, y, by_row=by_row)
+        assert torch.equal(total, x + y) and torch.equal(difference, x - y)
+
+    for rows in (4, 4, 4):
+        check(rows)
+    calls.clear()
+    for rows in (3, 1, 4):
+        check(rows)
+    assert calls == [4, 4, 4] and emulated == {"recordings": 1, "replays": 4}  # all of the recording
+    calls.clear()
+    check(3, by_row=False)
+    check(5)
+    check(3, key="other")
+    assert calls == [3, 5, 3] and emulated["replays"] == 4
+    check(5)
+    check(5)  # recorded, too, and from now on the one for what is shorter
+    calls.clear()
+    for rows in (4, 2):
+        check(rows)
+    assert calls == [4, 5]
+    graphs.clear()
+    check(2)
+    assert calls == [4, 5, 2]
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"flip": True}, {"scales": (1.0, 2.0), "flip": True}, {"clip_len": 4}, {"clip_len": 4, "flip": True},
@@ -139,6 +178,18 @@ def test_recordings_stay_from_video_to_video(emulated: Counter) -> None:
     for length in (67, 66, 34, 35, 36):  # whose last batches and pieces are shorter
         run(predictor, length)
     assert emulated["recordings"] == recordings and predictor._recorded.net is copied
+
+
+@pytest.mark.parametrize("options", [{}, {"zoom": True, "size": (64, 96)}, {"optional_motion": True}])
+def test_what_is_left_of_a_video_is_replayed_too(options: dict[str, Any], emulated: Counter) -> None:
+    options = {"batch_size": 4, **options, **FINE}
+    net, predictor = make_net(), with_graphs(make_net(), **options)
+    run(predictor, 27)
+    for length in (27, 18, 1):
+        check_same(run(predictor, length), predict(net, length, **options))
+        directly = {signature[0][0] for signature in predictor._graphs._seen}
+        # A recurrence needs the rows before; windows of less than a whole one have another shape.
+        assert directly <= {"propagate"} | ({"refine"} if length < net.window else set())
 
 
 def test_two_videos_in_turns_are_refused(emulated: Counter) -> None:
