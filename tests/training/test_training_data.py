@@ -79,6 +79,11 @@ def test_options_of_the_data_reach_the_clips(videos: Path, tmp_path: Path) -> No
         scale=(0.7, 0.9), aspect=(0.8, 1.1), flip=0.4, rotation=5, rotation_probability=0.3, rotation_flow="ignore",
         brightness=0.2, contrast=0.2, saturation=0.2, sharpness=0.6,
     )  # fmt: skip
+    for augment_on in ("loader", "device"):  # what is pasted together is always made afterwards
+        config, _ = parse_args([*TINY[:2], *words, "--paste", "0.75", "--augment_on", augment_on])
+        pasted = build_clips(config, training, step_clips=3)[0].part
+        assert (pasted.probability, pasted.defer) == (0.75, augment_on == "device")
+        assert all(part.defer for part in pasted.part.parts)
     plain, _ = parse_args([*TINY[:2], "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--no-augment",
                             "--steps_per_epoch", "0"])  # fmt: skip
     clips, steps = build_clips(plain, build_sequences(plain)[0], step_clips=1)
