@@ -59,7 +59,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "its state dict alone and give that file"
         ) from None
     except UNREADABLE as error:
-        raise CheckpointError(f"{path} is not a readable torch file ({error}): copy or download it again") from None
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                f"{path} is a TorchScript archive, whose code is not run: save its state dict and give that file"
+            ) from None
+        why = f" ({error})" if " " in str(error) else ""  # not the bare key or byte that a parser stumbled over
+        raise CheckpointError(f"{path} is not a readable torch file{why}: copy or download it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, expected a dict of tensors or a checkpoint dict"
@@ -82,6 +87,8 @@ def tensors_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {key!r} is a {type(tensor).__name__}, expected tensors only: not a state dict"
             )
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path}: {key!r} names a tensor, expected names that are strings: not a state dict")
         state[key.replace("_orig_mod.", "").removeprefix("module.")] = tensor
     if not state:
         raise CheckpointError(f"{path} holds no tensors")

@@ -265,6 +265,7 @@ def test_the_other_flavour_is_refused(tmp_path: Path) -> None:
         load_pretrained(MobileViT("xxs", "wilile"), timm)
 
 
+@pytest.mark.filterwarnings("ignore:.*(TorchScript|torch.jit)")
 def test_files_that_are_no_mobilevit(tmp_path: Path) -> None:
     net = MobileViT("xxs")
     with pytest.raises(CheckpointError, match="layer1.0.conv1.weight"):
@@ -277,8 +278,13 @@ def test_files_that_are_no_mobilevit(tmp_path: Path) -> None:
         load_pretrained(net, save(tmp_path / "list.pth", [torch.zeros(1)]))
     with pytest.raises(CheckpointError, match="holds no tensors"):
         load_pretrained(net, save(tmp_path / "empty.pth", {}))
+    with pytest.raises(CheckpointError, match="1 names a tensor, expected names that are strings"):
+        load_pretrained(net, save(tmp_path / "numbered.pth", {1: torch.zeros(1)}))
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 3), torch.zeros(1, 2)), tmp_path / "script.pt")
+    with pytest.raises(CheckpointError, match="script.pt is a TorchScript archive, whose code is not run"):
+        load_pretrained(net, tmp_path / "script.pt")
     (tmp_path / "page.pth").write_text("<html>quota exceeded</html>")
-    with pytest.raises(CheckpointError, match="page.pth is not a readable torch file"):
+    with pytest.raises(CheckpointError, match="page.pth is not a readable torch file: copy"):
         load_pretrained(net, tmp_path / "page.pth")
     (tmp_path / "page.safetensors").write_text("<html>quota exceeded</html>")
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
