@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from datasets.errors import DataError
+from datasets.sequences import canonical_name
 from models.convlstm import recurrence_in_planes
 from models.losses import distillation_loss, segmentation_loss
 from utils.distributed import Processes, set_batch_norm, start_processes, stop_processes, train_mode
@@ -49,6 +51,7 @@ from utils.training.resuming import (
     claim_folder,
     find_checkpoint,
     forget_best,
+    is_own,
     position,
     restore,
     save,
@@ -91,12 +94,15 @@ def train_one_epoch(run: Run, loader: DataLoader, order: ClipOrder) -> bool:
     batches = read_batches(loader)
     while run.step < run.total_steps:
         waiting = time.monotonic()
-        parts = [batch for _, batch in zip(range(config.accumulate), batches)]
-        if not parts:
+        try:
+            parts = [batch for _, batch in zip(range(config.accumulate), batches)]
+        except (DataError, UserError) as error:
+            parts, run.failure = [], error  # for `finish`, once the others know and what was learned is saved
+        if not parts and run.failure is None:
             break  # end of the epoch
         meter.waited += time.monotonic() - waiting
         labelled = sum(int(part["valid"].sum()) for part in parts)
-        total_labelled, stopping = processes.reduce([labelled, float(run.stop.wanted)])
+        total_labelled, stopping = processes.reduce([labelled, float(run.stop.wanted or run.failure is not None)])
         if stopping:
             return False
         size = step_size(config, run.step)
@@ -363,7 +369,8 @@ def build_run(
     notes = [set_older_run_aside(run, checkpoint)]
     if checkpoint is not None:
         notes.append(forget_best(run, checkpoint))
-    log.open()
+    if run.has_work:
+        log.open()
     for note in filter(None, notes):
         log.say(note)
     announce(run, checkpoint, {name: len(sequences) for name, sequences in training.items()})
@@ -390,7 +397,7 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
         return
     config, processes = run.config, run.processes
     text = config.to_yaml()
-    if run.step < run.total_steps or not (run.folder / "config.yaml").exists():  # else it is that of the run, not ours
+    if run.has_work:  # else it is that of the run, not ours
         write_text(run.folder / "config.yaml", text)
     run.log.say(text.rstrip())
     parameters = sum(parameter.numel() for parameter in run.net.parameters())
@@ -409,31 +416,41 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
     if config.warmup_steps >= run.total_steps:
         reached = config.lr * lr_factor(config, run.total_steps - 1, run.total_steps, run.steps_per_epoch)
         run.log.say(f"warmup_steps {config.warmup_steps} are the whole run: lr rises to {reached:.2e} in its last step")
+    made = {"DUTS-TR", "synthetic"} & set(map(canonical_name, config.datasets))
     for idle, options, why in (
         (not sequences, ("flow_drop", "frame_drop"), "it is of clips of videos, and there are synthetic ones alone"),
         (config.clip_len == 1, ("frame_faults",), "a clip of one frame has no neighbours to make it good"),
+        (sum(sequences.values()) == 1 and not made, ("paste",), "there is one video, and no other has objects"),
     ):
         for name in options:
             if idle and getattr(config, name):
                 run.log.say(f"{name} {getattr(config, name):g} has no effect: {why}")
     if checkpoint is not None:
         run.log.say(f"resuming {config.resume_path} at step {run.step}")
-        before = {"rotation_flow": "ignore", **checkpoint["config"]}  # which older runs had no choice about
+        # What older runs had no choice about.
+        before = {**TrainConfig().to_dict(), "rotation_flow": "ignore", **checkpoint["config"]}
         for key, value in config.to_dict().items():
             if key not in CALL_OPTIONS and before.get(key) != value:
                 run.log.say(f"changed since: {key} {before.get(key)} -> {value}")
 
 
 def finish(run: Run, finished: bool) -> int:
-    """Says how it ended, saves if it ended early; returns the exit code."""
+    """Says how it ended, saves if it ended early; returns the exit code. Raises what kept a process from going on."""
     if finished:
         weights = run.folder / "weights.safetensors"
-        if run.first_step == run.step and not weights.exists():
+        if run.first_step == run.step and not (is_own(run) and weights.exists()):
             run.log.say(f"{run.config.resume_path} has its {run.step} steps already; nothing was done or written here")
             return 0
         score = f", best J {run.best['J']:.4f} at step {run.best['step']}" if run.best else ""
         run.log.say(f"done: {run.step} steps{score}; weights to test with: {weights}")
         return 0
+    failures = run.processes.gather(None if run.failure is None else str(run.failure))
+    if any(failures):
+        if run.step > run.first_step:
+            save(run)
+            run.log.say(f"stopped at step {run.step} of {run.total_steps}; saved {run.folder / 'last.pt'}")
+        run.processes.wait()  # whoever ends first has the launcher end the others
+        raise run.failure or UserError(f"another process cannot go on: {next(filter(None, failures))}")
     save(run)
     caught = [cause for cause in run.processes.gather(run.stop.cause) if cause]
     why = caught[0] if caught else "as asked by max_minutes or stop_after"

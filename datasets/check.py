@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from PIL import Image
 
 from datasets.errors import DataError
 from datasets.images import (
@@ -488,7 +489,14 @@ def _doubtful_values(mask: Path, rule: str) -> tuple[str, str, bool] | None:
     if void is not None:
         return "void", f"{mask}: {void.mean():.2%} of the pixels have index 255 beside those of objects", False
     if mode == "RGB":
-        values = values.max(axis=2)  # (H, W, 3) -> (H, W)
+        colours, values = values, values.max(axis=2)  # (H, W, 3) -> (H, W)
+        dark = (values > 128) & (np.asarray(Image.fromarray(colours).convert("L")) <= 128)
+        if rule in ("above_128", "objects") and dark.any():
+            message = (
+                f"{mask}: {dark.mean():.2%} of the pixels have colours whose grey value is at most 128, and would be "
+                "background; expected objects in white, or a palette"
+            )
+            return "mask values", message, True
     if mode not in ("L", "RGB"):
         return None
     present = np.unique(values)

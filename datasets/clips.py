@@ -271,7 +271,9 @@ class VideoClips(ClipDataset):
         else:
             # to and fro: 0 1 2 1 0 1 ...
             period = max(1, 2 * (count - 1))
-            offset = int(place * period)
+            shows = {anchor, period - anchor}  # where it comes on the way to and fro
+            offsets = [o for o in range(period) if any((o + i) % period in shows for i in range(self.clip_len))]
+            offset = offsets[int(place * len(offsets))]
             indices = [min(i % period, period - i % period) for i in range(offset, offset + self.clip_len)]
         return indices[::-1] if backwards else indices
 

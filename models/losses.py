@@ -92,7 +92,8 @@ def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
 def distillation_loss(path: Sequence[Tensor], teacher_path: Sequence[Tensor]) -> Tensor:
     """Mean squared difference of a network's decoder maps from a teacher's, each relative to the teacher's variance.
 
-    1 is what the mean of the teacher's map would give, 0 a perfect copy. Of whole maps rather than of the mask: each
+    1 is what the mean of the teacher's map would give, 0 a perfect copy. The variance is that of the clips given, so
+    clips weigh a little otherwise where a step is divided otherwise. Of whole maps rather than of the mask: each
     position of every frame is a lesson then, with a label or without (as FitNets, arXiv:1412.6550, but where both
     networks have the same maps already); so are those of the border that a size is padded by.
 
@@ -104,5 +105,5 @@ def distillation_loss(path: Sequence[Tensor], teacher_path: Sequence[Tensor]) ->
         if own.shape != theirs.shape:
             raise ValueError(f"maps of network and teacher differ: {tuple(own.shape)} and {tuple(theirs.shape)}")
         theirs = theirs.detach().float()
-        total = total + F.mse_loss(own.float(), theirs) / theirs.var((0, 2, 3)).mean().clamp(min=1e-6)
+        total = total + F.mse_loss(own.float(), theirs) / theirs.var((0, 2, 3), correction=0).mean().clamp(min=1e-6)
     return total / len(path)

@@ -74,12 +74,13 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"timm's {self.name} cannot be an encoder: its maps are {shapes}, expected {expected}")
 
     def parameters_to(self, stride: int) -> list[nn.Parameter]:
-        """Those of the layers at this stride (4, 8, 16 or 32) or a finer one; timm registers layers as they are run."""
-        layer = next(info["module"] for info in self.net.feature_info if info["reduction"] == stride)
-        prefixes = (f"{layer}.", f"{layer.replace('.', '_')}.")  # networks of timm's lists have flat names
-        named = list(self.net.named_parameters())
-        last = max(place for place, (name, _) in enumerate(named) if name.startswith(prefixes))
-        return [parameter for _, parameter in named[: last + 1]]
+        """Those that train, of what the maps at this stride (4, 8, 16 or 32) and finer ones are made by."""
+        training, parameters = self.net.training, [x for x in self.net.parameters() if x.requires_grad]
+        with torch.enable_grad():
+            maps = self.net.eval()(self.mean.new_zeros(1, 3, 128, 192))[: self.reductions.index(stride) + 1]
+            made_by = torch.autograd.grad(sum(x.sum() for x in maps), parameters, allow_unused=True)
+        self.net.train(training)
+        return [parameter for parameter, gradient in zip(parameters, made_by) if gradient is not None]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.net((x - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1))
@@ -94,6 +95,8 @@ def load_timm(encoder: TimmEncoder, path: str | Path) -> None:
     ours = encoder.net.state_dict()
     if "_conv_stem.weight" in state:
         state = _efficientnet_keys(state, ours)
+    # What is in ``stages.0`` of the whole network is in ``stages_0`` where timm takes its maps from a list of parts.
+    state = {**{key.replace(".", "_", 1): tensor for key, tensor in state.items()}, **state}
     given = {key: tensor for key, tensor in state.items() if key in ours}
     # Counters of batches are of no use here, and old files have none.
     given.update({key: tensor for key, tensor in ours.items() if key.endswith("num_batches_tracked")})

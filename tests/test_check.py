@@ -212,6 +212,21 @@ def test_mask_values_of_the_binary_rule(tmp_path, values, expected):
     )
 
 
+@pytest.mark.parametrize(("colour", "expected"), [((255, 255, 255), None), ((255, 255, 0), None), ((255, 0, 0), True)])
+def test_objects_in_dark_colours_are_told(tmp_path, colour, expected):
+    """Whose grey value, by which the binary rule reads them, is that of the background."""
+    root = tmp_path / "MCL" / "crowd"
+    mask = np.where(SHAPE[..., None] > 0, np.uint8(colour), np.uint8(0))
+    mask[:4] = 255  # another object, which is kept
+    for number in range(2):
+        save(root / "Imgs" / f"{number:03d}.jpg", noise())
+        save(root / "GT" / f"{number:03d}.png", mask)
+    _, problems = check_dataset("MCL", tmp_path, "val", require_flow=False)
+    assert [(problem.kind, problem.fatal) for problem in problems] == (
+        [] if expected is None else [("mask values", True)] * 2
+    )
+
+
 def test_void_pixels_are_told(tmp_path):
     root = davis(tmp_path / "DAVIS", ["bear"])
     mask = next((root / "Annotations" / "480p" / "bear").iterdir())

@@ -153,6 +153,16 @@ def test_every_sequence_comes_once_a_round_in_an_order_of_its_own(tmp_path: Path
     assert rounds() != first
 
 
+@pytest.mark.parametrize(("count", "clip_len"), [(4, 5), (4, 4), (7, 8), (2, 2), (3, 3)])
+@pytest.mark.parametrize("labelled", [[0], [-1], [1]])
+def test_clips_of_short_videos_have_a_label(tmp_path: Path, count: int, clip_len: int, labelled: list[int]) -> None:
+    labelled = [range(count)[i] for i in labelled]
+    clips = VideoClips([counting_video(tmp_path, count, labelled)], clip_len, (24, 32), samples_per_epoch=60)
+    found = [clips[i] for i in range(60)]
+    assert all(item["valid"].any() for item in found)
+    assert all([n in labelled for n in numbers(item)] == item["valid"].tolist() for item in found)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_short_videos_are_read_to_and_fro(tmp_path: Path, count: int) -> None:
     clips = VideoClips([counting_video(tmp_path, count)], 5, (24, 32), samples_per_epoch=12)

@@ -201,9 +201,9 @@ def test_distillation_is_relative_to_the_teachers_variance() -> None:
     assert distillation_loss(teacher, teacher) == 0
     # The mean of each channel, which knows nothing of the picture, gives 1 whatever the maps' scale.
     means = [x.mean((0, 2, 3), keepdim=True).expand_as(x) for x in teacher]
-    assert float(distillation_loss(means, teacher)) == pytest.approx(1, rel=1e-2)
+    assert float(distillation_loss(means, teacher)) == pytest.approx(1, rel=1e-5)
     half = [(x + mean) / 2 for x, mean in zip(teacher, means)]
-    assert float(distillation_loss(half, teacher)) == pytest.approx(0.25, rel=1e-2)
+    assert float(distillation_loss(half, teacher)) == pytest.approx(0.25, rel=1e-5)
     own = [x.clone().requires_grad_() for x in half]
     lesson = [x.clone().requires_grad_() for x in teacher]
     distillation_loss(own, lesson).backward()
@@ -221,6 +221,7 @@ def test_distillation_from_a_dead_map_and_in_half_precision() -> None:
     loss = distillation_loss(own, still)
     loss.backward()
     assert loss.isfinite() and own[0].grad.isfinite().all() and own[0].grad.any()
+    assert distillation_loss([torch.randn(1, 3, 1, 1)], [torch.randn(1, 3, 1, 1)]).isfinite()  # nor here
     teacher = [torch.randn(2, 3, 4, 4)]
     loss = distillation_loss(own, [x.bfloat16() for x in teacher])
     assert loss.dtype == torch.float32

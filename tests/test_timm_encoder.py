@@ -161,6 +161,32 @@ def test_a_network_of_four_stages_is_an_encoder_too() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "mobilevit_xxs"])
+def test_a_checkpoint_of_the_whole_network_has_other_names(name: str, tmp_path: Path) -> None:
+    """Where timm takes the maps from a list of the network's parts."""
+    torch.manual_seed(0)
+    whole = timm.create_model(name, pretrained=False, num_classes=0, global_pool="").eval()
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    encoder = TimmEncoder(name).eval()
+    load_timm(encoder, tmp_path / "whole.pth")
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        last = whole.forward_features((x - encoder.mean.view(3, 1, 1)) / encoder.std.view(3, 1, 1))
+        torch.testing.assert_close(encoder(x)[3], last)
+
+
+@pytest.mark.parametrize("name", [NAME, "hrnet_w18_small", "convnext_atto", "mobileone_s0"])
+def test_what_maps_up_to_a_stride_are_made_by_is_frozen(name: str) -> None:
+    encoder = TimmEncoder(name).train()
+    x = torch.rand(1, 3, 64, 96)
+    for place, stride in enumerate(encoder.reductions[:3]):
+        for parameter in encoder.parameters_to(stride):
+            parameter.requires_grad_(False)
+        assert encoder.net.training
+        assert [y.requires_grad for y in encoder(x)] == [False] * (place + 1) + [True] * (3 - place)
+    assert any(parameter.requires_grad for parameter in encoder.parameters())
+
+
 @pytest.mark.parametrize("key", ["bn1.running_var", "blocks.0.0.conv_pw.weight"])
 def test_a_checkpoint_without_one_tensor_is_refused(whole: torch.nn.Module, tmp_path: Path, key: str) -> None:
     torch.save({k: v for k, v in whole.state_dict().items() if k != key}, tmp_path / "w.pth")

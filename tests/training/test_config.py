@@ -146,6 +146,14 @@ def test_errors_of_the_file(tmp_path: Path, text: str, words: list[str]) -> None
 def test_errors_of_the_flags(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--batch_szie.*--batch_size"):
         parse_args(["--batch_szie", "2"])
+    for words in (
+        "--datasets DAVIS-2016:3 FBMS DAVIS-2016",
+        "--scene occluder:0.1 occluder:0.9",
+        "--network depth:1 depth:2",
+    ):
+        name = words.split()[-1].split(":")[0]
+        with pytest.raises(UserError, match=f"{words.split()[0]}: '{name}' is given twice"):
+            parse_args(words.split())
     with pytest.raises(UserError, match=r"--network dilations: '\[1,2' is not YAML"):
         parse_args(["--network", "dilations:[1,2"])
     with pytest.raises(UserError, match=r"--network depth: '2026-02-30' is not YAML"):

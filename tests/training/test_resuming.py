@@ -86,6 +86,59 @@ def test_a_finished_run_has_no_weights_to_offer_elsewhere(
     assert "has its 4 steps already" in said and "weights to test with" not in said
 
 
+def test_a_finished_run_changes_nothing_in_the_folder_of_another(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*TINY, "--tensorboard", "--save_dir", str(tmp_path)]
+    assert main.main([*command, "--seed", "3", "--max_steps", "6"]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert main.main([*command, "--resume", str(finished / "last.pt")]) == 0
+    said = capsys.readouterr().out
+    assert "has its 4 steps already" in said and "weights to test with" not in said
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_linked_checkpoint_is_the_run_s_own(tmp_path: Path) -> None:
+    run, store = tmp_path / "run", tmp_path / "store"
+    store.mkdir()
+    assert main.main([*TINY, "--save_dir", str(run), "--stop_after", "2"]) == 0
+    os.replace(run / "last.pt", store / "last.pt")
+    (run / "last.pt").symlink_to(store / "last.pt")
+    assert main.main([*TINY, "--save_dir", str(run)]) == 0
+    assert not (run / "previous-1").exists() and [line["step"] for line in lines(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [False, True])
+def test_what_was_learned_before_a_file_cannot_be_read_is_saved(
+    first: bool, processes: int, videos: Path, tmp_path: Path, repository: Path
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(videos, data)
+    frame = sorted((data / "JPEGImages" / "480p").rglob("*.jpg"))[0]
+    whole = frame.read_bytes()
+    for path in frame.parent.parent.rglob("*.jpg") if first else [frame]:
+        path.write_bytes(path.read_bytes()[:200])
+    words = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(data), "--save_dir", str(run)]
+    words += ["--batch_size", str(2 // processes), "--steps_per_epoch", "40", "--max_steps", "40", "--cache", "none"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if processes == 2 else []
+    command = [sys.executable, *launcher, "main.py", *words]
+    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == (2 if processes == 1 else 1), ended.stderr  # the launcher has a code of its own
+    assert f"error: {frame if not first else ''}" in ended.stderr and (
+        processes == 2 or "Traceback" not in ended.stderr
+    )
+    assert (run / "last.pt").exists() != first  # in its first step nothing was learned
+    if not first:
+        done = read(run)["step"]
+        assert 0 < done < 40 and f"stopped at step {done} of 40; saved {run / 'last.pt'}" in ended.stdout
+        frame.write_bytes(whole)
+        again = [*command, "--stop_after", "1"]
+        ended = subprocess.run(again, cwd=repository, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0 and read(run)["step"] == done + 1, ended.stderr
+
+
 def test_resume_none_starts_anew_and_keeps_the_old_run(tmp_path: Path) -> None:
     arguments = [*TINY, "--save_dir", str(tmp_path), "--max_steps", "1", "--tensorboard"]
     assert main.main(arguments) == 0
@@ -162,8 +215,9 @@ def test_going_on_in_another_folder_keeps_its_run_and_hands_out_no_weights_of_ot
     equal(dict(load_dbsnet(other / "weights.safetensors").state_dict()), read(other)["ema"])
 
 
+@pytest.mark.parametrize("how", ["--resume", "put back"])
 def test_who_goes_back_to_an_earlier_checkpoint_gets_weights_of_what_comes_after_it(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    how: str, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
     arguments = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
@@ -174,7 +228,10 @@ def test_who_goes_back_to_an_earlier_checkpoint_gets_weights_of_what_comes_after
     shutil.copy(tmp_path / "last.pt", tmp_path / "early.pt")
     assert main.main([*arguments, "2"]) == 0  # not what was wanted: back
     capsys.readouterr()
-    assert main.main([*arguments, "2", "--resume", str(tmp_path / "early.pt"), "--lr", "1e-4"]) == 0
+    going_back = ["2", "--lr", "1e-4", *(["--resume", str(tmp_path / "early.pt")] if how == "--resume" else [])]
+    if how == "put back":
+        os.replace(tmp_path / "early.pt", tmp_path / "last.pt")
+    assert main.main([*arguments, *going_back]) == 0
     said = capsys.readouterr().out
     # Not "best J 0.2 at step 1" with the weights of the step that had 0.9.
     assert (

@@ -120,6 +120,13 @@ def test_options_that_reach_no_clip_are_told(videos: Path, tmp_path: Path, capsy
     assert main.main([*words, "--save_dir", str(tmp_path / "videos")]) == 0
     (told,) = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
     assert told.startswith("frame_faults 0.5 has no effect")
+    names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    words = [*TINY, "--max_steps", "1", "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--paste", "1"]
+    for held_out, count in (names[:2], 1), (names[:1], 0):
+        run = ["--val_sequences", *held_out, "--save_dir", str(tmp_path / f"paste{count}")]
+        assert main.main([*words, *run]) == 0
+        told = [line for line in capsys.readouterr().out.splitlines() if "paste 1 has no effect: there is one" in line]
+        assert len(told) == count
 
 
 def test_data_that_is_not_there(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

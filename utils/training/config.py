@@ -92,7 +92,10 @@ class TrainConfig:
         [], "each step's clips are resized to one of these multiples of size; empty: size alone", low=0.1, high=1
     )
     samples_per_epoch: int = _option(
-        0, "clips of an epoch, all processes together; 0: labelled frames / clip_len", low=0
+        0,
+        "clips of an epoch, all processes together; 0: labelled frames of videos / clip_len, one for each still, 1000 "
+        "that are procedural",
+        low=0,
     )
     cache: str = _option("none", "keep decoded frames in memory as uint8", choices=("none", "ram"))
     workers: int = _option(4, "loader processes for each training process; 0: load in the training process", low=0)
@@ -364,7 +367,11 @@ def _cast(kind: Any, value: Any, where: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict:
         if isinstance(value, list) and all(isinstance(word, str) for word in value):
-            value = dict(_pair(word, inner[1], where) for word in value)
+            pairs = [_pair(word, inner[1], where) for word in value]
+            value = dict(pairs)
+            for name in value:
+                if [other for other, _ in pairs].count(name) > 1:
+                    raise UserError(f"{where}: {name!r} is given twice; give it once")
         if not isinstance(value, dict):
             raise wrong
         return {str(key): _cast(inner[1], part, f"{where}: {key}") for key, part in value.items()}

@@ -129,7 +129,7 @@ def set_older_run_aside(run: Run, checkpoint: dict[str, Any] | None) -> str | No
     begins anew, or goes on from another folder's checkpoint. Returns what to tell.
     """
     config, folder = run.config, run.folder
-    if checkpoint is not None and (config.resume_path.resolve().parent == folder.resolve() or not run.has_work):
+    if checkpoint is not None and (is_own(run) or not run.has_work):
         return None  # it goes on with the run of this folder, or writes nothing
     # Without a checkpoint to go on from, weights are what is worth keeping.
     worth = RUN_FILES if config.resume != "auto" else ("best.pt", "weights.safetensors")
@@ -145,6 +145,11 @@ def set_older_run_aside(run: Run, checkpoint: dict[str, Any] | None) -> str | No
         if path.exists():
             os.replace(path, aside / path.name)
     return f"{folder} had the files of another run, which are in {aside} now"
+
+
+def is_own(run: Run) -> bool:
+    """Whether the checkpoint to go on from, which may be a link, lies in the run's own folder."""
+    return run.config.resume_path.parent.resolve() == run.folder.resolve()
 
 
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
@@ -199,8 +204,10 @@ def forget_best(run: Run, checkpoint: dict[str, Any]) -> str | None:
     kept, path = None, run.folder / "best.pt"
     if run.processes.is_main and path.is_file():
         # Who goes back to an earlier checkpoint of the folder finds the best weights of what came after it there.
-        kept = run.best["step"] if run.config.resume == "auto" else load_checkpoint(path)["step"]
+        kept = load_checkpoint(path)["step"]
     kept = run.processes.gather(kept)[0]
+    if kept == run.step and run.pending_validation:
+        return None  # written just before the last call was cut short: the validation comes again
     if kept != run.best["step"]:
         why = f"is not in {path}" + (f", which is of step {kept}" if kept is not None else "")
     elif changed:

@@ -39,6 +39,7 @@ class Run:
     best: dict[str, Any] | None = None  # {"J": …, "step": …}
     teacher: nn.Module | None = None  # in evaluation mode, without gradients
     pending_validation: bool = False  # a validation that the last call had no time for
+    failure: Exception | None = None  # of this process's data
     started: float = field(default_factory=time.monotonic)
 
     @property
