@@ -145,8 +145,12 @@ def _check(args: argparse.Namespace) -> None:
     from utils.inference.own_video import check_place
     from utils.inference.weights import check_file, find_checkpoint
 
-    if not args.save_dir:  # of a variable that is not set; results would go beside the program
-        raise UserError("--save_dir '': expected the name of a folder")
+    for name, what in (
+        ("save_dir", "folder"), ("flow_dir", "folder"), ("table_dir", "folder"), ("demo_dir", "folder"),
+        ("checkpoint", "file"),
+    ):  # fmt: skip
+        if getattr(args, name) == "":  # of a variable that is not set; results would go beside the program
+            raise UserError(f"--{name} '': expected the name of a {what}")
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected 0 (no extra process) or more")
     for name, what in (("video", "file"), ("frames", "folder")):
@@ -463,8 +467,10 @@ def _run_tools(arguments: Sequence[str] | None) -> int:
                 if code:
                     return code
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         end_workers()  # first: what they hold may keep the process group from ending
+        if args.overwrite and not stop.args:
+            stop.args = ("the same command without --overwrite goes on from here",)
         raise
     finally:
         stop_processes()

@@ -131,6 +131,13 @@ def load_mask_values(path: Path | str) -> tuple[np.ndarray, str]:
     """
     image = _open(path, "mask")
     _refuse_16_bits(path, "mask; expected 1-bit, 8-bit, 16-bit grey or indexed. Save it as 8-bit PNG")
+    if image.mode in ("LA", "RGBA") and all(low == high for low, high in image.getextrema()[:-1]):
+        low, high = image.getextrema()[-1]
+        if low != high:
+            raise DataError(
+                f"{path}: a mask of one colour, whose object is in the transparency alone; expected values: save the "
+                "alpha channel as a grey PNG"
+            )
     if image.mode in ("LA", "PA", "La"):
         image = image.convert("L")
     elif image.mode in ("RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "RGBa"):

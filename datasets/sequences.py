@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,6 +261,12 @@ def read_dataset(
         if on_problem is None:
             raise
         on_problem("", error)
+    counts = Counter(sequence.name for sequence in sequences)
+    for twice in [one for one, count in counts.items() if count > 1]:
+        report(twice, DataError(
+            f"{canonical_name(name)}/{twice}: two videos are called so in the {split} split of {root}, and results "
+            "keep videos apart by name: rename one, or give another --split"
+        ))  # fmt: skip
     command = flow_command(canonical_name(name), data_dir, split, flow_root)
     sequences = [replace(sequence, flow_command=command) for sequence in sequences]
     if flow_root is None:

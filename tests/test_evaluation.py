@@ -556,6 +556,16 @@ def test_our_own_results_with_crf(tmp_path):
     assert float(rows["mean"]["J_mean"]) == document["overall"]["J_mean"]
     only = score(own, [sequence], "--eval_folder", "crf", table_dir=tmp_path / "out")
     assert only["overall"] == document["crf"]["overall"]
+    theirs = write_maps(tmp_path / "theirs", sequence)  # which has no such folders
+    args = arguments("--results", own, theirs, "--table_dir", tmp_path / "out", "--eval_folder", "crf")
+    both = evaluate.run(args, {"DAVIS-2016": [sequence]}, args.results)
+    assert [document["overall"] for document in both.values()][0] == only["overall"] and "theirs" in both
+    with pytest.raises(UserError, match="theirs: --eval_folder crf needs one of"):
+        score(theirs, [sequence], "--eval_folder", "crf", table_dir=tmp_path / "out")
+    next((own / "crf").rglob("*2.png")).unlink()
+    with pytest.raises(DataError, match="--tools crf makes them; --eval_folder binary scores without the CRF"):
+        score(own, [sequence], table_dir=tmp_path / "out")
+    score(own, [sequence], "--eval_folder", "binary", table_dir=tmp_path / "out")
 
 
 def test_scores_that_a_full_disk_cut_short_are_not_taken_for_whole(tmp_path, monkeypatch):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import threading
 import urllib.error
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from utils.errors import UserError
 from utils.flow import estimation, prepare
 from utils.flow.beside import FlowBeside
 from utils.flow.estimation import FlowEstimator, FlowSettings, compute_flows, dis_flow, frame_pairs, padding
-from utils.flow.files import FlowFiles, read_raw_flow, write_raw_flow
+from utils.flow.files import FlowFiles, begin_flow, read_raw_flow, write_raw_flow
 from utils.flow.prepare import FlowTask, pending_frames, write_flows
 from utils.flow.raft import convert_raft_state, load_raft, torchvision_key
 
@@ -455,8 +458,64 @@ def test_interrupted_overwriting_leaves_no_supplied_flow_among_the_new(tmp_path:
     pending = pending_frames(sequence.stems, sequence.flow_dir, settings, files, overwrite=True)
     frames = [np.asarray(Image.open(path)) for path in sequence.frames]
     next(write_flows([FlowTask(frames, sequence.stems, sequence.flow_dir, pending)], settings, files, workers=0))
-    assert prepare.run(dis(), [sequence], ALONE) == 2
+    assert prepare.run(dis(), [sequence], ALONE) == 3
     assert all(Image.open(path).size == (56, 40) for path in sequence.flow_dir.glob("*.png"))
+
+
+def test_flow_of_frames_that_changed_is_made_again(tmp_path: Path):
+    """Of one that has another content, of the frame before it, which looks at it, and of what was the last one."""
+    sequence = make_sequence(tmp_path, count=4)
+    assert prepare.run(dis(), [sequence], ALONE) == 4
+    before = contents(sequence.flow_dir)
+    shutil.copytree(tmp_path, tmp_path.with_name("copy"))  # with other times
+    copied = make_sequence(tmp_path.with_name("copy"), count=4)
+    for path in copied.frames:
+        os.utime(path, (1, 1))
+    assert prepare.run(dis(), [copied], ALONE) == 0
+
+    Image.fromarray(texture(40, 56, seed=9)).save(sequence.frames[2])
+    assert prepare.run(dis(), [sequence], ALONE) == 3  # of the last one, the partner is the one before
+    after = contents(sequence.flow_dir)
+    assert [before[name] == after[name] for name in sorted(before) if name.endswith("png")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert prepare.run(dis(), [sequence], ALONE) == 0
+
+    longer = make_sequence(tmp_path, count=6)  # and frame 2 is as it was
+    assert prepare.run(dis(), [longer], ALONE) == 5
+    fresh = make_sequence(tmp_path.with_name("fresh"), count=6)
+    assert prepare.run(dis(), [fresh], ALONE) == 6
+    assert contents(longer.flow_dir) == contents(fresh.flow_dir)
+
+
+def test_supplied_flow_stays_where_frames_changed(tmp_path: Path):
+    sequence = make_sequence(tmp_path, count=3)
+    sequence.flow_dir.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(sequence.flow_dir / f"{sequence.stems[0]}.png")
+    assert prepare.run(dis(), [sequence], ALONE) == 2
+    Image.fromarray(texture(40, 56, seed=9)).save(sequence.frames[1])
+    assert prepare.run(dis(), [sequence], ALONE) == 2
+    assert Image.open(sequence.flow_dir / f"{sequence.stems[0]}.png").size == (8, 8)
+
+
+def test_weights_of_one_name_are_told_apart_by_their_content(tmp_path: Path):
+    settings = []
+    for number in range(2):
+        path = tmp_path / str(number) / "raft.pth"
+        path.parent.mkdir()
+        path.write_bytes(bytes([number]))
+        settings.append(FlowSettings("raft_small", str(path)))
+    sequence, files = make_sequence(tmp_path), FlowFiles()
+    older = {key: value for key, value in settings[0].record().items() if key != "weights_sha256"}
+    for record, refused in ((settings[0].record(), True), (older, False)):
+        begin_flow(sequence.flow_dir, sequence.stems, record)
+        files.write(sequence.flow_dir, sequence.stems[0], np.zeros((40, 56, 2), np.float32))
+        assert pending_frames(sequence.stems, sequence.flow_dir, settings[0], files) == [1, 2]
+        with pytest.raises(UserError, match="weights_sha256") if refused else nullcontext():
+            pending_frames(sequence.stems, sequence.flow_dir, settings[1], files)
 
 
 def test_raw_flow_in_a_png_is_not_written_over(tmp_path: Path):

@@ -250,6 +250,22 @@ def test_a_grey_palette_is_read_by_its_greys_above_128(tmp_path):
     np.testing.assert_array_equal(load_mask(tmp_path / "a.png", "above_128"), SHAPE)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_object_in_the_transparency_alone_is_refused(tmp_path, mode):
+    """Its colours say that all of the frame is object."""
+    image = Image.new(mode, SHAPE.shape[::-1], "white")
+    image.putalpha(Image.fromarray(SHAPE * 255))
+    image.save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="in the transparency alone"):
+        load_mask(tmp_path / "a.png")
+    opaque = Image.fromarray(SHAPE * 255).convert(mode)
+    opaque.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(load_mask(tmp_path / "a.png"), SHAPE)
+    opaque.putalpha(Image.fromarray(SHAPE * 255))  # which says the same as the values
+    opaque.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(load_mask(tmp_path / "a.png"), SHAPE)
+
+
 def test_thresholds(tmp_path):
     greys = np.array([[0, 1, 127, 128, 129, 255]], dtype=np.uint8)
     path = save(tmp_path / "a.png", greys)

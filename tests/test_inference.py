@@ -32,6 +32,7 @@ from models.weights import save_weights
 from models.zoom import View
 from utils.crf import refine
 from utils.distributed import share, share_out
+from utils.flow.files import FlowFiles
 from utils.inference import segment, videos
 from utils.inference.weights import PARTS as OFFERED
 from utils.video import VideoFrames, write_video
@@ -500,6 +501,34 @@ def test_pictures_are_decoded_when_asked_for(tmp_path: Path) -> None:
         _ = images[2]
 
 
+def test_scores_of_flow_of_two_kinds_are_no_row(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(weights, tmp_path / "supplied", "--data_dir", data, "--tools", "test", "eval")
+    flow, names = tmp_path / "flow", [sequence.name for sequence in read_dataset("DAVIS-2016", data)]
+    made = ["--data_dir", data, "--flow_dir", flow, "--flow_method", "dis", "--workers", 0, "--tools"]
+    call(weights, tmp_path / "one", *made, "flow", "test", "eval")
+    call(weights, tmp_path / "two", *made, "flow", "--flow_size", 24, 40, "--overwrite", "--sequences", names[0])
+    with pytest.raises(SystemExit):
+        call(weights, tmp_path / "two", *made, "test", "eval")
+    said = capsys.readouterr().err
+    assert "the maps are of different runs" in said and "flow dis [24, 40] and dis" in said
+
+
+def test_maps_of_other_frames_are_told(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, results = tmp_path / "data", tmp_path / "results"
+    shutil.copytree(data, root, copy_function=shutil.copyfile)  # with other times
+    call(weights, results, "--data_dir", data)
+    call(weights, results, "--data_dir", root, "--tools", "eval")
+    assert "of other frames" not in capsys.readouterr().out
+    first = read_dataset("DAVIS-2016", root)[0]
+    Image.fromarray(load_frame(first.frames[1])).save(first.frames[1], quality=50)
+    call(weights, results, "--data_dir", root, "--tools", "eval")
+    assert f"warning: results: the maps of DAVIS-2016/{first.name} were made of other frames" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------- own videos
 
 
@@ -521,6 +550,20 @@ def test_ones_own_frames_and_video(data: Path, weights: Path, tmp_path: Path, ca
     )  # nothing is written beside the user's files
     for folder in ("a", "b"):
         assert count_frames(tmp_path / folder / "overlay" / "clip.mp4") == FRAMES
+
+
+def test_flow_of_ones_own_video_is_made_again_once(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = read_dataset("DAVIS-2016", data)[0].frames[0].parent
+    words = ["--frames", frames, "--workers", 0, "--overwrite", "--tools"]
+    made = []
+    write = FlowFiles.write
+    monkeypatch.setattr(FlowFiles, "write", lambda *words: (made.append(words[2]), write(*words)))
+    for tools, times in ((["flow", "test"], 1), (["flow", "test"], 1), (["test"], 1)):
+        made.clear()
+        call(weights, tmp_path, *words, *tools)
+        assert sorted(made) == sorted([path.stem for path in frames.iterdir()] * times)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

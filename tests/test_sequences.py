@@ -712,6 +712,15 @@ def test_authors_layout_with_a_folder_test_in_place_of_val(tmp_path):
     assert named(read_dataset("FBMS", tmp_path)) == ["camel"]
 
 
+def test_two_videos_of_one_name_in_one_call_are_refused(tmp_path):
+    """The results of one would be written over those of the other."""
+    authors(tmp_path / "Mine", "train", ["a", "b"])
+    authors(tmp_path / "Mine", "val", ["b", "c"])
+    assert named(read_dataset("Mine", tmp_path, "train")) == ["a", "b"]
+    with pytest.raises(DataError, match="Mine/b: two videos are called so in the trainval split"):
+        read_dataset("Mine", tmp_path, "trainval")
+
+
 def test_authors_layout_names_what_is_missing(tmp_path):
     authors(tmp_path / "FBMS", "val", ["goat"])
     with pytest.raises(DataError, match="train/images"):

@@ -793,6 +793,25 @@ def test_ctrl_c_while_it_starts_is_no_traceback(
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
+def test_who_was_making_all_again_goes_on_without_saying_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(tool.TOOLS, "test", interrupted)
+    for words, said in ((["--overwrite"], "the same command without --overwrite"), ([], "the same command")):
+        assert call("--tools", "test", *words) == 130
+        assert capsys.readouterr().err.endswith(f"interrupted; {said} goes on from here\n")
+
+
+@pytest.mark.parametrize("name", ["save_dir", "flow_dir", "table_dir", "demo_dir", "checkpoint"])
+def test_a_variable_that_is_not_set_is_no_place(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        call("--tools", "test", f"--{name}", "")
+    assert caught.value.code == 2 and f"error: --{name} '': expected the name of a" in capsys.readouterr().err
+
+
 def test_an_interrupted_benchmark_does_not_promise_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

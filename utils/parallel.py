@@ -53,7 +53,11 @@ def share_of_workers(workers: int | None, world_size: int) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--workers`` and ``--overwrite``, which `utils.flow.prepare.run` and `utils.crf.run` share."""
     parser.add_argument(
-        "--workers", type=int, default=None, metavar="N", help="processes for flow and crf; default: one per processor"
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes for flow, crf and eval, threads of check; default: one per processor",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="make results again that exist already, instead of going on from them"

@@ -14,7 +14,7 @@ from datasets.sequences import DENSE
 from utils.errors import number_of
 from utils.evaluation.metrics import sequence_statistics
 from utils.evaluation.protocol import Protocol
-from utils.evaluation.result_maps import Unit, find_jobs
+from utils.evaluation.result_maps import Unit, find_jobs, made_of_others
 from utils.evaluation.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
 from utils.evaluation.vsod import mean_scores
 from utils.parallel import count_of_workers, parallel_map
@@ -94,6 +94,13 @@ def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores
             f"{unit.name}, {unit.dataset}: no ground truth of {number_of(count, 'frame')} of {first}{others}, though "
             "the release has a mask for every frame: these figures are not of the official frames. Unpack the "
             "annotations again (--tools check names the frames)"
+        )
+    others = made_of_others(unit)
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        warnings.append(
+            f"{unit.name}: the maps of {others[0]}{more} were made of other frames than there are now (other names, or "
+            "other files under the same names): run --tools test on these again, if they are meant"
         )
     blank = [name for name, frames in parts.items() if all(frame.gt_empty for frame in frames)]
     if blank:

@@ -81,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--table_dir",
-        type=Path,
         default=None,
         help="where the comparison goes, and what belongs to folders that are not ours. Default: --save_dir",
     )
@@ -100,7 +99,7 @@ def check(args: argparse.Namespace, datasets: Sequence[str]) -> None:
     for folder in args.results or []:
         if not any(folder.resolve().is_relative_to(place) for place in made):
             require_folder(folder)
-    if args.table_dir is not None and args.table_dir.exists() and not args.table_dir.is_dir():
+    if args.table_dir is not None and Path(args.table_dir).exists() and not Path(args.table_dir).is_dir():
         raise UserError(f"--table_dir {args.table_dir}: a file; expected the name of a folder, or of none yet")
     _require_packages(measures for name in datasets for measures in args.metrics or default_measures(name))
 
@@ -129,6 +128,10 @@ def run(
     results = [Path(folder) for folder in results]
     if not results or not sequences_by_dataset:
         raise UserError("nothing to score: --results and --datasets need at least one entry each")
+    if args.eval_folder != "auto" and not any(map(is_own, results)):
+        raise UserError(
+            f"{results[0]}: --eval_folder {args.eval_folder} needs one of {', '.join(KINDS)} in it, there is none"
+        )
     names = _names(results)
     units = [
         unit

@@ -19,7 +19,7 @@ from utils.errors import UserError, number_of
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.scoring import FrameJob
 from utils.inference.maps import FIELD as TEST_FIELD
-from utils.inference.maps import made_with, of_run
+from utils.inference.maps import fingerprint, made_with, of_run
 
 KINDS = ("binary", "crf", "probability")
 
@@ -61,16 +61,14 @@ def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[s
 
     Our own results have `probability/`, `binary/` and maybe `crf/` in them: J and F come from `binary/` (from
     `probability/` where there is none, which is the same), the other measures from `probability/`, and both once more
-    from `crf/`. `folder` names one of them to score only that. Any other folder holds `<dataset>/<video>/<frame>.png`,
-    the data set by any of its names, or `<video>/<frame>.png`.
+    from `crf/`. `folder` names one of them to score only that. Any other folder, whatever `folder` says, holds
+    `<dataset>/<video>/<frame>.png`, the data set by any of its names, or `<video>/<frame>.png`.
 
     Raises `UserError` when the folder is missing, has nothing for the data set, or has it under two names.
     """
     require_folder(results)
     own = {kind: results / kind / dataset for kind in KINDS if (results / kind).is_dir()}
     if not own:
-        if folder != "auto":
-            raise UserError(f"{results}: --eval_folder {folder} needs one of {', '.join(KINDS)} in it, there is none")
         root = _root_of(results, dataset)
         return [("", {"uvos": root, "vsod": root})]
     # A folder whose maps were all removed (by `test`, for being of older maps) is as good as none.
@@ -149,14 +147,27 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
             if stem in wanted
         ]
     if problems:
+        refined = is_own(unit.results) and unit.folders.get("uvos", Path()).parent.name == "crf"
+        advice = "\n--tools crf makes them; --eval_folder binary scores without the CRF" if refined else ""
         shown = list(problems.values())[:5]
         more = f"\n… and of {number_of(len(problems) - 5, 'more sequence')}" if len(problems) > 5 else ""
         raise DataError(
-            "maps are missing:\n" + "\n".join(dict.fromkeys(line for part in shown for line in part)) + more
+            "maps are missing:\n" + "\n".join(dict.fromkeys(line for part in shown for line in part)) + more + advice
         )
     if is_own(unit.results):
         _require_one_making(unit, jobs)
     return jobs
+
+
+def made_of_others(unit: Unit) -> list[str]:
+    """The videos whose maps, of our own, were made of other frames than there are now, by names and sizes of files."""
+    others = []
+    for sequence in unit.sequences if is_own(unit.results) else ():
+        folder = unit.results / "probability" / unit.dataset / sequence.name
+        made = made_with(folder / f"{sequence.stems[0]}.png", TEST_FIELD) or {}
+        if made.get("frames", "") not in ("", fingerprint(sequence.frames, times=False)):
+            others.append(f"{unit.dataset}/{sequence.name}")
+    return others
 
 
 def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]]) -> None:

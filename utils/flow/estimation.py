@@ -6,6 +6,7 @@ The flow of frame t is the motion t -> t+1; the last frame's is t -> t-1, and a 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,11 @@ METHODS = ("raft", "raft_small", "dis")
 RAFT_MULTIPLE, RAFT_LEAST = 8, 128
 # DIS refuses very small images; below this side they are padded.
 DIS_LEAST = 32
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, the first 16 digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,18 @@ class FlowSettings:
             raise UserError(f"--flow_iters {self.iters}: expected 1 or more")
 
     def record(self) -> dict[str, Any]:
-        """The settings as `utils.flow.files.RECORD` keeps them; a weights file counts by its name, wherever it lies."""
+        """The settings as `utils.flow.files.RECORD` keeps them; a weights file counts by its name and content, wherever
+        it lies.
+        """
         weights = Path(self.weights).name if self.weights else DEFAULT_WEIGHTS
         raft = self.method != "dis"
+        in_file = raft and self.weights is not None and Path(self.weights).is_file()
         return {
             **asdict(self),
             "weights": weights if raft else None,
             "iters": self.iters if raft else None,
             "size": list(self.size) if self.size else None,
+            **({"weights_sha256": _sha256(Path(self.weights))} if in_file else {}),
         }
 
 

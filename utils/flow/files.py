@@ -25,6 +25,7 @@ JPEG_QUALITY = 95
 # Beside the images, what they were made with: going on with other settings would mix two kinds of flow in one video.
 RECORD = "flow.json"
 SUPPLIED = "supplied"  # in it, the stems of the images that it does not tell of
+FRAME_BYTES = "frame_bytes"  # in it, the size of the file of each frame, in order: other frames need other flow
 RETRY = "--overwrite makes the flow again"
 # Readers take files of any case.
 _SPELLINGS = tuple(spelling for suffix in FLOW_SUFFIXES for spelling in (suffix, suffix.upper()))
@@ -122,14 +123,12 @@ def read_raw_flow(path: str | Path) -> np.ndarray:
 
 
 def begin_flow(flow_dir: Path, stems: Sequence[str], record: dict[str, Any]) -> None:
-    """Says in `RECORD` how the flow of these frames is being made, and which images beside it were supplied. Flow that
-    was made otherwise, or supplied (``--overwrite``), goes first: after an interruption it would pass for the new.
+    """Says in `RECORD` how the flow of these frames is being made, and which images beside it were supplied. What there
+    is of their flow goes first: after an interruption it would pass for the new.
     """
     path = flow_dir / RECORD
     supplied = supplied_flow(flow_dir, stems)
-    before = _read_record(flow_dir)  # None: flow of unknown making
-    alike = before is not None and {key: value for key, value in before.items() if key != SUPPLIED} == record
-    for stem in set(stems) & set(before.get(SUPPLIED, ())) if alike else stems:
+    for stem in stems:
         for suffix in (*_SPELLINGS, *(f".{raw}" for raw in RAW_FORMATS)):
             (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
     write_json(path, {**record, SUPPLIED: supplied} if supplied else record)
@@ -141,6 +140,37 @@ def supplied_flow(flow_dir: Path, stems: Collection[str] = ()) -> list[str]:
     """
     there, record = _flow_stems(flow_dir), _read_record(flow_dir)
     return sorted((there if record is None else there & set(record.get(SUPPLIED, ()))) - set(stems))
+
+
+def outdated_flow(flow_dir: Path, frame_bytes: dict[str, int]) -> set[str]:
+    """The stems whose flow here was made of other frames than there are now, as far as `RECORD` can tell.
+
+    Args:
+        frame_bytes: the size of the file of each frame of the video, in order.
+    """
+    record = _read_record(flow_dir) or {}
+    before, supplied = record.get(FRAME_BYTES), set(record.get(SUPPLIED, ()))
+    if not isinstance(before, dict):
+        return set()
+    then, now = (_pairs(sizes) for sizes in (before, frame_bytes))
+    return {stem for stem in then.keys() & now.keys() - supplied if then[stem] != now[stem]}
+
+
+def _pairs(frame_bytes: dict[str, int]) -> dict[str, tuple]:
+    """What the flow of each frame is made of: its file's size, and name and size of its partner's."""
+    sizes = list(frame_bytes.items())
+    partners = [*sizes[1:], *sizes[-2:-1]]  # of the last frame, the one before; a single frame has none
+    return {stem: (size, *map(tuple, partners[place : place + 1])) for place, (stem, size) in enumerate(sizes)}
+
+
+def kind_of_flow(flow_dir: Path) -> str:
+    """How the flow in a folder was made, in a few words: alike for videos that the same options made flow of."""
+    record = _read_record(flow_dir)
+    if record is None:
+        return "supplied"
+    made = [record.get(key) for key in ("method", "weights", "weights_sha256", "size", "iters")]
+    words = " ".join(str(value) for value in made if value is not None)
+    return f"{words} and supplied" if record.get(SUPPLIED) else words
 
 
 def check_record(flow_dir: Path, wanted: dict[str, Any]) -> None:
@@ -155,7 +185,8 @@ def check_record(flow_dir: Path, wanted: dict[str, Any]) -> None:
     made = _read_record(flow_dir)
     if made is None:
         raise UserError(f"{path}: not a record of flow in JSON; remove it, or {RETRY}")
-    differing = [key for key in wanted if made.get(key) != wanted[key]]
+    # Older records do not have the content of the weights.
+    differing = [key for key in wanted if made.get(key) != wanted[key] and (key in made or key != "weights_sha256")]
     if differing and there - set(made.get(SUPPLIED, ())):
         raise UserError(
             f"{flow_dir}: holds flow made with other settings or of another video ("

@@ -28,7 +28,17 @@ from utils.flow.estimation import (
     dis_flow,
     frame_pairs,
 )
-from utils.flow.files import FORMATS, RAW_FORMATS, RETRY, FlowFiles, begin_flow, check_record, supplied_flow
+from utils.flow.files import (
+    FORMATS,
+    FRAME_BYTES,
+    RAW_FORMATS,
+    RETRY,
+    FlowFiles,
+    begin_flow,
+    check_record,
+    outdated_flow,
+    supplied_flow,
+)
 from utils.flow.raft import DEFAULT_WEIGHTS
 from utils.parallel import NICENESS, count_of_workers, parallel_map, share_of_workers
 from utils.progress import progress_bar
@@ -50,7 +60,7 @@ class FlowTask:
         stems: one name per frame.
         flow_dir: where the files go.
         pending: indices of the frames whose flow is to be made, ascending; `pending_frames` finds them.
-        source: what tells this video from another one of the same name, for its record.
+        source: what tells this video from another one of the same name, for its record; or `FRAME_BYTES`.
     """
 
     frames: Sequence[np.ndarray]
@@ -226,11 +236,13 @@ def _plan(
     folders = list(videos)
 
     def missing(index: int) -> set[str]:
-        return {
+        folder = folders[index]
+        pending = {
             sequence.stems[t]
-            for sequence in videos[folders[index]]
-            for t in pending_frames(sequence.stems, sequence.flow_dir, settings, files, args.overwrite)
+            for sequence in videos[folder]
+            for t in pending_frames(sequence.stems, folder, settings, files, args.overwrite)
         }
+        return pending | outdated_flow(folder, _frame_bytes(_neighbours(videos[folder][-1])))
 
     lengths = [max(len(sequence) for sequence in videos[folder]) for folder in folders]
     pending = {folders[index]: stems for index, stems in share_out(processes, lengths, missing, "flow").items()}
@@ -254,11 +266,10 @@ def _plan(
     def tasks() -> Iterator[FlowTask]:
         for flow_dir, stems in pending.items():
             sequence = videos[flow_dir][-1]
-            neighbours = {path.stem: path for path in list_files(sequence.frames[0].parent, FRAME_SUFFIXES)}
-            neighbours.update({path.stem: path for path in sequence.frames})
+            neighbours = _neighbours(sequence)
             frames = FolderFrames(list(neighbours.values()))
             todo = [t for t, stem in enumerate(frames.stems) if stem in stems]
-            yield FlowTask(frames, frames.stems, flow_dir, todo)
+            yield FlowTask(frames, frames.stems, flow_dir, todo, {FRAME_BYTES: _frame_bytes(neighbours)})
 
     written = write_flows(
         tasks(),
@@ -270,6 +281,18 @@ def _plan(
         niceness=niceness,
     )
     return _Work(pending, total, written, files)
+
+
+def _neighbours(sequence: VideoSequence) -> dict[str, Path]:
+    """The frames in a sequence's folder, by stem, also those that the data set leaves out."""
+    neighbours = {path.stem: path for path in list_files(sequence.frames[0].parent, FRAME_SUFFIXES)}
+    neighbours.update({path.stem: path for path in sequence.frames})
+    return neighbours
+
+
+def _frame_bytes(frames: dict[str, Path]) -> dict[str, int]:
+    """Sizes rather than times, so that a data set that was copied is not gone through again."""
+    return {stem: path.stat().st_size if path.exists() else 0 for stem, path in frames.items()}
 
 
 def run(

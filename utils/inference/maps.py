@@ -18,6 +18,7 @@ from utils.inference.videos import Video
 
 # Text field of the probability maps: what they were made with, so that a later run knows which of them it may keep.
 FIELD = "dbsnet-test"
+OF_A_VIDEO = ("frames", "sources", MAP)  # what differs from video to video of one run, or from frame to frame
 
 
 def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray, settings: dict[str, Any]) -> None:
@@ -48,8 +49,8 @@ def remove_others(video: Video, save_dir: Path) -> int:
     """Removes the maps that `write_maps` made of frames which the video does not have, with what the CRF made of them;
     returns of how many frames. A video file may be replaced by a shorter one of the same name.
     """
-    there = sorted((save_dir / "probability" / video.place).glob("*.png"))
-    gone = [path.stem for path in there if path.stem not in video.stems and made_with(path) is not None]
+    there, known = sorted((save_dir / "probability" / video.place).glob("*.png")), set(video.stems)
+    gone = [path.stem for path in there if path.stem not in known and made_with(path) is not None]
     for stem in gone:
         for kind in ("crf", "binary", "probability"):  # what says who made them comes last
             (save_dir / kind / video.place / f"{stem}.png").unlink(missing_ok=True)
@@ -68,13 +69,15 @@ def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
     return all(current(stem) for stem in video.stems)
 
 
-def fingerprint(paths: Sequence[Path]) -> str:
-    """Of files, by their names, sizes and times: another file under the same name gives another, older or newer."""
+def fingerprint(paths: Sequence[Path], times: bool = True) -> str:
+    """Of files, by their names, sizes and times: another file under the same name gives another, older or newer.
+    Without times, copies have the same.
+    """
     known = hashlib.sha256()
     for path in paths:
         if path.exists():
             status = path.stat()
-            known.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            known.update(f"{path.name} {status.st_size}{f' {status.st_mtime_ns}' if times else ''}\n".encode())
     return known.hexdigest()[:16]
 
 
@@ -93,6 +96,4 @@ def of_run(made: dict[str, Any]) -> dict[str, Any]:
     """What `made_with` gives, as far as it is alike for all maps of a run: without which files a video is made of and
     which map of a frame the CRF refined, and with the size as one that is not turned for upright videos.
     """
-    return {
-        key: sorted(value) if key == "size" else value for key, value in made.items() if key not in ("sources", MAP)
-    }
+    return {key: sorted(value) if key == "size" else value for key, value in made.items() if key not in OF_A_VIDEO}

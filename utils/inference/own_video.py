@@ -106,7 +106,9 @@ def run_own(
         segment.run(args, [], processes, weights)
         return
     save_dir = Path(args.save_dir)
-    flows = run_own_flow(args, own, processes.device) if segment.needs_flow(args, weights) else None
+    made = "flow" in args.tools[: args.tools.index("test")]  # just now, which --overwrite need not do again
+    for_flow = argparse.Namespace(**{**vars(args), "overwrite": args.overwrite and not made})
+    flows = run_own_flow(for_flow, own, processes.device) if segment.needs_flow(args, weights) else None
     if args.clip_len:
         # Clips overlap by half, and each of several passes has a reader of its own, a clip ahead: whoever goes back
         # further than what is kept makes the decoder begin anew.
@@ -120,6 +122,7 @@ def run_own(
         flows=pictures[1] if flows is not None else None,
         readers=READERS if all(each.in_files for each in pictures) else 1,
         sources=(*own.frames.files, *(() if flows is None else flows.files)),
+        frame_files=tuple(own.frames.files),
     )
     others = remove_others(video, save_dir)
     if others:

@@ -21,6 +21,7 @@ import numpy as np
 
 from utils.errors import UserError, number_of
 from utils.files import write_json
+from utils.flow.files import kind_of_flow
 from utils.inference.maps import fingerprint, is_current, write_maps
 from utils.inference.videos import BLANKS, Blank, Video
 from utils.inference.weights import PARTS, Weights, check_size, without_part
@@ -153,8 +154,12 @@ def size_for(video: Video, settings: dict[str, Any], args: argparse.Namespace) -
 
 
 def settings_of(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The settings for one video: its size, and which files it is of, all of which are there."""
-    return {**settings, "size": size_for(video, settings, args), "sources": fingerprint(video.sources)}
+    """The settings for one video: its size, and which files it is of, all of which are there; of one of a data set how
+    its flow was made, too, since scores of flow of two kinds mean nothing together.
+    """
+    kind = {"flow": kind_of_flow(video.flow_dir)} if video.flow_dir is not None else {}
+    files = {"frames": fingerprint(video.frame_files, times=False), "sources": fingerprint(video.sources)}
+    return {**settings, "size": size_for(video, settings, args), **kind, **files}
 
 
 def run(

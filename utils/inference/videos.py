@@ -55,6 +55,8 @@ class Video:
     readers: int = 1  # threads that may ask for pictures at once, in any order
     sources: tuple[Path, ...] = ()  # files of frames and flow: the maps of other ones are made anew
     wait: Callable[[], None] | None = None  # returns when its flow, which is still being made, is all there
+    flow_dir: Path | None = None  # of a data set's video that is segmented with flow
+    frame_files: tuple[Path, ...] = ()  # of frames alone
 
     def probability(self, save_dir: Path, stem: str) -> Path:
         return save_dir / "probability" / self.place / f"{stem}.png"
@@ -75,7 +77,7 @@ def video_of(sequence: VideoSequence, with_flow: bool = True, making: FlowBeside
     """
     place, frames = Path(sequence.dataset, sequence.name), LazyImages(sequence.frames, load_frame)
     if not with_flow:
-        return Video(place, sequence.stems, frames, None, READERS, sequence.frames)
+        return Video(place, sequence.stems, frames, None, READERS, sequence.frames, frame_files=sequence.frames)
     folder = sequence.flow_dir
     flows = [(making and making.path(folder, stem)) or sequence.flow_path(stem) for stem in sequence.stems]
     return Video(
@@ -86,6 +88,8 @@ def video_of(sequence: VideoSequence, with_flow: bool = True, making: FlowBeside
         readers=READERS,
         sources=(*sequence.frames, *flows),
         wait=partial(making.wait, folder) if making is not None and making.pending.get(folder) else None,
+        flow_dir=folder,
+        frame_files=sequence.frames,
     )
 
 
