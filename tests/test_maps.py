@@ -131,7 +131,16 @@ def test_a_size_that_nobody_gave_is_turned_for_upright_videos(
 def options(**changed: Any) -> SimpleNamespace:
     default = dict.fromkeys(("size", "batch_size", "clip_len", "zoom", "consensus", "without", "flow_dir"))
     return SimpleNamespace(
-        **default | {"flip": False, "scales": [1.0], "amp": "none", "optional_motion": False} | changed
+        **default
+        | {
+            "flip": False,
+            "scales": [1.0],
+            "amp": "none",
+            "optional_motion": False,
+            "tools": ["test"],
+            "overwrite": False,
+        }
+        | changed
     )
 
 
