@@ -34,7 +34,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets.errors import DataError
-from datasets.sequences import canonical_name
 from models.convlstm import recurrence_in_planes
 from models.losses import distillation_loss, segmentation_loss
 from utils.distributed import Processes, set_batch_norm, start_processes, stop_processes, train_mode
@@ -294,6 +293,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
     notice = "the run stops after this step and saves; Ctrl-C again ends it at once" if processes.is_main else ""
     with StopRequest(config.max_minutes, notice) as stop, FolderLock(config.save_dir) as lock:
         run, loader, order = build_run(config, processes, stop, lock)
+        had_work = run.has_work
         try:
             finished = not run.pending_validation or validate_and_save(run)
             while finished and run.step < run.total_steps:
@@ -302,7 +302,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
                     finished = validate_and_save(run)
                 elif finished:
                     save(run)
-            return finish(run, finished)
+            return finish(run, finished, had_work)
         finally:
             stop_workers(loader)
             run.log.close()
@@ -416,11 +416,9 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
     if config.warmup_steps >= run.total_steps:
         reached = config.lr * lr_factor(config, run.total_steps - 1, run.total_steps, run.steps_per_epoch)
         run.log.say(f"warmup_steps {config.warmup_steps} are the whole run: lr rises to {reached:.2e} in its last step")
-    made = {"DUTS-TR", "synthetic"} & set(map(canonical_name, config.datasets))
     for idle, options, why in (
         (not sequences, ("flow_drop", "frame_drop"), "it is of clips of videos, and there are synthetic ones alone"),
         (config.clip_len == 1, ("frame_faults",), "a clip of one frame has no neighbours to make it good"),
-        (sum(sequences.values()) == 1 and not made, ("paste",), "there is one video, and no other has objects"),
     ):
         for name in options:
             if idle and getattr(config, name):
@@ -434,11 +432,11 @@ def announce(run: Run, checkpoint: dict[str, Any] | None, sequences: dict[str, i
                 run.log.say(f"changed since: {key} {before.get(key)} -> {value}")
 
 
-def finish(run: Run, finished: bool) -> int:
+def finish(run: Run, finished: bool, had_work: bool) -> int:
     """Says how it ended, saves if it ended early; returns the exit code. Raises what kept a process from going on."""
     if finished:
         weights = run.folder / "weights.safetensors"
-        if run.first_step == run.step and not (is_own(run) and weights.exists()):
+        if not had_work and not (is_own(run) and weights.exists()):
             run.log.say(f"{run.config.resume_path} has its {run.step} steps already; nothing was done or written here")
             return 0
         score = f", best J {run.best['J']:.4f} at step {run.best['step']}" if run.best else ""

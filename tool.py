@@ -470,7 +470,7 @@ def _run_tools(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt as stop:
         end_workers()  # first: what they hold may keep the process group from ending
         if args.overwrite and not stop.args:
-            stop.args = ("the same command without --overwrite goes on from here",)
+            stop.args = ("the same command begins anew, and without --overwrite it keeps what is there, old or new",)
         raise
     finally:
         stop_processes()

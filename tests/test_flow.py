@@ -458,7 +458,7 @@ def test_interrupted_overwriting_leaves_no_supplied_flow_among_the_new(tmp_path:
     pending = pending_frames(sequence.stems, sequence.flow_dir, settings, files, overwrite=True)
     frames = [np.asarray(Image.open(path)) for path in sequence.frames]
     next(write_flows([FlowTask(frames, sequence.stems, sequence.flow_dir, pending)], settings, files, workers=0))
-    assert prepare.run(dis(), [sequence], ALONE) == 3
+    assert prepare.run(dis(), [sequence], ALONE) == 2
     assert all(Image.open(path).size == (56, 40) for path in sequence.flow_dir.glob("*.png"))
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import models.predictor
 import tool
@@ -34,6 +34,7 @@ from utils.crf import refine
 from utils.distributed import share, share_out
 from utils.flow.files import FlowFiles
 from utils.inference import segment, videos
+from utils.inference.maps import FIELD
 from utils.inference.weights import PARTS as OFFERED
 from utils.video import VideoFrames, write_video
 
@@ -513,6 +514,22 @@ def test_scores_of_flow_of_two_kinds_are_no_row(
         call(weights, tmp_path / "two", *made, "test", "eval")
     said = capsys.readouterr().err
     assert "the maps are of different runs" in said and "flow dis [24, 40] and dis" in said
+
+
+def test_maps_that_do_not_tell_frames_and_flow_are_kept(data: Path, weights: Path, tmp_path: Path) -> None:
+    """Those of older versions: `sources` tells as much."""
+    call(weights, tmp_path, "--data_dir", data)
+    for number, path in enumerate(sorted((tmp_path / "probability").rglob("*.png"))):
+        if number >= FRAMES:  # all but one video
+            with Image.open(path) as image:
+                made = json.loads(image.info[FIELD])
+                info = PngImagePlugin.PngInfo()
+                info.add_text(FIELD, json.dumps({k: v for k, v in made.items() if k not in ("frames", "flow")}))
+                image.load()
+                image.save(path, pnginfo=info)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    call(weights, tmp_path, "--data_dir", data, "--tools", "test", "eval")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
 
 
 def test_maps_of_other_frames_are_told(

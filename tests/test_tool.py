@@ -246,7 +246,8 @@ def test_the_page_tells_how_its_own_maps_were_made(results: Path, weights: Path,
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     sha = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
     assert (
-        facts["checkpoint"].startswith(f"SHA-256 {sha}…") and facts["test"] == "32×64, whole video, consensus of frames"
+        facts["checkpoint"].startswith(f"SHA-256 {sha}…")
+        and facts["test"] == "32×64, whole video, consensus of frames, flow dis"
     )
     assert "network" not in facts and "run" not in facts and "another.pt" not in page
     if (folder / "crf").is_dir():
@@ -793,16 +794,16 @@ def test_ctrl_c_while_it_starts_is_no_traceback(
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
-def test_who_was_making_all_again_goes_on_without_saying_so(
+def test_who_was_making_all_again_is_told_that_it_would_begin_anew(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(tool.TOOLS, "test", interrupted)
-    for words, said in ((["--overwrite"], "the same command without --overwrite"), ([], "the same command")):
+    for words, said in ((["--overwrite"], "begins anew, and without --overwrite it keeps"), ([], "goes on from here")):
         assert call("--tools", "test", *words) == 130
-        assert capsys.readouterr().err.endswith(f"interrupted; {said} goes on from here\n")
+        assert f"interrupted; the same command {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["save_dir", "flow_dir", "table_dir", "demo_dir", "checkpoint"])

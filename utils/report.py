@@ -213,7 +213,8 @@ def _run_rows(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> list
             + (", zoom" if settings.get("zoom") else "")
             + (", consensus of frames" if settings.get("consensus") else "")
             + (", optional motion" if settings.get("optional_motion") else "")
-            + (f", flow of {settings['flow_dir']}" if settings.get("flow_dir") else ""),
+            + (f", flow of {settings['flow_dir']}" if settings.get("flow_dir") else "")
+            + (f", flow {making['']['flow']}" if making[""].get("flow") else ""),
         )
     )
     if known:

@@ -99,6 +99,44 @@ def test_a_finished_run_changes_nothing_in_the_folder_of_another(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_link_to_a_run_s_own_checkpoint(tmp_path: Path) -> None:
+    run, link = tmp_path / "run", tmp_path / "latest.pt"
+    assert main.main([*TINY, "--save_dir", str(run), "--stop_after", "2"]) == 0
+    link.symlink_to(run / "last.pt")
+    assert main.main([*TINY, "--save_dir", str(run), "--resume", str(link)]) == 0
+    assert not (run / "previous-1").exists() and [line["step"] for line in lines(run)] == [1, 2, 3, 4]
+
+
+def test_a_damaged_file_of_the_best_keeps_nobody_from_going_on(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    arguments = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    arguments += ["--save_dir", str(tmp_path), "--steps_per_epoch", "1", "--max_steps"]
+    scores = iter((0.9, 0.1))
+    monkeypatch.setattr(main, "validate", lambda run: {name: next(scores)})
+    assert main.main([*arguments, "1"]) == 0
+    best = tmp_path / "best.pt"
+    best.write_bytes(best.read_bytes()[:1000])
+    assert main.main([*arguments, "2"]) == 0
+    assert "J 0.9000 at step 1, is not in" in capsys.readouterr().out and read(tmp_path, "best.pt")["step"] == 2
+
+
+def test_a_validation_that_was_left_over_is_told_where_it_was_made(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = min(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
+    data = ["--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", name]
+    results = iter((None, {name: 0.5}))  # None: asked to stop meanwhile
+    monkeypatch.setattr(main, "validate", lambda run: next(results))
+    first, other = tmp_path / "first", tmp_path / "other"
+    assert main.main([*TINY, *data, "--save_dir", str(first), "--max_steps", "2"]) == 0
+    going_on = ["--resume", str(first / "last.pt"), "--save_dir", str(other), "--max_steps", "2"]
+    assert main.main([*TINY, *data, *going_on]) == 0
+    said = capsys.readouterr().out
+    assert f"done: 2 steps, best J 0.5000 at step 2; weights to test with: {other / 'weights.safetensors'}" in said
+
+
 def test_a_linked_checkpoint_is_the_run_s_own(tmp_path: Path) -> None:
     run, store = tmp_path / "run", tmp_path / "store"
     store.mkdir()

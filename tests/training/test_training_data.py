@@ -79,11 +79,6 @@ def test_options_of_the_data_reach_the_clips(videos: Path, tmp_path: Path) -> No
         scale=(0.7, 0.9), aspect=(0.8, 1.1), flip=0.4, rotation=5, rotation_probability=0.3, rotation_flow="ignore",
         brightness=0.2, contrast=0.2, saturation=0.2, sharpness=0.6,
     )  # fmt: skip
-    for augment_on in ("loader", "device"):  # what is pasted together is always made afterwards
-        config, _ = parse_args([*TINY[:2], *words, "--paste", "0.75", "--augment_on", augment_on])
-        pasted = build_clips(config, training, step_clips=3)[0].part
-        assert (pasted.probability, pasted.defer) == (0.75, augment_on == "device")
-        assert all(part.defer for part in pasted.part.parts)
     plain, _ = parse_args([*TINY[:2], "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--no-augment",
                             "--steps_per_epoch", "0"])  # fmt: skip
     clips, steps = build_clips(plain, build_sequences(plain)[0], step_clips=1)
@@ -120,13 +115,6 @@ def test_options_that_reach_no_clip_are_told(videos: Path, tmp_path: Path, capsy
     assert main.main([*words, "--save_dir", str(tmp_path / "videos")]) == 0
     (told,) = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
     assert told.startswith("frame_faults 0.5 has no effect")
-    names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())
-    words = [*TINY, "--max_steps", "1", "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--paste", "1"]
-    for held_out, count in (names[:2], 1), (names[:1], 0):
-        run = ["--val_sequences", *held_out, "--save_dir", str(tmp_path / f"paste{count}")]
-        assert main.main([*words, *run]) == 0
-        told = [line for line in capsys.readouterr().out.splitlines() if "paste 1 has no effect: there is one" in line]
-        assert len(told) == count
 
 
 def test_data_that_is_not_there(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,8 +99,8 @@ def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         warnings.append(
-            f"{unit.name}: the maps of {others[0]}{more} were made of other frames than there are now (other names, or "
-            "other files under the same names): run --tools test on these again, if they are meant"
+            f"{unit.name}: the maps of {others[0]}{more} were made of other frames than there are now (another "
+            "number of them, or other files): run --tools test again, if these are meant"
         )
     blank = [name for name, frames in parts.items() if all(frame.gt_empty for frame in frames)]
     if blank:

@@ -162,7 +162,7 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
 def made_of_others(unit: Unit) -> list[str]:
     """The videos whose maps, of our own, were made of other frames than there are now, by names and sizes of files."""
     others = []
-    for sequence in unit.sequences if is_own(unit.results) else ():
+    for sequence in unit.sequences if is_own(unit.results) and not unit.label else ():  # the CRF's are of these
         folder = unit.results / "probability" / unit.dataset / sequence.name
         made = made_with(folder / f"{sequence.stems[0]}.png", TEST_FIELD) or {}
         if made.get("frames", "") not in ("", fingerprint(sequence.frames, times=False)):
@@ -175,11 +175,17 @@ def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]]) -> None:
 
     A run that was stopped leaves those of the run before it in place, and their scores together mean nothing.
     """
+    found = [
+        (f"{name}/{frame.stem}", dict(_making(unit, name, frame.stem)))
+        for name, frames in jobs.items()
+        for frame in frames
+    ]
+    if any("flow" not in making for _, making in found):  # older maps do not tell
+        for _, making in found:
+            making.pop("flow", None)
     makings: dict[str, tuple[str, dict[str, Any]]] = {}  # as text -> the first frame that has it, and what it is
-    for name, frames in jobs.items():
-        for frame in frames:
-            making = dict(_making(unit, name, frame.stem))
-            makings.setdefault(json.dumps(making, sort_keys=True), (f"{name}/{frame.stem}", making))
+    for place, making in found:
+        makings.setdefault(json.dumps(making, sort_keys=True), (place, making))
     if len(makings) < 2:
         return
     (first, one), (second, other), *_ = makings.values()

@@ -6,6 +6,7 @@ The flow of frame t is the motion t -> t+1; the last frame's is t -> t-1, and a 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ RAFT_MULTIPLE, RAFT_LEAST = 8, 128
 DIS_LEAST = 32
 
 
+@functools.cache  # asked for with each video
 def _sha256(path: Path) -> str:
     """Of a file, the first 16 digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

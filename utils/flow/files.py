@@ -123,12 +123,17 @@ def read_raw_flow(path: str | Path) -> np.ndarray:
 
 
 def begin_flow(flow_dir: Path, stems: Sequence[str], record: dict[str, Any]) -> None:
-    """Says in `RECORD` how the flow of these frames is being made, and which images beside it were supplied. What there
-    is of their flow goes first: after an interruption it would pass for the new.
+    """Says in `RECORD` how the flow of these frames is being made, and which images beside it were supplied. Flow that
+    was made otherwise, of other frames, or supplied (``--overwrite``) goes first: after an interruption it would pass
+    for the new.
     """
     path = flow_dir / RECORD
     supplied = supplied_flow(flow_dir, stems)
-    for stem in stems:
+    before = _read_record(flow_dir)  # None: flow of unknown making
+    alike = before is not None and not _differing(before, record)
+    outdated = outdated_flow(flow_dir, record.get(FRAME_BYTES, {}))
+    wrong = set(before.get(SUPPLIED, ())) | outdated if alike else set(stems)
+    for stem in wrong & set(stems):
         for suffix in (*_SPELLINGS, *(f".{raw}" for raw in RAW_FORMATS)):
             (flow_dir / f"{stem}{suffix}").unlink(missing_ok=True)
     write_json(path, {**record, SUPPLIED: supplied} if supplied else record)
@@ -168,7 +173,8 @@ def kind_of_flow(flow_dir: Path) -> str:
     record = _read_record(flow_dir)
     if record is None:
         return "supplied"
-    made = [record.get(key) for key in ("method", "weights", "weights_sha256", "size", "iters")]
+    # Not the content of the weights, which older records do not have.
+    made = [record.get(key) for key in ("method", "weights", "size", "iters")]
     words = " ".join(str(value) for value in made if value is not None)
     return f"{words} and supplied" if record.get(SUPPLIED) else words
 
@@ -185,8 +191,7 @@ def check_record(flow_dir: Path, wanted: dict[str, Any]) -> None:
     made = _read_record(flow_dir)
     if made is None:
         raise UserError(f"{path}: not a record of flow in JSON; remove it, or {RETRY}")
-    # Older records do not have the content of the weights.
-    differing = [key for key in wanted if made.get(key) != wanted[key] and (key in made or key != "weights_sha256")]
+    differing = _differing(made, wanted)
     if differing and there - set(made.get(SUPPLIED, ())):
         raise UserError(
             f"{flow_dir}: holds flow made with other settings or of another video ("
@@ -194,6 +199,17 @@ def check_record(flow_dir: Path, wanted: dict[str, Any]) -> None:
             + "); give the same options to go on with it, another place (--flow_dir, for a video of your own "
             f"--save_dir), or {RETRY}"
         )
+
+
+def _differing(made: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Where a record says otherwise than is wanted. Older ones do not have the content of the weights; which frames
+    there are is for `outdated_flow`.
+    """
+    return [
+        key
+        for key in wanted
+        if made.get(key) != wanted[key] and key != FRAME_BYTES and (key in made or key != "weights_sha256")
+    ]
 
 
 def _flow_stems(flow_dir: Path) -> set[str]:

@@ -291,7 +291,9 @@ def _neighbours(sequence: VideoSequence) -> dict[str, Path]:
 
 
 def _frame_bytes(frames: dict[str, Path]) -> dict[str, int]:
-    """Sizes rather than times, so that a data set that was copied is not gone through again."""
+    """Sizes rather than times, so that a data set that was copied is not gone through again; uncompressed frames are
+    alike in them.
+    """
     return {stem: path.stat().st_size if path.exists() else 0 for stem, path in frames.items()}
 
 

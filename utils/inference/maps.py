@@ -59,12 +59,14 @@ def remove_others(video: Video, save_dir: Path) -> int:
 
 def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
     """Whether all maps of a video are there and were made with these settings, the files of frames and flow
-    (`fingerprint`) among them.
+    (`fingerprint`) among them, which say as much as what older maps do not hold.
     """
+    implied = {key: settings[key] for key in ("frames", "flow") if key in settings}
 
     def current(stem: str) -> bool:
         path = video.probability(save_dir, stem)
-        return video.binary(save_dir, stem).is_file() and path.is_file() and made_with(path) == settings
+        made = made_with(path) if video.binary(save_dir, stem).is_file() and path.is_file() else None
+        return made is not None and implied | made == settings
 
     return all(current(stem) for stem in video.stems)
 

@@ -137,13 +137,6 @@ class TrainConfig:
         high=1,
     )
 
-    paste: float = _option(
-        0.0,
-        "probability that the objects of another clip, of a video or synthetic, move through a clip, too (copy-paste)",
-        low=0,
-        high=1,
-    )
-
     # Length
     batch_size: int = _option(2, "clips of one process at one time", low=1)
     accumulate: int = _option(1, "batches whose gradients make one step", low=1)

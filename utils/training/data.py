@@ -7,7 +7,6 @@ from pathlib import Path
 
 from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
 from datasets.errors import DataError
-from datasets.paste import PastedClips
 from datasets.scenes import SceneOptions
 from datasets.sequences import DATASETS, VideoSequence, canonical_name, find_root, read_dataset
 from datasets.stills import read_stills
@@ -137,8 +136,7 @@ def build_clips(
             f"an epoch of {length:.3g} clips ({steps} steps of {step_clips}): expected at most {MOST_CLIPS:.0e}, whose "
             "order is drawn as a whole; give fewer steps_per_epoch or samples_per_epoch, and more epochs"
         )
-    augment, scene, on_device = build_augment(config), build_scene(config), config.augment_on == "device"
-    defer = on_device or config.paste > 0  # what is pasted together is made afterwards
+    augment, scene, defer = build_augment(config), build_scene(config), config.augment_on == "device"
     parts: list[tuple[ClipDataset, float]] = []
     for name, weight in config.datasets.items():
         part: ClipDataset
@@ -161,8 +159,6 @@ def build_clips(
             )
         parts.append((part, weight))
     clips = parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)
-    if config.paste:
-        clips = PastedClips(clips, config.paste, defer=on_device)
     return (FaultyClips(clips, config.frame_faults) if config.frame_faults else clips), steps
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from models.errors import CheckpointError
 from models.state_dicts import load_state
 from models.weights import save_weights
 from utils.distributed import Processes, environment_number
@@ -149,7 +150,8 @@ def set_older_run_aside(run: Run, checkpoint: dict[str, Any] | None) -> str | No
 
 def is_own(run: Run) -> bool:
     """Whether the checkpoint to go on from, which may be a link, lies in the run's own folder."""
-    return run.config.resume_path.parent.resolve() == run.folder.resolve()
+    path = run.config.resume_path
+    return run.folder.resolve() in (path.parent.resolve(), path.resolve().parent)
 
 
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
@@ -204,7 +206,10 @@ def forget_best(run: Run, checkpoint: dict[str, Any]) -> str | None:
     kept, path = None, run.folder / "best.pt"
     if run.processes.is_main and path.is_file():
         # Who goes back to an earlier checkpoint of the folder finds the best weights of what came after it there.
-        kept = load_checkpoint(path)["step"]
+        try:
+            kept = load_checkpoint(path)["step"]
+        except CheckpointError:
+            pass  # a damaged file holds no weights: as if there were none
     kept = run.processes.gather(kept)[0]
     if kept == run.step and run.pending_validation:
         return None  # written just before the last call was cut short: the validation comes again
