@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from PIL import Image
 
 from datasets.errors import DataError
 from datasets.images import (
+    grey_values,
     image_size,
     load_flow_image,
     load_frame,
@@ -490,7 +490,7 @@ def _doubtful_values(mask: Path, rule: str) -> tuple[str, str, bool] | None:
         return "void", f"{mask}: {void.mean():.2%} of the pixels have index 255 beside those of objects", False
     if mode == "RGB":
         colours, values = values, values.max(axis=2)  # (H, W, 3) -> (H, W)
-        dark = (values > 128) & (np.asarray(Image.fromarray(colours).convert("L")) <= 128)
+        dark = (values > 128) & (grey_values(colours) <= 128)
         if rule in ("above_128", "objects") and dark.any():
             message = (
                 f"{mask}: {dark.mean():.2%} of the pixels have colours whose grey value is at most 128, and would be "

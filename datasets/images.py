@@ -131,9 +131,9 @@ def load_mask_values(path: Path | str) -> tuple[np.ndarray, str]:
     """
     image = _open(path, "mask")
     _refuse_16_bits(path, "mask; expected 1-bit, 8-bit, 16-bit grey or indexed. Save it as 8-bit PNG")
-    if image.mode in ("LA", "RGBA") and all(low == high for low, high in image.getextrema()[:-1]):
-        low, high = image.getextrema()[-1]
-        if low != high:
+    if image.mode in ("LA", "RGBA"):
+        *colours, (faintest, strongest) = image.getextrema()
+        if faintest < strongest and all(low == high for low, high in colours):
             raise DataError(
                 f"{path}: a mask of one colour, whose object is in the transparency alone; expected values: save the "
                 "alpha channel as a grey PNG"
@@ -219,6 +219,11 @@ def _any_object(path: Path) -> np.ndarray:
     return foreground
 
 
+def grey_values(colours: np.ndarray) -> np.ndarray:
+    """The grey values (H, W) by which "above_128" reads colours (H, W, 3) uint8."""
+    return np.asarray(Image.fromarray(colours).convert("L"))
+
+
 def _above_128(path: Path) -> np.ndarray:
     values, mode = load_mask_values(path)
     if mode == "I":
@@ -229,7 +234,7 @@ def _above_128(path: Path) -> np.ndarray:
         colours = _palette_colours(path)  # instead of indices
         return values > 0 if _coloured(colours) else colours[..., 0] > 128
     if mode == "RGB":
-        values = np.asarray(Image.fromarray(values).convert("L"))
+        values = grey_values(values)
     return values > (0 if values.max(initial=0) == 1 else 128)
 
 

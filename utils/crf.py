@@ -6,7 +6,6 @@ The defaults, and the unary of `unary_energy`, are those of dss_crf, which DBSNe
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.images import load_frame, require_size
-from utils.files import write_bytes
+from utils.files import short_sha256, write_bytes
 from utils.parallel import Background, count_of_workers, parallel_map, share_of_workers
 from utils.progress import progress_bar
 
@@ -328,4 +327,4 @@ def _is_current(target: Path, source: Path, settings: CrfSettings) -> bool:
 def _making(source: Path, settings: CrfSettings) -> dict[str, Any]:
     """What a refined map depends on. Times alone do not tell: a map copied or moved to its place keeps its own."""
     numbers = {name: float(value) for name, value in asdict(settings).items()}
-    return {**numbers, MAP: hashlib.sha256(source.read_bytes()).hexdigest()[:16]}
+    return {**numbers, MAP: short_sha256(source)}

@@ -1,7 +1,10 @@
-"""Files that are either complete or not there: written beside their place, then moved into it."""
+"""Files that are either complete or not there: written beside their place, then moved into it; and what tells one
+from another.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -126,6 +129,11 @@ def write_png(path: str | os.PathLike[str], array: np.ndarray) -> Path:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG")
     return write_bytes(path, buffer.getvalue())
+
+
+def short_sha256(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _umask() -> int:

@@ -7,7 +7,6 @@ The flow of frame t is the motion t -> t+1; the last frame's is t -> t-1, and a 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch
 
 from datasets.errors import DataError
 from utils.errors import UserError
+from utils.files import short_sha256
 from utils.flow.raft import DEFAULT_WEIGHTS, load_raft
 
 METHODS = ("raft", "raft_small", "dis")
@@ -28,10 +28,7 @@ RAFT_MULTIPLE, RAFT_LEAST = 8, 128
 DIS_LEAST = 32
 
 
-@functools.cache  # asked for with each video
-def _sha256(path: Path) -> str:
-    """Of a file, the first 16 digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+_sha256 = functools.cache(short_sha256)  # asked for with each video
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,6 @@ def run_own(
         flows=pictures[1] if flows is not None else None,
         readers=READERS if all(each.in_files for each in pictures) else 1,
         sources=(*own.frames.files, *(() if flows is None else flows.files)),
-        frame_files=tuple(own.frames.files),
     )
     others = remove_others(video, save_dir)
     if others:

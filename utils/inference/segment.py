@@ -154,12 +154,15 @@ def size_for(video: Video, settings: dict[str, Any], args: argparse.Namespace) -
 
 
 def settings_of(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The settings for one video: its size, and which files it is of, all of which are there; of one of a data set how
-    its flow was made, too, since scores of flow of two kinds mean nothing together.
+    """The settings for one video: its size, and which files it is of, all of which are there. Of one of a data set, for
+    `eval`, its frames as copies have them, too, and how its flow was made: scores of two kinds mean nothing together.
     """
-    kind = {"flow": kind_of_flow(video.flow_dir)} if video.flow_dir is not None else {}
-    files = {"frames": fingerprint(video.frame_files, times=False), "sources": fingerprint(video.sources)}
-    return {**settings, "size": size_for(video, settings, args), **kind, **files}
+    own = {"size": size_for(video, settings, args), "sources": fingerprint(video.sources)}
+    if video.frame_files:
+        own["frames"] = fingerprint(video.frame_files, times=False)
+    if video.flow_dir is not None:
+        own["flow"] = kind_of_flow(video.flow_dir)
+    return {**settings, **own}
 
 
 def run(

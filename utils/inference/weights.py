@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
+from utils.files import short_sha256
 
 if TYPE_CHECKING:
     from models.dbsnet import DBSNet
@@ -90,7 +90,7 @@ def load_weights(given: str | Path | None) -> Weights:
     path = find_checkpoint(given)
     net = load_dbsnet(path)
     notes, size = read_notes(path)
-    return Weights(net, path, hashlib.sha256(path.read_bytes()).hexdigest()[:16], notes, size)
+    return Weights(net, path, short_sha256(path), notes, size)
 
 
 def read_notes(path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
