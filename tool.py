@@ -88,7 +88,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     network = parser.add_argument_group("network (test, bench)")
     network.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="of its input; default: the checkpoint's, or 384 640"
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of its input; default: the checkpoint's, or 384 640 (bench: --bench_sizes)",
     )
     network.add_argument("--batch_size", type=int, metavar="N", help="frames at once; default: 4 on a CPU, 16 on a GPU")
     network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: full precision")
@@ -147,15 +151,13 @@ def _check(args: argparse.Namespace) -> None:
 
     for name, what in (
         ("save_dir", "folder"), ("flow_dir", "folder"), ("table_dir", "folder"), ("demo_dir", "folder"),
-        ("checkpoint", "file"),
+        ("checkpoint", "file"), ("video", "file"), ("frames", "folder"),
     ):  # fmt: skip
-        if getattr(args, name) == "":  # of a variable that is not set; results would go beside the program
+        # Of a variable that is not set; results would go beside the program, and no video would mean the data sets.
+        if getattr(args, name) == "":
             raise UserError(f"--{name} '': expected the name of a {what}")
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected 0 (no extra process) or more")
-    for name, what in (("video", "file"), ("frames", "folder")):
-        if getattr(args, name) == "":  # of a variable that is not set; it would mean the data sets
-            raise UserError(f"--{name} '': expected the name of a {what}")
     own = args.video or args.frames
     if args.video and args.frames:
         raise UserError("--video and --frames: give one of them")
@@ -214,6 +216,7 @@ def _check_device(args: argparse.Namespace, processes: Processes) -> None:
 
 def run_check(args: argparse.Namespace, processes: Processes) -> int:
     from datasets import check
+    from utils.parallel import count_of_workers
     from utils.progress import progress_bar
 
     problems = 0
@@ -225,7 +228,7 @@ def run_check(args: argparse.Namespace, processes: Processes) -> int:
             num_frames=args.num_frames,
             flow_root=args.flow_dir,
             require_flow="flow" not in args.tools,  # it is about to be made
-            workers=args.workers,
+            workers=max(1, count_of_workers(args.workers)),
             only=args.sequences,
             bar=progress_bar,
         )
@@ -305,9 +308,14 @@ def run_crf(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def run_eval(args: argparse.Namespace, processes: Processes) -> int:
+    from utils.errors import UserError
     from utils.evaluation import evaluate
 
     if processes.is_main:
+        if not args.results and not Path(args.save_dir).is_dir():
+            raise UserError(
+                f"--save_dir {args.save_dir}: no such folder; run --tools test first, or give --results DIR"
+            )
         evaluate.run(args, _read(args), args.results or [Path(args.save_dir)])
     return 0
 
@@ -332,8 +340,12 @@ def run_bench(args: argparse.Namespace, processes: Processes) -> int:
     from utils.benchmark import bench
 
     if processes.is_main:
+        frames = None
+        if args.datasets and "pipeline" in args.bench_parts:
+            first = next(iter(_read(args).values()))[0]
+            frames = first.frames[: args.bench_video_frames]
         try:
-            bench.run(args)
+            bench.run(args, processes.device, frames)
         except KeyboardInterrupt as stop:
             stop.args = ("the figures so far are in its JSON, and the same command measures all anew",)
             raise

@@ -2,7 +2,7 @@
 
 from datasets.errors import DataError
 from datasets.images import load_flow_image, load_frame, load_mask
-from datasets.sequences import DATASETS, VideoSequence, read_dataset, read_folder
+from datasets.sequences import DATASETS, VideoSequence, read_dataset
 
 __all__ = [
     "DATASETS",
@@ -12,5 +12,4 @@ __all__ = [
     "load_frame",
     "load_mask",
     "read_dataset",
-    "read_folder",
 ]

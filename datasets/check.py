@@ -6,22 +6,19 @@ The check reads each data set as training and evaluation do, then opens every fi
 from __future__ import annotations
 
 import difflib
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from datasets.errors import DataError
 from datasets.images import (
     grey_values,
-    image_size,
     load_flow_image,
     load_frame,
     load_mask,
@@ -37,6 +34,8 @@ ASPECT_TOLERANCE = 0.02  # a flow image of 512×288 for a frame of 854×480 diff
 
 SOFT_RIM = 0.05  # share of in-between pixels that a smoothed rim may have
 MANY_OBJECTS = 32
+
+EXAMPLES = 5  # problems of a kind that are printed
 
 # Splits whose masks are kept back, but for those of first frames in some releases.
 _KEPT_BACK = ("test-dev", "test-challenge")
@@ -80,30 +79,25 @@ _Parts = dict[str, tuple[_Items, list[Problem]]]  # what was read and what is wr
 def check_sequences(
     sequences: Sequence[VideoSequence],
     require_flow: bool = True,
-    require_masks: bool | None = None,
-    decode: bool = True,
-    workers: int | None = None,
+    require_masks: bool = True,
+    workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Problem]:
     """Look at every file of the sequences and return all problems, in the order of the sequences.
 
     Args:
         require_flow: whether a frame without flow is a problem.
-        require_masks: True: every frame needs a mask; False: none does; None: every frame of DAVIS, and of other sets
-            at least one frame per sequence.
-        decode: read every image whole. Otherwise only the headers are read: sizes are compared, but neither truncated
-            files nor wrong mask values are found.
-        workers: threads; by default one per core, 8 at most.
+        require_masks: whether every frame of DAVIS, and of other sets at least one frame per sequence, needs a mask.
+        workers: threads.
         progress: called with 1 after each frame.
     """
-    workers = workers or min(8, os.cpu_count() or 1)
     problems: list[Problem] = []
     with ThreadPoolExecutor(workers) as pool:
         for sequence in sequences:
             problems += _check_presence(sequence, require_flow, require_masks)
             if not sequence.frames:
                 continue
-            looks = pool.map(lambda frame, sequence=sequence: _look(sequence, frame, decode), sequence.frames)
+            looks = pool.map(partial(_look, sequence), sequence.frames)
             sizes: dict[tuple[int, int], str] = {}
             flow_sizes: dict[tuple[int, int], str] = {}
             foreground = []
@@ -135,40 +129,17 @@ def check_sequences(
 def check_stills(
     stills: Sequence[StillImage],
     dataset: str = "DUTS-TR",
-    decode: bool = True,
-    workers: int | None = None,
+    workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Problem]:
     """Look at every still image and its mask as training reads them; arguments as of `check_sequences`."""
     problems: list[Problem] = []
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        for found in pool.map(lambda still: _look_at_still(still, dataset, decode), stills):
+    with ThreadPoolExecutor(workers) as pool:
+        for found in pool.map(partial(_look_at_still, dataset), stills):
             problems += found
             if progress is not None:
                 progress(1)
     return problems
-
-
-def check_dataset(
-    name: str,
-    data_dir: Path | str,
-    split: str,
-    num_frames: int = 5,
-    require_flow: bool = True,
-    require_masks: bool | None = None,
-    decode: bool = True,
-    workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    flow_root: Path | str | None = None,
-) -> tuple[_Items, list[Problem]]:
-    """Read a data set, its problems gathered, and check what could be read.
-
-    Returns the sequences, or the stills of a set of stills, and all problems.
-    """
-    name = canonical_name(name)
-    items, problems = _read(name, data_dir, split, num_frames, flow_root)
-    problems += _look_at_all(items, name, split, require_flow, require_masks, decode, workers, progress)
-    return items, problems
 
 
 def _look_at_all(
@@ -176,23 +147,18 @@ def _look_at_all(
     name: str,
     split: str,
     require_flow: bool,
-    require_masks: bool | None,
-    decode: bool,
-    workers: int | None,
+    workers: int,
     progress: Callable[[int], None] | None,
 ) -> list[Problem]:
     if name in STILL_SETS:
-        return check_stills(items, name, decode, workers, progress)
-    if require_masks is None and split in _KEPT_BACK:
-        require_masks = False
-    return check_sequences(items, require_flow, require_masks, decode, workers, progress)
+        return check_stills(items, name, workers, progress)
+    return check_sequences(items, require_flow, split not in _KEPT_BACK, workers, progress)
 
 
 def _read(
-    name: str, data_dir: Path | str, split: str, num_frames: int, flow_root: Path | str | None
+    dataset: str, data_dir: Path | str, split: str, num_frames: int, flow_root: Path | str | None
 ) -> tuple[_Items, list[Problem]]:
     """What could be read of a split of a data set, and what is wrong with it before any file is opened."""
-    dataset = canonical_name(name)
     problems: list[Problem] = []
 
     def gather(sequence: str, error: DataError) -> None:
@@ -210,7 +176,7 @@ def _read(
                 message = f"{len(alone)} masks have no image of the same stem and are not used; the first is {alone[0]}"
                 problems.append(Problem(dataset, "incomplete", "", message, fatal=False))
             return stills, problems
-        sequences = read_dataset(name, data_dir, split, num_frames, on_problem=gather, flow_root=flow_root)
+        sequences = read_dataset(dataset, data_dir, split, num_frames, on_problem=gather, flow_root=flow_root)
     except DataError as error:  # the set itself was not found
         gather("", error)
         return [], problems
@@ -229,11 +195,7 @@ def run(
     splits: Sequence[str] | None = None,
     num_frames: int = 5,
     require_flow: bool = True,
-    require_masks: bool | None = None,
-    decode: bool = True,
-    workers: int | None = None,
-    examples: int = 5,
-    file: TextIO | None = None,
+    workers: int = 1,
     flow_root: Path | str | None = None,
     only: Sequence[str] | None = None,
     bar: Callable[..., Any] | None = None,
@@ -244,8 +206,7 @@ def run(
         data_dir, datasets, num_frames, flow_root: as in `datasets.read_dataset`.
         splits: which splits to check; one that a set does not have is a problem. By default those of train and val
             that it has: one of the two may be absent.
-        examples: how many problems of a group are printed; 0 prints all.
-        file: where to print; the standard output by default.
+        require_flow, workers: as in `check_sequences`.
         only: names of the sequences (or stills) to check; all by default.
         bar: makes the progress bar of a data set from tqdm's options; none is shown by default.
 
@@ -255,7 +216,6 @@ def run(
     Raises:
         DataError: a name of `only` that no data set has.
     """
-    out = file if file is not None else sys.stdout
     read = {}
     for name in map(canonical_name, datasets):
         usual = ("train",) if name in STILL_SETS else ("train", "val")
@@ -276,12 +236,12 @@ def run(
         with shown as counting:
             progress = None if counting is None else counting.update
             for split, (items, problems) in parts.items():
-                problems += _look_at_all(items, name, split, require_flow, require_masks, decode, workers, progress)
+                problems += _look_at_all(items, name, split, require_flow, workers, progress)
         for split, (sequences, problems) in parts.items():
             fatal += sum(problem.fatal for problem in problems)
-            for line in _report(name, data_dir, split, sequences, problems, examples, flow_root):
-                print(line, file=out)
-    print("check: no problem" if fatal == 0 else f"check: {fatal} problem{'s' if fatal > 1 else ''}", file=out)
+            for line in _report(name, data_dir, split, sequences, problems, flow_root):
+                print(line)
+    print("check: no problem" if fatal == 0 else f"check: {fatal} problem{'s' if fatal > 1 else ''}")
     return fatal
 
 
@@ -319,7 +279,6 @@ def _report(
     split: str,
     items: _Items,
     problems: list[Problem],
-    examples: int,
     flow_root: Path | str | None,
 ) -> Iterator[str]:
     root = None
@@ -334,9 +293,9 @@ def _report(
         frames, flows, masks = (sum(len(getattr(s, kind)) for s in items) for kind in ("frames", "flows", "masks"))
         several = "" if len(items) == 1 else "s"
         counts = f"{len(items)} sequence{several}, {frames} frames, {flows} with flow, {masks} with a mask"
-    yield f"{canonical_name(name)} {split}{f' in {root}' if root else ''}: {counts}"
+    yield f"{name} {split}{f' in {root}' if root else ''}: {counts}"
     hints = dict(_HINTS)
-    command = flow_command(canonical_name(name), data_dir, split, flow_root)
+    command = flow_command(name, data_dir, split, flow_root)
     for kind in ("no flow", "flow"):
         hints[kind] = hints[kind].format(flow_command=command)
     if root and (root / "Annotations_unsupervised").is_dir() and not (root / "Annotations").exists():
@@ -350,11 +309,10 @@ def _report(
         within = f" in {count} {unit}{'s' if count > 1 else ''}" if count else ""
         note = "" if any(problem.fatal for problem in group) else " (a note)"
         yield f"  {kind}: {len(group)}{within}{note}; {hint}"
-        shown = group if examples == 0 else group[:examples]
-        for problem in shown:
+        for problem in group[:EXAMPLES]:
             yield f"    {problem.message}"
-        if len(shown) < len(group):
-            yield f"    … and {len(group) - len(shown)} more"
+        if len(group) > EXAMPLES:
+            yield f"    … and {len(group) - EXAMPLES} more"
 
 
 @dataclass(frozen=True)
@@ -377,7 +335,7 @@ def _problem(sequence: VideoSequence, kind: str, message: str, fatal: bool = Tru
     return Problem(sequence.dataset, kind, sequence.name, message, fatal)
 
 
-def _check_presence(sequence: VideoSequence, require_flow: bool, require_masks: bool | None) -> list[Problem]:
+def _check_presence(sequence: VideoSequence, require_flow: bool, require_masks: bool) -> list[Problem]:
     if not sequence.frames:
         return [_problem(sequence, "layout", f"{sequence.dataset}/{sequence.name}: a sequence without frames")]
     problems = []
@@ -389,11 +347,12 @@ def _check_presence(sequence: VideoSequence, require_flow: bool, require_masks: 
             if stem not in sequence.flows:
                 message = f"{sequence.flow_dir / stem}.png (or .jpg): no flow image for {sequence.name}/{stem}"
                 problems.append(_problem(sequence, "no flow", message))
-    every = sequence.dataset in DENSE if require_masks is None else require_masks
-    if require_masks is not False and not sequence.masks:
+    if not require_masks:
+        return problems
+    if not sequence.masks:
         message = f"{sequence.dataset}/{sequence.name}: none of the {len(sequence)} frames has a mask"
         problems.append(_problem(sequence, "no mask", message))
-    elif every:
+    elif sequence.dataset in DENSE:
         folder = next(iter(sequence.masks.values())).parent
         for stem in sequence.stems:
             if stem not in sequence.masks:
@@ -412,18 +371,13 @@ def _attempt(problems: list[Problem], dataset: str, name: str, kind: str, read: 
         return None
 
 
-def _look_at_still(still: StillImage, dataset: str, decode: bool) -> list[Problem]:
+def _look_at_still(dataset: str, still: StillImage) -> list[Problem]:
     problems: list[Problem] = []
     attempt = partial(_attempt, problems, dataset, still.name)
-    size = attempt("frame", lambda: load_frame(still.image).shape[:2] if decode else image_size(still.image))
-    mask = None
-    if decode:
-        mask = attempt("mask", lambda: np.asarray(open_mask(still)))  # (H, W)
-        mask_size = None if mask is None else mask.shape
-    else:
-        mask_size = attempt("mask", lambda: image_size(still.mask))
-    if size and mask_size:
-        attempt("mask", lambda: require_size(still.mask, mask_size, size, still.image))
+    size = attempt("frame", lambda: load_frame(still.image).shape[:2])
+    mask = attempt("mask", lambda: np.asarray(open_mask(still)))  # (H, W)
+    if size and mask is not None:
+        attempt("mask", lambda: require_size(still.mask, mask.shape, size, still.image))
     if mask is not None and not (mask >= 128).any():
         message = (
             f"{still.mask}: no pixel of the mask is brighter than 127, so there is no object; training stops at this "
@@ -438,15 +392,15 @@ def is_stretched(flow: tuple[int, int], frame: tuple[int, int]) -> bool:
     return abs(flow[1] / flow[0] / (frame[1] / frame[0]) - 1) > ASPECT_TOLERANCE
 
 
-def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
+def _look(sequence: VideoSequence, frame: Path) -> _Look:
     problems: list[Problem] = []
     stem = frame.stem
     attempt = partial(_attempt, problems, sequence.dataset, sequence.name)
-    size = attempt("frame", lambda: load_frame(frame).shape[:2] if decode else image_size(frame))
+    size = attempt("frame", lambda: load_frame(frame).shape[:2])
     flow_size = None
     if stem in sequence.flows:
         flow = sequence.flows[stem]
-        flow_size = attempt("flow", lambda: load_flow_image(flow).shape[:2] if decode else image_size(flow))
+        flow_size = attempt("flow", lambda: load_flow_image(flow).shape[:2])
         if size and flow_size and is_stretched(flow_size, size):
             message = (
                 f"{flow}: {flow_size[1]}×{flow_size[0]} pixels (width × height), another aspect than "
@@ -458,15 +412,11 @@ def _look(sequence: VideoSequence, frame: Path, decode: bool) -> _Look:
     foreground = None
     if stem in sequence.masks:
         mask = sequence.masks[stem]
-        if decode:
-            values = attempt("mask", lambda: load_mask(mask, sequence.mask_rule))
-            mask_size = None if values is None else values.shape
-            foreground = None if values is None else bool(values.any())
-        else:
-            mask_size = attempt("mask", lambda: image_size(mask))
-        if size and mask_size:
-            attempt("mask", lambda: require_size(mask, mask_size, size, frame))
-        if decode and mask_size:
+        values = attempt("mask", lambda: load_mask(mask, sequence.mask_rule))
+        if values is not None:
+            foreground = bool(values.any())
+            if size:
+                attempt("mask", lambda: require_size(mask, values.shape, size, frame))
             doubt = _doubtful_values(mask, sequence.mask_rule)
             if doubt is not None:
                 problems.append(_problem(sequence, *doubt))

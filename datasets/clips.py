@@ -157,7 +157,6 @@ class VideoClips(ClipDataset):
     strides: time steps between the frames of a clip, drawn with equal probability; a video too short for the one drawn
         takes the largest that fits. Flow stays that of neighbouring frames.
     defer: leave the augmentation to the training device (``raw`` in the items); on the CPU the clips are the same.
-    reverse: probability that a clip runs backwards. 0 by default, because its flow would still point forward.
     flow_drop: probability that a clip's flow pictures are white, "nothing moves".
     frame_drop: probability that a clip's frames are grey and only the flow is left; never together with `flow_drop`.
 
@@ -180,9 +179,7 @@ class VideoClips(ClipDataset):
         strides: Sequence[int] = (1, 2, 3),
         flow_drop: float = 0.0,
         frame_drop: float = 0.0,
-        reverse: float = 0.0,
         defer: bool = False,
-        preload_threads: int = 2,
     ) -> None:
         if not sequences:
             raise DataError("no video sequences to take clips from")
@@ -192,10 +189,9 @@ class VideoClips(ClipDataset):
             raise ValueError(f"cache should be one of {', '.join(CACHES)}, got {cache!r}")
         if not strides or min(strides) < 1:
             raise ValueError(f"strides should be numbers from 1, got {tuple(strides)}")
-        if min(flow_drop, frame_drop, reverse) < 0 or flow_drop + frame_drop > 1 or reverse > 1:
+        if min(flow_drop, frame_drop) < 0 or flow_drop + frame_drop > 1:
             raise ValueError(
-                "flow_drop, frame_drop and reverse are probabilities, and the first two together at most 1; "
-                f"got {flow_drop}, {frame_drop} and {reverse}"
+                f"flow_drop and frame_drop are probabilities, together at most 1; got {flow_drop} and {frame_drop}"
             )
         for sequence in sequences:
             if not sequence.masks:
@@ -213,7 +209,6 @@ class VideoClips(ClipDataset):
         self.strides = tuple(strides)
         self.flow_drop = flow_drop
         self.frame_drop = frame_drop
-        self.reverse = reverse
         self.defer = defer
         self.annotated = [
             np.array([i for i, stem in enumerate(s.stems) if stem in s.masks], dtype=np.int64) for s in self.sequences
@@ -223,12 +218,8 @@ class VideoClips(ClipDataset):
         super().__init__(samples_per_epoch, seed)
         self._store: list[torch.Tensor] | None = None
         if cache == "ram":
-            with ThreadPoolExecutor(max(1, preload_threads)) as pool:  # decoding releases the interpreter's lock
+            with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter's lock
                 self._store = list(pool.map(self._read_sequence, self.sequences))
-
-    def cached_bytes(self) -> int:
-        """Memory that the cache holds."""
-        return sum(t.numel() for t in self._store or ())
 
     def clip(self, index: int) -> Item:
         rng = self.rng(index)
@@ -261,7 +252,7 @@ class VideoClips(ClipDataset):
         stride = int(rng.choice(self.strides))
         anchor = int(rng.choice(self.annotated[number]))
         place = rng.random()
-        backwards = rng.random() < self.reverse
+        rng.random()  # drawn and not used, so that a seed's clips stay those that the published weights saw
         if count > span:
             while stride > 1 and not self._starts(anchor, stride, count):
                 stride -= 1
@@ -275,7 +266,7 @@ class VideoClips(ClipDataset):
             offsets = [o for o in range(period) if any((o + i) % period in shows for i in range(self.clip_len))]
             offset = offsets[int(place * len(offsets))]
             indices = [min(i % period, period - i % period) for i in range(offset, offset + self.clip_len)]
-        return indices[::-1] if backwards else indices
+        return indices
 
     def _starts(self, anchor: int, stride: int, count: int) -> list[int]:
         """First frames of the clips with this stride that hold frame `anchor` and stay within `count` frames."""
@@ -350,19 +341,22 @@ def _load_reduced(path, target_of, load) -> tuple[Image.Image, tuple[int, int]]:
             with Image.open(path) as picture:
                 full = (picture.height, picture.width)
                 height, width = target_of(full)
-                picture.draft("RGB", (width, height))
+                drafted = picture.draft("RGB", (width, height))
                 picture = picture.convert("RGB")
         except DECODING_ERRORS as error:
             raise DataError(
                 f"{path}: cannot be read as an image ({error}); expected a whole JPEG file, copy or unpack it again"
             ) from error
+        # The picture's part of what is decoded, whose last reduced pixels may hold more than the picture.
+        box = drafted[1] if drafted else (0, 0, *picture.size)
     else:
         pixels = load(path)
         full = pixels.shape[:2]
         height, width = target_of(full)
         picture = Image.fromarray(pixels)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        box = (0, 0, *picture.size)
+    if picture.size != (width, height) or box != (0, 0, width, height):
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR, box)
     return picture, full
 
 

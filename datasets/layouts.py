@@ -12,13 +12,10 @@ from pathlib import Path, PurePosixPath
 
 from datasets.errors import DataError
 from datasets.video_sequence import (
-    FRAME_SUFFIXES,
     Report,
     VideoSequence,
     build_sequence,
-    list_files,
     list_folders,
-    raise_problem,
 )
 
 DAVIS_2016 = {
@@ -276,33 +273,3 @@ def read_authors_layout(
             if sequence is not None:
                 found.append(sequence)
     return found
-
-
-def read_folder(
-    folder: Path | str, dataset: str = "frames", flow_dir: Path | None = None, report: Report | None = None
-) -> VideoSequence:
-    """A folder of frames as one sequence without masks, called as the folder is.
-
-    Flow: in `flow_dir` where it is given. Else, where a folder called JPEGImages (or images) is above the frames, in
-    `Flows` (or `flows`) in its place; otherwise in `Flows/<folder>` beside the folder.
-
-    Raises:
-        DataError: no such folder, or no image in it.
-    """
-    folder = Path(folder).resolve()
-    if folder.is_dir() and not list_files(folder, FRAME_SUFFIXES) and list_folders(folder):
-        raise DataError(f"{folder}: no frame in it, only folders; expected a folder of frames, so name one of these")
-    if flow_dir is not None:
-        flow_dirs = [Path(flow_dir)]
-    else:
-        parents = list(folder.parts)
-        flow_dirs = [folder.parent / "Flows" / folder.name]
-        for frames, flows in (("JPEGImages", "Flows"), ("images", "flows")):
-            if frames in parents[:-1]:
-                place = len(parents) - 1 - parents[::-1].index(frames)
-                flow_dirs = [Path(*parents[:place], flows, *parents[place + 1 :])]
-                break
-    sequence = build_sequence(folder.name, dataset, folder, flow_dirs, None, "nonzero", report or raise_problem)
-    if sequence is None:
-        raise DataError(f"{folder}: no frame to read")
-    return sequence

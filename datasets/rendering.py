@@ -186,16 +186,18 @@ def flow_pictures(rng: np.random.Generator, flow: torch.Tensor, options: SceneOp
         return flows_to_images(flow)
     length, _, height, width = flow.shape
     cell = int(rng.integers(2, 7))
-    coarse = flow[:, :, cell // 2 :: cell, cell // 2 :: cell]  # (T, 2, h, w)
+    grid = (max(1, round(height / cell)), max(1, round(width / cell)))
+    # Samples at the cells' centres, by the convention that stretches them again: nothing is moved on the way.
+    coarse = F.interpolate(flow, size=grid, mode="bilinear", align_corners=False)  # (T, 2, h, w)
     fastest = float(coarse.pow(2).sum(dim=1).amax().sqrt())
     # Errors grow with speed, and there are some where nothing moves at all: the picture is then all noise.
     amount = abs(rng.normal(0, 0.04)) * fastest + rng.uniform(0, 0.0004) * width
     if rng.random() < 0.1:
         amount *= 3
-    rows, columns = coarse.shape[2:]
+    rows, columns = grid
     for cells in (3, 8):
-        grid = rng.standard_normal((length, 2, cells, round(cells * columns / rows) + 1), dtype=np.float32)
-        errors = F.interpolate(send(grid, flow.device), size=(rows, columns), mode="bilinear", align_corners=True)
+        knots = rng.standard_normal((length, 2, cells, round(cells * columns / rows) + 1), dtype=np.float32)
+        errors = F.interpolate(send(knots, flow.device), size=(rows, columns), mode="bilinear", align_corners=True)
         coarse = coarse + 0.7 * amount * errors
     half = F.interpolate(coarse, size=((height + 1) // 2, (width + 1) // 2), mode="bilinear", align_corners=False)
     pictures = flows_to_images(half).float()

@@ -137,7 +137,7 @@ def load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor, 
     try:
         with Image.open(still.image) as picture:
             full_size = picture.size
-            picture.draft("RGB", (math.ceil(1.3 * width), math.ceil(1.3 * height)))
+            drafted = picture.draft("RGB", (math.ceil(1.3 * width), math.ceil(1.3 * height)))
             picture = picture.convert("RGB")
     except DECODING_ERRORS as error:
         raise DataError(f"{still.image}: cannot be read as an image ({error}); replace or remove it") from error
@@ -150,7 +150,8 @@ def load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor, 
     ratio = min(picture.width / width, picture.height / height)
     if ratio > 1.4:
         target = (max(1, round(picture.width * 1.2 / ratio)), max(1, round(picture.height * 1.2 / ratio)))
-        picture = picture.resize(target, Image.Resampling.BILINEAR)
+        # Of what is decoded the picture's part: the last reduced pixels may hold more than the picture.
+        picture = picture.resize(target, Image.Resampling.BILINEAR, drafted[1] if drafted else None)
     if mask.size != picture.size:
         mask = mask.resize(picture.size, Image.Resampling.BILINEAR)
     object_ = torch.from_numpy(np.asarray(mask) >= 128)

@@ -135,13 +135,15 @@ def _object_layer(
     mask: torch.Tensor,
     camera: np.ndarray,
     camera_shift: np.ndarray,
-    view: np.ndarray | None,
+    ground: Motion,
+    at_home: bool,
 ) -> Layer:
-    """Cut the object out and give it a motion. view: the background's first matrix, to keep the object in its place."""
+    """Cut the object out and give it a motion. ground: the background's; at_home: it begins in its place there."""
     height, width = size
+    view = ground.matrices[0]  # the camera begins with the identity
     texture, centre = cut_out(picture, mask)
     extent = (texture.shape[1], texture.shape[2])
-    if view is not None:
+    if at_home:
         place = view @ similarity(*np.array(centre))[0]
     else:
         # a new place, at a size between a hundredth and a third of the frame
@@ -157,6 +159,13 @@ def _object_layer(
     parallax = not static and kind < options.object_parallax and bool(np.any(camera_shift))
     kind -= options.object_parallax
     tracked = not static and not parallax and 0 <= kind < options.object_tracked
+    if static and ground.wave_x is not None:  # it goes with the ground where it stands
+        amplitude, phase, k = ground.wave_x
+        if at_home:  # point by point: its texels are the ground's
+            return Layer(texture, Motion(camera @ place, (amplitude, phase + k * centre[1], k)), True)
+        within = np.linalg.inv(view) @ place
+        sway = similarity(amplitude * np.sin(k * within[1, 2] + phase), 0.0)
+        return Layer(texture, Motion(camera @ view @ sway @ within), True)
     if static:
         return Layer(texture, Motion(camera @ place), True)
     heading = rng.uniform(0, 2 * math.pi)
@@ -179,6 +188,8 @@ def _object_layer(
     centres = np.broadcast_to(world[:, :2, 2] / world[:, 2:, 2], (length, 2))
     reach = rng.uniform(0.35, 0.55) * np.array([width, height])
     goal = keep_in_view(centres + shift, reach)
+    if at_home:  # where it begins, too, wherever in the picture that is
+        goal = goal + centres[:1] - keep_in_view(centres[:1], reach)
     matrices = similarity(goal[:, 0], goal[:, 1], angle, zoom) @ similarity(-centres[:, 0], -centres[:, 1]) @ world
     wave_x = wave_y = None
     if speed and rng.random() < options.deformation:
@@ -261,12 +272,12 @@ def compose(
     second = sources.other(rng) if rng.random() < options.second_object else None
     if second is not None:
         moving = replace(options, object_static=0.0)
-        layers.append(_object_layer(rng, length, size, moving, *second, camera, camera_shift, None))
+        layers.append(_object_layer(rng, length, size, moving, *second, camera, camera_shift, background.motion, False))
     by_motion = surroundings is not None or distractor is not None
     if by_motion:
         options = replace(options, object_static=0.0)
     layers.append(
-        _object_layer(rng, length, size, options, picture, mask, camera, camera_shift, view if at_home else None)
+        _object_layer(rng, length, size, options, picture, mask, camera, camera_shift, background.motion, at_home)
     )
     if rng.random() < options.occluder:
         layers.append(_occluder_layer(rng, size, background, camera, camera_shift))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from datasets import layouts, vsod_layouts
 from datasets.errors import DataError
-from datasets.layouts import read_folder
 from datasets.stills import STILL_SETS
 from datasets.video_sequence import (
     FLOW_SUFFIXES,
@@ -24,7 +23,7 @@ from datasets.video_sequence import (
     raise_problem,
 )
 
-__all__ = ["DATASETS", "VideoSequence", "find_root", "read_dataset", "read_folder"]
+__all__ = ["DATASETS", "VideoSequence", "find_root", "read_dataset"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ _ALIASES = {
     "DAVIS": "DAVIS-2016",
     "DAVIS2016": "DAVIS-2016",
     "DAVIS2017": "DAVIS-2017",
+    "DAVIS_2017": "DAVIS-2017",
     "YouTube-VOS": "YouTube-VOS-2018",
     "YouTubeVOS-2018": "YouTube-VOS-2018",
     "YouTubeVOS": "YouTube-VOS-2018",
@@ -158,9 +158,8 @@ def _known_names() -> dict[str, str]:
     names = {name.lower(): name for name in (*_SOURCES, *STILL_SETS)}
     names.update((alias.lower(), name) for alias, name in _ALIASES.items())
     for name, source in _SOURCES.items():
-        for folder in source.folders:
-            if all(other is source or folder not in other.folders for other in _SOURCES.values()):
-                names.setdefault(folder.lower(), name)
+        for folder in source.folders:  # of one that two sets may have, the first
+            names.setdefault(folder.lower(), name)
     return names
 
 

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from datasets.errors import DataError
@@ -51,12 +52,12 @@ class VideoSequence:
     def __len__(self) -> int:
         return len(self.frames)
 
-    @property
+    @cached_property
     def stems(self) -> tuple[str, ...]:
         """Frame names without suffix, in time order; the keys of `flows` and `masks`, and the names of result files."""
         return tuple(frame.stem for frame in self.frames)
 
-    @property
+    @cached_property
     def annotated(self) -> tuple[str, ...]:
         """Stems of the frames that have a mask, in time order."""
         return tuple(stem for stem in self.stems if stem in self.masks)

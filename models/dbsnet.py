@@ -69,6 +69,8 @@ class DBSNet(nn.Module):
         names = encoder if isinstance(encoder, dict) else dict.fromkeys(streams, encoder)
         if set(names) != set(streams) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"encoder must be one name or one for each of {streams}, got {encoder}")
+        if dropout and "mobilevit" not in names.values():
+            raise ValueError(f"dropout is MobileViT's, and encoder is {encoder}: leave it out")
         self.config: dict[str, Any] = {
             "variant": variant, "flavour": flavour, "width": width, "hidden": hidden, "dilations": list(dilations),
             "depth": depth, "window": window, "pool": pool, "rounds": rounds, "streams": list(streams),
@@ -153,6 +155,8 @@ class DBSNet(nn.Module):
                 "expected frames and flows of one shape (B, T, 3, H, W) with T >= 1, "
                 f"got {tuple(frames.shape)} and {tuple(flows.shape)}"
             )
+        if not frames.is_floating_point() or not flows.is_floating_point():
+            raise TypeError(f"expected frames and flows in [0, 1], got {frames.dtype} and {flows.dtype}")
         b, t, _, height, width = frames.shape
         x, size = pad_to_multiple(frames.flatten(0, 1), self.multiple), (height, width)  # (B, T, …) -> (B*T, …)
         levels, skip = self.encode(x, pad_to_multiple(flows.flatten(0, 1), self.multiple))

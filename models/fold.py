@@ -93,18 +93,20 @@ def _fold_timm(encoder: TimmEncoder) -> None:
     Which those are is seen while the encoder runs on a small picture, since timm's blocks go by many names. Another
     module that reads the convolution's output would see it changed, so where there is one nothing is folded.
     """
-    made: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}  # the tensors are kept, so that no other gets their number
+    # The tensors are kept, so that no other gets their number, and how often they had been written to.
+    made: dict[int, tuple[nn.Conv2d, torch.Tensor, int]] = {}
     pairs: dict[nn.Module, nn.Conv2d | None] = {}
     readers: dict[nn.Conv2d, int] = {}
 
     def watch(module: nn.Module, inputs: tuple, output: object) -> None:
-        conv, _ = made.get(id(inputs[0]), (None, None)) if inputs else (None, None)
+        conv, tensor, version = made.get(id(inputs[0]), (None, None, 0)) if inputs else (None, None, 0)
         if conv is not None:
             readers[conv] = readers.get(conv, 0) + 1
         if isinstance(module, nn.BatchNorm2d):
-            pairs[module] = conv if module not in pairs else None
+            changed = tensor is not None and tensor._version != version
+            pairs[module] = conv if module not in pairs and not changed else None
         elif isinstance(module, nn.Conv2d) and isinstance(output, torch.Tensor):
-            made[id(output)] = module, output
+            made[id(output)] = module, output, output._version
 
     leaves = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d) or not any(True for _ in m.children())]
     hooks = [module.register_forward_hook(watch) for module in leaves]

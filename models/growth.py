@@ -117,9 +117,8 @@ def add_stream(net: DBSNet, other: DBSNet) -> DBSNet:
     if differing:
         words = ", ".join(f"{key} {net.config[key]} and {other.config[key]}" for key in differing)
         raise ValueError(f"the two do not fit together: {words}")
-    encoder = net.config["encoder"]
-    if encoder != other.config["encoder"]:
-        encoder = {item.streams[0]: item.config["encoder"] for item in (net, other)}
+    names = {**net.encoder_names, **other.encoder_names}
+    encoder = names if len(set(names.values())) > 1 else names[net.streams[0]]
     both = build_dbsnet(**{**net.config, "streams": list(STREAMS), "encoder": encoder})
     old, added = net.state_dict(), other.state_dict()
     theirs = _prefixes(other.streams[0])

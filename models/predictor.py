@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -117,8 +118,10 @@ class Predictor:
                  on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
         if amp not in AMP:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
-        if clip_len is not None and clip_len < 1:
+        if clip_len is not None and operator.index(clip_len) < 1:
             raise ValueError(f"clip_len must be at least 1, got {clip_len}")
+        if store_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"store_dtype must be torch.float16, bfloat16 or float32, got {store_dtype}")
         if not isinstance(getattr(net, "_orig_mod", net), DBSNet):  # what `torch.compile` wraps passes all on
             wrapped = "; give what it wraps: net.module" if hasattr(net, "module") else ""
             raise TypeError(f"net must be a DBSNet, got {type(net).__name__}{wrapped}")
@@ -132,14 +135,14 @@ class Predictor:
         self.device = torch.device(device) if device is not None else next(net.parameters()).device
         if batch_size is None:
             batch_size = 4 if self.device.type == "cpu" else 16
-        if min(batch_size, piece, readers) < 1:
+        if min(map(operator.index, (batch_size, piece, readers))) < 1:
             raise ValueError(
                 f"batch_size, piece and readers must be at least 1, got {batch_size}, {piece} and {readers}"
             )
         if (
             not isinstance(scales, Sequence | np.ndarray)
             or not len(scales)
-            or not all(0 < s < math.inf for s in scales)
+            or not all(isinstance(s, Real) and 0 < s < math.inf for s in scales)
         ):
             raise ValueError(f"scales must be one or several numbers above 0, got {scales!r}")
         if cuda_graphs and (self.device.type != "cuda" or not fold):
@@ -306,11 +309,17 @@ class Predictor:
 
             def clip(x: Tensor, y: Tensor, *motionless: Tensor, kept: slice = kept) -> tuple[Tensor]:
                 opinions = []
-                maps = net.encoder_maps(self._input(x, size), self._input(y, size))
-                for levels, skip in join_both(net, maps, motionless):
+                joined = [
+                    join_both(net, net.encoder_maps(self._input(part, size), self._input(flow, size)), motionless)
+                    for part, flow in zip(x.split(self.batch_size), y.split(self.batch_size))
+                ]
+                for batches in zip(*joined):  # of the clip as it is, then of its frames at rest
+                    levels, skip = [torch.cat(maps) for maps in zip(*(b[0] for b in batches))], [b[1] for b in batches]
                     for index, level in enumerate(levels):
                         levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
-                    opinions.append(net.decode(levels, skip[kept]))
+                    maps = zip(*(level.split(self.batch_size) for level in levels))
+                    skips = torch.cat(skip)[kept].split(self.batch_size)
+                    opinions.append(torch.cat([net.decode(list(part), skip) for part, skip in zip(maps, skips)]))
                 logits = weigh(*opinions) if self.optional_motion else opinions[0]
                 return (self._finish(logits, way),)
 

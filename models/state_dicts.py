@@ -18,7 +18,10 @@ from torch import Tensor
 from models.errors import CheckpointError
 
 # What reading a torch file raises where bytes of it are missing or others than they were.
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, TypeError, struct.error)
+UNREADABLE = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, TypeError, AssertionError),
+    struct.error,
+)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -126,4 +129,7 @@ def load_state(net: torch.nn.Module, state: dict[str, Tensor], path: str | Path,
     )
     if problem:
         raise CheckpointError(f"{path} does not fit {name}: {problem}")
-    net.load_state_dict(state)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:  # tensors that are sparse or quantised
+        raise CheckpointError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from None

@@ -61,7 +61,7 @@ class TimmEncoder(nn.Module):
 
     def _try(self) -> None:
         """Raises ValueError for a network that takes one size of picture alone, or whose maps are not what it says."""
-        height, width = 128, 192
+        height, width = 96, 160  # multiples of 32 and of no more
         try:
             with torch.no_grad():
                 maps = self.net.eval()(torch.zeros(1, 3, height, width))
@@ -76,6 +76,8 @@ class TimmEncoder(nn.Module):
     def parameters_to(self, stride: int) -> list[nn.Parameter]:
         """Those that train, of what the maps at this stride (4, 8, 16 or 32) and finer ones are made by."""
         training, parameters = self.net.training, [x for x in self.net.parameters() if x.requires_grad]
+        if not parameters:  # all are frozen already
+            return []
         with torch.enable_grad():
             maps = self.net.eval()(self.mean.new_zeros(1, 3, 128, 192))[: self.reductions.index(stride) + 1]
             made_by = torch.autograd.grad(sum(x.sum() for x in maps), parameters, allow_unused=True)
@@ -89,15 +91,21 @@ class TimmEncoder(nn.Module):
 def load_timm(encoder: TimmEncoder, path: str | Path) -> None:
     """Fill an encoder from a checkpoint with timm's keys, or an EfficientNet's with the keys of ``_blocks.0``….
 
-    The encoder must find every tensor; what a classifier has beyond its last stage is dropped. Raises CheckpointError.
+    The encoder must find every tensor; what a classifier has beyond its last stage is dropped, and what another network
+    has within the stages is refused. Raises CheckpointError.
     """
     state = read_state(path)
     ours = encoder.net.state_dict()
     if "_conv_stem.weight" in state:
         state = _efficientnet_keys(state, ours)
-    # What is in ``stages.0`` of the whole network is in ``stages_0`` where timm takes its maps from a list of parts.
-    state = {**{key.replace(".", "_", 1): tensor for key, tensor in state.items()}, **state}
-    given = {key: tensor for key, tensor in state.items() if key in ours}
+    parts = {key.split(".")[0] for key in ours}
+    given = {}
+    for key, tensor in state.items():
+        # What is in ``stages.0`` of the whole network is in ``stages_0`` where timm takes maps from a list of parts.
+        names = (key, key.replace(".", "_", 1))
+        name = next((name for name in names if name in ours), None)
+        if name is not None or any(name.split(".")[0] in parts for name in names):  # or a block of a deeper network
+            given[name or key] = tensor
     # Counters of batches are of no use here, and old files have none.
     given.update({key: tensor for key, tensor in ours.items() if key.endswith("num_batches_tracked")})
     load_state(encoder.net, given, path, f"timm's {encoder.name}")
@@ -116,7 +124,9 @@ def _efficientnet_keys(state: dict[str, Tensor], ours: dict[str, Tensor]) -> dic
         parts = key.split(".")
         if parts[0] in stem:
             renamed[f"{stem[parts[0]]}.{parts[1]}"] = tensor
-        elif parts[0] == "_blocks" and int(parts[1]) < len(places):
+        elif parts[0] == "_blocks" and int(parts[1]) >= len(places):
+            renamed[f"blocks.{key}"] = tensor  # of a deeper network
+        elif parts[0] == "_blocks":
             stage, block = places[int(parts[1])]
             names = full if parts[1] in expanded else plain
             renamed[f"blocks.{stage}.{block}.{names.get(parts[2], parts[2])}.{parts[3]}"] = tensor

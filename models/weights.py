@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,11 +109,16 @@ def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.n
 
     Raises CheckpointError for a file that cannot be read, is of another network, or does not say its configuration.
     """
-    content = read_checkpoint(path)
-    metadata = content.get("metadata") or {}
+    return network_of(read_checkpoint(path), path).to(device)
+
+
+def network_of(content: dict[str, Any], path: str | Path) -> torch.nn.Module:
+    """`load_dbsnet` of a file that `models.state_dicts.read_checkpoint` has read; ``path`` is for errors."""
+    metadata = content.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
     try:
         config = json.loads(metadata["config"]) if "config" in metadata else content.get("config_model")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (json.JSONDecodeError, RecursionError, TypeError) as error:
         raise CheckpointError(f"{path}: the 'config' in its metadata is not JSON ({error}): write it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(
@@ -130,4 +136,4 @@ def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.n
             f"{path}: its configuration does not describe a network of this version: {error}"
         ) from None
     load_state(net, state, path)
-    return net.to(device).eval()
+    return net.eval()

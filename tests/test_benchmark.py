@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.errors import DataError
-from datasets.synthetic import write_dataset
 from models import Predictor, build_dbsnet, save_weights
 from models.frame_store import FrameStore
 from utils.benchmark import bench, network, propagation, training
@@ -43,8 +41,7 @@ def parse(*words: str, folder: Path) -> argparse.Namespace:
     bench.add_arguments(parser)
     args = parser.parse_args(words)
     shared = {"device": "cpu", "size": None, "checkpoint": None, "amp": "none", "batch_size": 2, "workers": 1,
-              "cuda_graphs": False, "sequences": None,
-              "datasets": None, "data_dir": "data", "split": None, "save_dir": str(folder)}  # fmt: skip
+              "cuda_graphs": False, "save_dir": str(folder)}  # fmt: skip
     for name, value in shared.items():
         setattr(args, name, value)
     return args
@@ -227,7 +224,7 @@ def test_all_parts_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     words += "--bench_video_frames 3 --bench_repeats 1"
     args = parse(*words.split(), folder=tmp_path)
     args.checkpoint, args.size = str(tmp_path / "w.safetensors"), [32, 64]
-    report = bench.run(args)
+    report = bench.run(args, CPU)
     assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(report))
     results = {result["part"]: result for result in report["results"]}
     assert set(results) == {"network", "video", "pipeline", "profile", "long", "training"}
@@ -261,7 +258,7 @@ def test_training_is_that_of_the_network_in_its_row(tmp_path: Path, monkeypatch:
     args.checkpoint, args.size = str(tmp_path / "w.safetensors"), [32, 64]
     monkeypatch.setattr(training, "build_dbsnet", build)
     with pytest.raises(Built) as caught:
-        bench.run(args)
+        bench.run(args, CPU)
     assert {k: v.shape for k, v in caught.value.args[0].state_dict().items()} == {
         k: v.shape for k, v in net.state_dict().items()
     }
@@ -357,7 +354,7 @@ def test_against_timm() -> None:
 )
 def test_options_out_of_range(words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words.split()[0]):
-        bench.run(parse(*words.split(), folder=tmp_path))
+        bench.run(parse(*words.split(), folder=tmp_path), CPU)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +371,7 @@ def test_sizes_that_will_not_do_are_told_before_anything_is_measured(
     args = parse(*words.split(), folder=tmp_path)
     args.size = size
     with pytest.raises(UserError, match=message):
-        bench.run(args)
+        bench.run(args, CPU)
     assert not list(tmp_path.iterdir())
 
 
@@ -390,7 +387,7 @@ def test_options_that_do_not_go_together(words: str, given: dict, message: str, 
     args = parse(*words.split(), folder=tmp_path)
     vars(args).update(given)
     with pytest.raises(UserError, match=message):
-        bench.run(args)
+        bench.run(args, CPU)
     assert not list(tmp_path.iterdir())
 
 
@@ -400,7 +397,7 @@ def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_measured(
     (tmp_path / "file").touch()
     monkeypatch.setattr(propagation, "time_calls", lambda *_: pytest.fail("it measures"))
     with pytest.raises(OSError, match="/file"):  # told without a traceback by `utils.errors`
-        bench.run(parse("--bench_json", str(tmp_path / "file" / "b.json"), folder=tmp_path))
+        bench.run(parse("--bench_json", str(tmp_path / "file" / "b.json"), folder=tmp_path), CPU)
 
 
 def test_without_timm_part_encoders_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,40 +416,12 @@ def test_without_pydensecrf_the_pipeline_with_it_is_refused_at_once(
         bench.check(parse("--bench_crf", folder=tmp_path))
 
 
-def test_a_data_set_that_is_not_there_is_told_before_anything_is_measured(tmp_path: Path) -> None:
-    args = parse(folder=tmp_path / "r")
-    args.datasets, args.data_dir = ["DAVIS-2016"], str(tmp_path)
-    with pytest.raises(DataError, match="DAVIS-2016"):
-        bench.run(args)
-    assert not list(tmp_path.iterdir())
-
-
-def test_frames_of_a_data_set_are_those_of_the_video_asked_for(tmp_path: Path) -> None:
-    write_dataset(tmp_path, "DAVIS-2016", videos=3, frames=4, size=(32, 48), flows=False, validation=2)
-    args = parse("--bench_video_frames", "3", folder=tmp_path)
-    args.datasets, args.data_dir = ["DAVIS-2016"], str(tmp_path)
-    for sequences, video in ((None, "video-001"), (["video-002"], "video-002")):
-        args.sequences = sequences
-        assert [path.parent.name for path in bench._dataset_frames(args)] == [video] * 3
-    args.sequences = ["video-02"]
-    with pytest.raises(UserError, match="--sequences video-02: not in DAVIS-2016; did you mean video-002"):
-        bench.run(args)
-
-
 def test_sizes_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parse("--bench_sizes", "384x640", folder=tmp_path).bench_sizes == [(384, 640)]
     for word in ("384", "axb", "0x4", "1x2x3"):
         with pytest.raises(SystemExit):
             parse("--bench_sizes", word, folder=tmp_path)
     assert "384x640" in capsys.readouterr().err
-
-
-def test_no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    args = parse(folder=tmp_path)
-    args.device = "cuda"
-    with pytest.raises(UserError, match="--device cpu"):
-        bench.run(args)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import DBSNet, Predictor, build_dbsnet
+from models import DBSNet, Predictor, build_dbsnet, consensus
 from models.consensus import agree, describe_looks, voters
 from models.frame_store import FrameStore
 from models.predictor import directly
@@ -149,7 +150,7 @@ def test_cosines_are_never_all_held() -> None:
     torch.testing.assert_close(piecewise, corrected(logits, looks))
 
 
-def test_frames_come_as_soon_as_those_that_vote_are_there() -> None:
+def test_frames_come_as_soon_as_those_that_vote_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, looks = make_maps(300)
     asked = 0
 
@@ -159,10 +160,20 @@ def test_frames_come_as_soon_as_those_that_vote_are_there() -> None:
             asked += len(batch)
             yield batch
 
+    kept = weakref.WeakSet()  # memory must not grow with the video
+    old = consensus.opinion
+
+    def watched(logits: Tensor) -> list[Tensor]:
+        found = [frame.clone() for frame in old(logits)]
+        kept.update(found)
+        return found
+
+    monkeypatch.setattr(consensus, "opinion", watched)
     results = agree(batches(), store_of(looks), 300, 4, CPU, directly)
     given = 0
     for batch in results:
         given += len(batch)
+        assert len(kept) <= 2 * 64 + 2 * 4
         assert asked <= min(300, given + 64 + 4)
     assert given == 300
 

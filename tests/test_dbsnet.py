@@ -256,3 +256,5 @@ def test_frozen_encoders_are_what_the_map_at_a_stride_depends_on(encoder: str, s
     net.freeze_encoders(stride)
     assert {name for name, parameter in named.items() if not parameter.requires_grad} == feeding
     assert feeding and (stride == 32) == (feeding == {name for name in named if name.startswith("encoders.")})
+    net.freeze_encoders(stride)  # again: nothing more
+    assert {name for name, parameter in named.items() if not parameter.requires_grad} == feeding

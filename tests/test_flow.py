@@ -34,6 +34,7 @@ from utils.flow.prepare import FlowTask, pending_frames, write_flows
 from utils.flow.raft import convert_raft_state, load_raft, torchvision_key
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
+DIS = FlowEstimator(FlowSettings("dis"))
 
 # ------------------------------------------------------------------------------------------------------------ helpers
 
@@ -224,19 +225,13 @@ def test_the_public_small_weights_load_to_the_last_tensor(real_data: Path):
 def test_raft_small_reproduces_the_look_of_the_supplied_images(real_data: Path):
     """Mean absolute difference in grey levels; the frames here went through JPEG once more than those used there."""
     davis = real_data / "DAVIS"
+    weights = str(real_data / "weights" / "raft-small.pth")
+    estimator = FlowEstimator(FlowSettings("raft_small", weights, size=(288, 512), iters=12))
     differences = []
     for name, t in (("dog", 20), ("libby", 48)):  # libby's frame 48 is its last: backward flow
         folder = davis / "JPEGImages" / "480p" / name
         frames = [np.array(Image.open(folder / f"{i:05d}.jpg").convert("RGB")) for i in (t - 1, t, t + 1) if i < 49]
-        flows = compute_flows(
-            frames,
-            method="raft_small",
-            weights=str(real_data / "weights" / "raft-small.pth"),
-            size=(288, 512),
-            iters=12,
-            indices=[1],
-        )
-        [(index, flow)] = flows
+        [(index, flow)] = compute_flows(frames, estimator, indices=[1])
         assert index == 1 and flow.shape == (288, 512, 2) and flow.dtype == np.float32
         supplied = np.array(Image.open(davis / "Flows" / "480p" / name / f"{t:05d}.jpg").convert("RGB"))
         differences.append(np.abs(flow_to_image(flow).astype(int) - supplied).mean())
@@ -282,9 +277,10 @@ def test_batches_do_not_change_raft(monkeypatch):
     model.register_forward_pre_hook(lambda _, inputs, options: asked.append(options), with_kwargs=True)
     monkeypatch.setattr(estimation, "load_raft", lambda method, weights: loaded.append(method) or model)
     frames = [texture(128, 136, (t, 0)) for t in range(4)]
-    one = dict(compute_flows(frames, "raft_small", batch_size=1, iters=2))
+    estimator = FlowEstimator(FlowSettings("raft_small", iters=2))
+    one = dict(compute_flows(frames, estimator, batch_size=1))
     assert loaded == ["raft_small"]  # once, and not for every pair
-    three = dict(compute_flows(frames, "raft_small", batch_size=3, iters=2))
+    three = dict(compute_flows(frames, estimator, batch_size=3))
     assert list(one) == list(three) == [0, 1, 2, 3]
     assert asked == [{"num_flow_updates": 2}] * (4 + 2)
     for t in one:
@@ -309,24 +305,24 @@ def test_pairs_look_ahead_and_the_last_one_back_and_every_frame_is_read_once():
 
 
 def test_flow_of_one_frame_is_zero_and_its_image_white():
-    [(index, flow)] = compute_flows([texture(20, 30)], "dis")
+    [(index, flow)] = compute_flows([texture(20, 30)], DIS)
     assert index == 0 and flow.shape == (20, 30, 2) and not flow.any()
     assert (flow_to_image(flow) == 255).all()
 
 
 def test_frames_of_different_sizes_are_an_error():
     with pytest.raises(DataError, match="frames 1 and 2 have different shapes"):
-        list(compute_flows([texture(40, 40), texture(40, 40), texture(40, 48)], "dis"))
+        list(compute_flows([texture(40, 40), texture(40, 40), texture(40, 48)], DIS))
     # Going on after an interruption takes some pairs only, each of which may be of one size.
     two, others = [texture(40, 40)] * 2, [texture(40, 48)] * 2
     with pytest.raises(DataError, match="frame 2 has another shape than frame 0"):
-        list(compute_flows([*two, *others], "dis", indices=[0, 2]))
+        list(compute_flows([*two, *others], DIS, indices=[0, 2]))
 
 
 def test_size_is_height_then_width_and_flow_is_in_its_pixels():
     frames = [texture(80, 120, (0, 0)), texture(80, 120, (8, 4))]
-    full = dict(compute_flows(frames, "dis"))[0]
-    half = dict(compute_flows(frames, "dis", size=(40, 60)))[0]
+    full = dict(compute_flows(frames, DIS))[0]
+    half = dict(compute_flows(frames, FlowEstimator(FlowSettings("dis", size=(40, 60)))))[0]
     assert half.shape == (40, 60, 2)
     np.testing.assert_allclose(np.median(full, (0, 1)), (8, 4), atol=0.3)
     np.testing.assert_allclose(np.median(half, (0, 1)), (4, 2), atol=0.3)
@@ -361,7 +357,7 @@ def test_settings_are_checked():
         with pytest.raises(UserError):
             FlowSettings(**wrong)
     with pytest.raises(UserError, match="--flow_batch 0"):
-        list(compute_flows([texture(20, 20)] * 2, "dis", batch_size=0))
+        list(compute_flows([texture(20, 20)] * 2, DIS, batch_size=0))
 
 
 # -------------------------------------------------------------------------------------------------------------- files

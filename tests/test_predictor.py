@@ -396,6 +396,20 @@ def test_all_files_are_closed_at_the_end(net: DBSNet, video: tuple, monkeypatch:
     assert files and all(file.closed for file in files)
 
 
+def test_clips_are_encoded_and_decoded_in_batches(net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = collect(exact(net, clip_len=7, batch_size=7)(*video))
+    sizes = []
+    for name in ("encoder_maps", "decode"):
+
+        def counted(self, x, y, old=getattr(DBSNet, name)):
+            sizes.append(len(y))
+            return old(self, x, y)
+
+        monkeypatch.setattr(DBSNet, name, counted)
+    np.testing.assert_allclose(collect(exact(net, clip_len=7, batch_size=2)(*video)), expected, atol=1e-5)
+    assert max(sizes) == 2
+
+
 def test_bad_arguments(net: DBSNet, video: tuple) -> None:
     with pytest.raises(ValueError, match="11 frames and 10 flow images"):
         next(iter(Predictor(net)(video[0], video[1][:-1])))
@@ -414,10 +428,16 @@ def test_bad_arguments(net: DBSNet, video: tuple) -> None:
         Predictor(net, amp="fp8")
     with pytest.raises(ValueError, match="clip_len"):
         Predictor(net, clip_len=0)
+    for wrong in ({"clip_len": 2.5}, {"batch_size": 2.5}, {"piece": 1.5}):
+        with pytest.raises(TypeError, match="float"):
+            Predictor(net, **wrong)
+    for dtype in (torch.int8, torch.float64, "float16"):
+        with pytest.raises(ValueError, match="store_dtype must be"):
+            Predictor(net, store_dtype=dtype)
     for size in (64, (64,), (64.0, 96.0), (0, 96), "64"):
         with pytest.raises(ValueError, match="size must be"):
             Predictor(net, size=size)
-    for scales in (1.0, (), (0.0,), (float("nan"),), (float("inf"),)):
+    for scales in (1.0, (), (0.0,), (float("nan"),), (float("inf"),), "1.0"):
         with pytest.raises(ValueError, match="scales must be"):
             Predictor(net, scales=scales)
     assert list(Predictor(net)([], [])) == []

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets import sequences
 from datasets.errors import DataError
 from datasets.images import load_frame, load_mask
 from datasets.layouts import DAVIS_2016
-from datasets.sequences import DATASETS, canonical_name, find_root, read_dataset, read_folder
+from datasets.sequences import DATASETS, canonical_name, find_root, read_dataset
 from datasets.video_sequence import natural_key
 from datasets.vsod_layouts import FBMS_59
 
@@ -703,6 +704,15 @@ def test_every_set_is_read_in_the_authors_layout(tmp_path, name):
     assert bear.flow_dir == root / "train" / "Flows" / "bear"
 
 
+def test_a_folder_that_several_sets_may_have_is_a_name_of_one():
+    """As an unknown set, DAVIS would be scored on its first and last frames, and its list be another year's."""
+    for source in sequences._SOURCES.values():
+        for folder in source.folders:
+            assert canonical_name(folder) == canonical_name(folder.lower()) and canonical_name(folder) in DATASETS
+    assert canonical_name("davis_2017") == "DAVIS-2017" and canonical_name("DAVSOD-master") == "DAVSOD"
+    assert canonical_name("DAVIS-trainval") == canonical_name("DAVIS-2017-trainval-480p") == "DAVIS-2016"
+
+
 def test_authors_layout_with_a_folder_test_in_place_of_val(tmp_path):
     authors(tmp_path / "FBMS", "test", ["goat"])
     for split in ("val", "test"):
@@ -789,12 +799,11 @@ def test_known_sets_are_known_in_any_case_and_by_their_folder_names(tmp_path):
     for name in ("fbms", "Fbms-59", "FBMS_59"):
         (lion,) = read_dataset(name, tmp_path)
         assert (lion.name, lion.dataset, lion.mask_rule) == ("lion01", "FBMS", "above_128")
-    for name in ("davis-2016", "Davis", "DAVIS_2016", "DAVIS-16", "davis16"):
+    for name in ("davis-2016", "Davis", "DAVIS_2016", "DAVIS-16", "davis16", "DAVIS-trainval"):
         assert [sequence.dataset for sequence in read_dataset(name, tmp_path)] == ["DAVIS-2016"]
     for name, year in (("YoutubeVOS-2018", 2018), ("ytvos", 2018), ("youtube-vos-2019", 2019)):
         assert {video.dataset for video in read_dataset(name, tmp_path, "train")} == {f"YouTube-VOS-{year}"}
     assert [canonical_name(name) for name in ("Easy-35", "duts-tr", "Mine")] == ["DAVSOD", "DUTS-TR", "Mine"]
-    assert canonical_name("DAVIS-trainval") == "DAVIS-trainval", "which year, its name does not say"
 
 
 def test_a_set_that_is_given_itself_is_no_other_set(tmp_path):
@@ -817,27 +826,6 @@ def test_a_set_that_is_given_itself_is_no_other_set(tmp_path):
     assert named(read_dataset("MCL", tmp_path / "link")) == ["crowd", "road"]
     with pytest.raises(DataError, match="DAVSOD is not under"):
         read_dataset("DAVSOD", tmp_path / "link")
-
-
-def test_a_folder_of_frames(tmp_path):
-    pictures(tmp_path / "clip", ["f9", "f10"])
-    sequence = read_folder(tmp_path / "clip")
-    assert (sequence.name, sequence.stems, sequence.masks) == ("clip", ("f9", "f10"), {})
-    assert sequence.flow_dir == tmp_path / "Flows" / "clip"
-    pictures(tmp_path / "elsewhere", ["f9"], ".png")
-    assert tuple(read_folder(tmp_path / "clip", flow_dir=tmp_path / "elsewhere").flows) == ("f9",)
-    with pytest.raises(DataError, match="only folders"):
-        read_folder(tmp_path)
-    with pytest.raises(DataError, match="no folder"):
-        read_folder(tmp_path / "none")
-
-
-def test_a_folder_of_frames_within_a_data_set_has_its_flow(tmp_path):
-    root = davis(tmp_path / "DAVIS", ["bear"])
-    bear = read_folder(root / "JPEGImages" / "480p" / "bear")
-    assert bear.flow_dir == root / "Flows" / "480p" / "bear" and len(bear.flows) == 3
-    authors(tmp_path / "Mine", "val", ["a"])
-    assert len(read_folder(tmp_path / "Mine" / "val" / "images" / "a").flows) == 6
 
 
 def test_messages_say_what_to_do(tmp_path):

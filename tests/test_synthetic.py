@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import subprocess
 import sys
 import zlib
@@ -13,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 from torch.utils.data import DataLoader
 
 from datasets import rendering
 from datasets.errors import DataError
 from datasets.flow_colour import image_to_flow
-from datasets.rendering import _blur_along_flow, expose, stir
+from datasets.rendering import _blur_along_flow, expose, flow_pictures, stir
 from datasets.scene_motion import Motion
 from datasets.scene_textures import object_share
-from datasets.scenes import SceneOptions
+from datasets.scenes import SceneOptions, Sources, compose
 from datasets.sequences import read_dataset
 from datasets.stills import StillImage, read_stills
 from datasets.synthetic import SyntheticClips, make_clip, make_scene, write_dataset
@@ -192,6 +194,46 @@ def test_imperfect_flow_pictures_show_about_the_right_motion() -> None:
     # In its place: shifted by a twelfth of the frame either way, it fits worse.
     for axis, step in ((2, 6), (2, -6), (3, 9), (3, -9)):
         assert np.linalg.norm(exact - np.roll(seen, step, axis), axis=-1).mean() > error
+
+
+class NoErrors:
+    """Draws of an estimator that makes no error, on a grid of cells of the given size."""
+
+    def __init__(self, cell: int) -> None:
+        self.cell = cell
+
+    def random(self) -> float:
+        return 0.5
+
+    def integers(self, *_: int) -> int:
+        return self.cell
+
+    def normal(self, *_: float) -> float:
+        return 0.0
+
+    def uniform(self, *_: float) -> float:
+        return 0.0
+
+    def standard_normal(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize("cell", range(2, 7))
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [(192, 320), (96, 161)])
+def test_coarse_flow_pictures_are_in_their_place(size: tuple[int, int], axis: int, cell: int) -> None:
+    """The direction of the flow says where a pixel is from: 1.8 pi along the axis."""
+    side = size[axis]
+    per_pixel = 1.8 * math.pi / side
+    angle = ((np.arange(side) + 0.5) / side - 0.5) * 1.8 * math.pi
+    angle = np.broadcast_to(angle[:, None] if axis == 0 else angle, size)
+    flow = torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32))[None]
+    picture = flow_pictures(NoErrors(cell), flow, replace(CLEAN, flow_errors=1.0))
+    seen = image_to_flow(picture[0].permute(1, 2, 0).numpy())  # (H, W, 2)
+    turned = np.arctan2(seen[..., 1], seen[..., 0]) - angle
+    pixels = np.angle(np.exp(1j * turned)).mean(axis=1 - axis) / per_pixel  # by how much the picture is shifted
+    for part in np.array_split(pixels[6:-6], 3):
+        assert abs(part.mean()) < 0.35
 
 
 def test_motion_blur_smears_along_the_motion() -> None:
@@ -440,6 +482,46 @@ def test_a_natural_scene_is_the_still_under_a_moving_camera(duts: Path) -> None:
         assert np.abs(terms @ fit - flow.reshape(-1, 2)).max() < 0.05
     # Off by default, and then no draw is made for it: clips of a seed stay what they were.
     assert SceneOptions().natural == 0
+
+
+def test_what_rests_goes_with_a_ground_that_has_relief(duts: Path) -> None:
+    """Or natural scenes would show their object by its motion: by a jump of the flow at its rim."""
+    stills = read_stills(duts)
+    options = replace(CLEAN, natural=1.0, relief=1.0, camera_static=0.0, camera_speed=(0.02, 0.03))
+    jumps = []
+    for seed in range(12):
+        clip = make_clip((41, seed), 6, SIZE, stills[seed % len(stills)], stills, options)
+        for flow, mask in zip(clip["flow"].astype(np.float64), clip["masks"].astype(bool)):
+            near = ndimage.binary_dilation(mask, iterations=3) & ~mask
+            rim = mask & ~ndimage.binary_erosion(mask, iterations=2)
+            share = ndimage.uniform_filter(near.astype(float), 7)
+            rim &= share > 0.1
+            around = [ndimage.uniform_filter(flow[..., c] * near, 7) / np.maximum(share, 0.1) for c in (0, 1)]
+            jump = np.hypot(*(flow[..., c] - around[c] for c in (0, 1)))[rim]
+            if jump.size:
+                jumps.append(np.median(jump) / np.median(np.hypot(flow[..., 0], flow[..., 1])))
+    assert len(jumps) > 30 and np.quantile(jumps, 0.9) < 0.05
+
+
+def test_an_object_at_home_begins_in_its_place(duts: Path) -> None:
+    """Also one that moves: where it was cut out is a hole that it covers at first."""
+    stills = read_stills(duts)
+    mask = np.zeros((60, 90), dtype=np.uint8)
+    mask[:25, 55:] = 255
+    for still in stills:  # at the picture's edge, where an object is at home in every scene
+        Image.fromarray(mask).save(still.mask)
+    options = replace(CLEAN, other_background=0.0, distractor=0.0, second_object=0.0, occluder=0.0)
+    moved = 0
+    for seed in range(40):
+        first = []
+        for static in (0.0, 1.0):
+            sources = Sources(stills[seed % len(stills)], stills, SIZE)
+            rng = np.random.default_rng((42, seed))
+            layers, _ = compose(rng, 4, SIZE, sources, replace(options, object_static=static))
+            first.append(layers[-1].motion.matrices)
+        np.testing.assert_allclose(first[0][0], first[1][0], atol=1e-9)
+        moved += not np.allclose(first[0][3], first[1][3])
+    assert moved > 20
 
 
 def test_stills_whose_object_is_too_large_are_drawn_anew(tmp_path: Path) -> None:

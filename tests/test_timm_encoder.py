@@ -69,6 +69,38 @@ def test_the_maps_are_those_of_timm(whole: torch.nn.Module, tmp_path: Path, nami
         torch.testing.assert_close(own, theirs)
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [("resnet34", "resnet18"), ("tf_efficientnet_lite1", NAME), ("convnext_small", "convnext_tiny")],
+)
+def test_a_deeper_network_is_another_one(given: str, wanted: str, tmp_path: Path) -> None:
+    """All that the shallower one asks for is there; its later blocks would read what they were never trained on."""
+    torch.save(timm.create_model(given, pretrained=False).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit timm's .*: \d+ unexpected"):
+        load_timm(TimmEncoder(wanted), tmp_path / "w.pth")
+
+
+def test_numbered_blocks_of_a_deeper_network_are_told(whole: torch.nn.Module, tmp_path: Path) -> None:
+    state = numbered_names(whole.state_dict())
+    more = {key.replace("_blocks.15.", "_blocks.16."): tensor for key, tensor in state.items() if "_blocks.15." in key}
+    torch.save({**state, **more}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=f"{len(more)} unexpected"):
+        load_timm(TimmEncoder(NAME), tmp_path / "w.pth")
+
+
+def test_a_network_for_multiples_of_64_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="its maps are"):
+        TimmEncoder("mobilevitv2_050")
+
+
+def test_dropout_is_refused_where_no_encoder_has_it() -> None:
+    with pytest.raises(ValueError, match="dropout is MobileViT's"):
+        build_dbsnet("xxs", encoder="resnet18", dropout=0.5)
+    assert (
+        build_dbsnet("xxs", encoder={"appearance": NAME, "motion": "mobilevit"}, dropout=0.5).config["dropout"] == 0.5
+    )
+
+
 # Two families whose batch norms all follow a convolution, and one with pre-activation, where they read sums.
 @pytest.mark.parametrize("name, left", [(NAME, 0), ("resnet18", 0), ("efficientnet_b0", 0), ("densenet121", 1)])
 def test_batch_norms_of_such_an_encoder_are_folded(name: str, left: int) -> None:
@@ -103,6 +135,8 @@ class Crooked(TimmEncoder):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         y = self.first(x)
+        if self.kind == "a sum in place":
+            y += x.mean()
         z = self.one(y).relu()
         if self.kind == "a norm of two convolutions":
             return [self.one(self.second(z))]
@@ -115,7 +149,7 @@ class Crooked(TimmEncoder):
 
 @pytest.mark.parametrize(("kind", "left"), [
     ("plain", 0), ("a norm of two convolutions", 1), ("a convolution of two norms", 2), ("another reader", 1),
-    ("no weights", 1), ("no statistics", 1),
+    ("no weights", 1), ("no statistics", 1), ("a sum in place", 1),
 ])  # fmt: skip
 def test_what_cannot_be_folded_stays_as_it_is(kind: str, left: int) -> None:
     torch.manual_seed(0)
@@ -137,7 +171,9 @@ def test_streams_of_two_kinds_are_joined() -> None:
     options = {"width": 8, "dilations": [], "depth": 0, "rounds": 0}
     appearance = build_dbsnet("xxs", encoder=NAME, **options, streams=["appearance"]).eval()
     motion = build_dbsnet("xxs", **options, streams=["motion"]).eval()
-    for first, second in ((appearance, motion), (motion, appearance)):
+    named = build_dbsnet("xxs", **options, streams=["motion"], encoder={"motion": "mobilevit"}).eval()
+    named.load_state_dict(motion.state_dict())
+    for first, second in ((appearance, motion), (motion, appearance), (named, appearance)):
         both = add_stream(first, second)
         assert both.config["encoder"] == {"appearance": NAME, "motion": "mobilevit"}
         assert build_dbsnet(**both.config).state_dict().keys() == both.state_dict().keys()

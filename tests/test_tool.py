@@ -31,7 +31,7 @@ from models.weights import save_weights
 from utils import report
 from utils.evaluation.reading import Scores
 from utils.flow.files import FlowFiles
-from utils.inference.weights import read_notes
+from utils.inference.weights import load_weights
 from utils.report import describe_encoders
 
 FRAMES = 5
@@ -415,15 +415,16 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = tmp_path / "out.safetensors"
     words = ["--tools", "export", "--checkpoint", weights, "--output", out]
     assert call(*words, "--note", "licence=CC BY-NC 4.0", "sequences=a=b") == 0
-    notes, size = read_notes(out)
-    assert size == (32, 64)
+    made = load_weights(out)
+    notes = made.notes
+    assert made.size == (32, 64)
     assert notes["licence"] == "CC BY-NC 4.0" and notes["sequences"] == "a=b"
     assert notes["trained_on"] == "nothing at all"  # what the checkpoint said already
     assert out.stat().st_size < 0.55 * weights.stat().st_size
     before, after = load_dbsnet(weights).state_dict(), load_dbsnet(out).state_dict()
     for key, value in before.items():
         assert torch.allclose(value.float(), after[key].float(), rtol=1e-3, atol=1e-6), key
-    assert call(*words, "--size", 64, 96) == 0 and read_notes(out)[1] == (64, 96)
+    assert call(*words, "--size", 64, 96) == 0 and load_weights(out).size == (64, 96)
     assert "--size 0 -4: expected a height and a width" in fails(capsys, *words, "--size", 0, -4)
     assert "KEY=VALUE" in fails(capsys, *words, "--note", "licence")
     assert "--size" in fails(capsys, *words, "--note", "size=3")
@@ -450,9 +451,9 @@ def test_export_of_a_mean(weights: Path, tmp_path: Path, capsys: pytest.CaptureF
     for key, value in mean.items():
         states = [net.state_dict()[key].numpy() for net in nets]
         assert np.allclose(value.numpy(), sum(states) / 3, rtol=1e-3, atol=1e-3), key
-    notes, size = read_notes(out)
+    made = load_weights(out)
     # Figure and step are those of one of them.
-    assert size == (32, 64) and notes == {"size": "32 64", "licence": "x", "average_of": "3"}
+    assert made.size == (32, 64) and made.notes == {"size": "32 64", "licence": "x", "average_of": "3"}
     other = build_dbsnet(**{**nets[0].config, "rounds": nets[0].config["rounds"] + 1})
     save_weights(tmp_path / "other.safetensors", other, metadata={"size": "32 64"})
     assert "rounds" in fails(capsys, *words, tmp_path / "other.safetensors")
@@ -477,10 +478,11 @@ def test_export_without_a_part(weights: Path, tmp_path: Path, capsys: pytest.Cap
     for key, value in rest.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
     notes = {"size": "32 64", "licence": "x", "average_of": "2", "without": "co_dga"}
-    assert read_notes(out) == (notes, (32, 64))
+    made = load_weights(out)
+    assert (made.notes, made.size) == (notes, (32, 64))
     again = ["--tools", "export", "--checkpoint", out, "--output", tmp_path / "p.safetensors"]
     assert call(*again, "--without", "refinement") == 0
-    assert read_notes(tmp_path / "p.safetensors")[0]["without"] == "co_dga, refinement"
+    assert load_weights(tmp_path / "p.safetensors").notes["without"] == "co_dga, refinement"
     assert "propagation, refinement, co_dga" in fails(capsys, *words, "--without", "flow")
 
 
@@ -508,13 +510,14 @@ def test_export_of_a_training_checkpoint(tmp_path: Path, repository: Path) -> No
     words += f" --device cpu --batch_size 2 --network depth:1 dilations:[1] --save_dir {run}"
     assert main.main(words.split()) == 0
     assert call("--tools", "export", "--checkpoint", run / "last.pt", "--output", tmp_path / "w.safetensors") == 0
-    notes, size = read_notes(tmp_path / "w.safetensors")
-    assert size == (32, 64) and notes["step"] == "1" and notes["trained_on"] == "synthetic" and "J" not in notes
+    made = load_weights(tmp_path / "w.safetensors")
+    notes = made.notes
+    assert made.size == (32, 64) and notes["step"] == "1" and notes["trained_on"] == "synthetic" and "J" not in notes
     # A figure belongs to the weights that it was measured with.
     checkpoint = torch.load(run / "last.pt", weights_only=True)
     for step, said in ((1, "0.7500"), (0, None)):
         torch.save({**checkpoint, "best": {"J": 0.75, "step": step}}, tmp_path / "best.pt")
-        assert read_notes(tmp_path / "best.pt")[0].get("J") == said
+        assert load_weights(tmp_path / "best.pt").notes.get("J") == said
 
 
 # ------------------------------------------------------------------------------------------------------ what is wrong
@@ -811,6 +814,21 @@ def test_a_variable_that_is_not_set_is_no_place(name: str, capsys: pytest.Captur
     with pytest.raises(SystemExit) as caught:
         call("--tools", "test", f"--{name}", "")
     assert caught.value.code == 2 and f"error: --{name} '': expected the name of a" in capsys.readouterr().err
+
+
+def test_a_benchmark_reads_the_video_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path, "DAVIS-2016", videos=3, frames=4, size=(32, 48), flows=False, validation=2)
+    read = []
+    monkeypatch.setattr("utils.benchmark.bench.run", lambda args, device, frames: read.append(frames))
+    words = ["--tools", "bench", "--device", "cpu", "--data_dir", tmp_path, "--bench_video_frames", 3]
+    assert call(*words) == 0 and read.pop() is None  # it draws some
+    for sequences, video in (([], "video-001"), (["--sequences", "video-002"], "video-002")):
+        assert call(*words, "--datasets", "DAVIS-2016", *sequences) == 0
+        assert [path.parent.name for path in read.pop()] == [video] * 3
+    message = fails(capsys, *words, "--datasets", "DAVIS-2016", "--sequences", "video-02")
+    assert "--sequences video-02: not in DAVIS-2016; did you mean video-002" in message and not read
 
 
 def test_an_interrupted_benchmark_does_not_promise_to_go_on(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from datasets.errors import DataError
 from utils.errors import UserError
-from utils.video import WINDOW, FolderFrames, open_folder, open_video, write_video
+from utils.video import WINDOW, FolderFrames, VideoFrames, open_folder, write_video
 
 cv2 = pytest.importorskip("cv2")
 
@@ -51,7 +51,7 @@ def clip(tmp_path: Path) -> Path:
 
 
 def test_frames_are_rgb_and_in_order(clip: Path):
-    frames = open_video(clip)
+    frames = VideoFrames(clip)
     assert len(frames) == 60 and frames.size == (48, 64) and frames.fps == 12.5
     assert frames.stems[:2] == ("00000", "00001") and frames.stems[-1] == "00059"
     for t, frame in enumerate(frames):
@@ -61,13 +61,13 @@ def test_frames_are_rgb_and_in_order(clip: Path):
 
 
 def test_any_order_of_access_gives_the_frames_of_sequential_reading(clip: Path):
-    expected = list(open_video(clip))
-    frames = open_video(clip)
+    expected = list(VideoFrames(clip))
+    frames = VideoFrames(clip)
     rng = np.random.default_rng(0)
     order = [59, 0, 0, 30, 31, 29, 14, 15, 45, 44, 43, *rng.integers(0, 60, 25).tolist(), -1, -60]
     for t in order:
         np.testing.assert_array_equal(frames[t], expected[t])
-    assert [number(frame) for frame in frames[57:]] == [57, 58, 59]
+    assert [number(frame) for frame in (frames[t] for t in range(57, 60))] == [57, 58, 59]
     for wrong in (60, -61):
         with pytest.raises(IndexError):
             frames[wrong]
@@ -79,9 +79,9 @@ def test_the_number_of_frames_is_what_can_be_decoded_not_what_the_header_says(tm
     cut = tmp_path / "cut.avi"
     cut.write_bytes(data[: len(data) * 2 // 3])
     assert cv2.VideoCapture(str(cut)).get(cv2.CAP_PROP_FRAME_COUNT) > 50
-    frames = open_video(cut)
+    frames = VideoFrames(cut)
     assert 10 < len(frames) < 60 == frames.promised
-    assert open_video(clip).promised is None
+    assert VideoFrames(clip).promised is None
     assert [number(frame) for frame in frames] == list(range(len(frames)))
 
 
@@ -100,10 +100,10 @@ def test_a_damaged_frame_is_no_end(clip: Path, monkeypatch: pytest.MonkeyPatch):
             return getattr(self.inner, name)
 
     cv2_capture = cv2.VideoCapture
-    assert len(open_video(clip)) > 5
+    assert len(VideoFrames(clip)) > 5
     monkeypatch.setattr(cv2, "VideoCapture", Damaged)
     with pytest.raises(UserError, match="frame 2 of .* is damaged(.|\n)*ffmpeg"):
-        open_video(clip)
+        VideoFrames(clip)
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path: Path):
@@ -123,7 +123,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path):
 
 
 def test_frames_can_be_sent_to_another_process(clip: Path):
-    frames = open_video(clip)
+    frames = VideoFrames(clip)
     expected = frames[7]
     again = pickle.loads(pickle.dumps(frames))
     np.testing.assert_array_equal(again[7], expected)
@@ -135,7 +135,7 @@ def test_a_video_that_cannot_be_decoded_names_the_command_that_converts_it(tmp_p
     path = tmp_path / "my clip.mp4"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"ffmpeg -i '.*my clip.mp4' -c:v libx264") as caught:
-        open_video(path)
+        VideoFrames(path)
     assert str(caught.value).startswith(str(path))
 
 
@@ -144,11 +144,11 @@ def test_names_that_ffmpeg_would_read_otherwise(clip: Path, tmp_path: Path, name
     """A protocol before a colon, a number after a percent sign, an option; a name without its folder is the case."""
     clip.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    frames = open_video(name)
+    frames = VideoFrames(name)
     assert len(frames) == 60 and [number(frames[t]) for t in (0, 59)] == [0, 59]
     Path(name).write_bytes(b"this is no video")
     with pytest.raises(UserError) as caught:
-        open_video(name)
+        VideoFrames(name)
     words = shlex.split(str(caught.value).splitlines()[1])
     for word in (words[2], words[-1]):
         assert Path(word).name in (name, f"{Path(name).stem}_h264.mp4")
@@ -157,12 +157,12 @@ def test_names_that_ffmpeg_would_read_otherwise(clip: Path, tmp_path: Path, name
 
 def test_a_video_that_is_not_there(tmp_path: Path):
     with pytest.raises(UserError, match="no such video file"):
-        open_video(tmp_path / "nothing.mp4")
+        VideoFrames(tmp_path / "nothing.mp4")
     with pytest.raises(UserError, match="--frames"):
-        open_video(tmp_path)
+        VideoFrames(tmp_path)
     (tmp_path / "empty.mp4").touch()
     with pytest.raises(UserError, match=r"empty.mp4: an empty file \(0 bytes\)") as caught:
-        open_video(tmp_path / "empty.mp4")
+        VideoFrames(tmp_path / "empty.mp4")
     assert "ffmpeg" not in str(caught.value)  # which could do nothing with it
 
 
@@ -174,7 +174,7 @@ def test_what_may_not_be_read_or_written_is_named(clip: Path, tmp_path: Path, mo
 
     with monkeypatch.context() as patch, pytest.raises(PermissionError) as caught:
         patch.setattr(Path, "open", refused)
-        open_video(clip)
+        VideoFrames(clip)
     assert caught.value.filename == str(clip)
     with monkeypatch.context() as patch, pytest.raises(PermissionError) as caught:
         patch.setattr(tempfile, "mkstemp", lambda **_: refused(tmp_path / ".made.mp4.x.mp4"))
@@ -198,6 +198,8 @@ def test_folders_that_are_no_video(tmp_path: Path):
         open_folder(tmp_path / "nothing")
     with pytest.raises(DataError, match="no frames in it"):
         open_folder(tmp_path)
+    with pytest.raises(DataError, match="no frame in it, only folders"):
+        open_folder(tmp_path.parent)
     Image.fromarray(picture(0)).save(tmp_path / "0.png")
     Image.fromarray(picture(0)).save(tmp_path / "0.jpg")
     with pytest.raises(DataError, match="0.jpg and 0.png"):
@@ -222,7 +224,7 @@ def test_folders_that_are_no_video(tmp_path: Path):
 def test_what_is_written_can_be_read(tmp_path: Path, size: tuple[int, int]):
     path = tmp_path / "out" / "made.mp4"
     assert write_video(path, (picture(t, size) for t in range(9)), fps=10) == 9
-    frames = open_video(path)
+    frames = VideoFrames(path)
     assert len(frames) == 9 and frames.fps == pytest.approx(10)
     assert frames.size == (size[0] + size[0] % 2, size[1] + size[1] % 2)  # nothing is cut off
     for t, frame in enumerate(frames):
@@ -235,7 +237,7 @@ def test_a_rate_that_mpeg4_has_no_ticks_for_is_rounded(tmp_path: Path):
     frames = [np.full((32, 64, 3), 20 * t, np.uint8) for t in range(5)]
     for rate, written in ((238.526, 239), (119.88, 119.88), (29.97, 29.97)):
         assert write_video(tmp_path / "v.mp4", frames, rate) == 5
-        assert open_video(tmp_path / "v.mp4").fps == pytest.approx(written, abs=0.01)
+        assert VideoFrames(tmp_path / "v.mp4").fps == pytest.approx(written, abs=0.01)
 
 
 def test_names_as_long_as_they_may_be(tmp_path: Path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.video import open_video
+from utils.video import VideoFrames
 from utils.visualise import clip_panel, outline, overlay, overlay_video, panel, to_grey
 
 
@@ -138,13 +138,13 @@ def test_overlay_video_draws_every_frame_lazily(tmp_path: Path):
     path = tmp_path / "overlay.mp4"
     assert overlay_video(path, frames, maps(), fps=8, alpha=1, contour=False, colour=(200, 40, 40)) == 6
     assert asked == list(range(6))
-    for t, frame in enumerate(open_video(path)):
+    for t, frame in enumerate(VideoFrames(path)):
         expected = (200, 40, 40) if t % 2 else (60 + 5 * t,) * 3
         assert np.abs(frame.mean((0, 1)) - expected).max() < 8
 
     flows = [np.zeros((16, 24, 3), np.uint8)] * 6  # another size: fitted to the frame
     overlay_video(path, frames, maps(), flows=flows)
-    assert open_video(path).size == (32, 96)
+    assert VideoFrames(path).size == (32, 96)
 
 
 @pytest.mark.parametrize("count", [2, 4])

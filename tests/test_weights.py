@@ -215,6 +215,14 @@ def test_files_that_do_not_say_their_network(net: DBSNet, tmp_path: Path) -> Non
     save_file({"a": torch.zeros(1)}, str(tmp_path / "deep.safetensors"), metadata={"config": "[" * 100_000})
     with pytest.raises(CheckpointError, match="deep.safetensors.*config"):
         load_dbsnet(tmp_path / "deep.safetensors")
+    for metadata in (torch.zeros(3), {"config": {"variant": "xxs"}}):
+        torch.save({"model": net.state_dict(), "metadata": metadata}, tmp_path / "foreign.pt")
+        with pytest.raises(CheckpointError, match="foreign.pt"):
+            load_dbsnet(tmp_path / "foreign.pt")
+    sparse = {key: tensor.to_sparse() for key, tensor in net.state_dict().items()}
+    torch.save(checkpoint(net, model=sparse, ema=sparse), tmp_path / "sparse.pt")
+    with pytest.raises(CheckpointError, match="sparse.pt does not fit this network"):
+        load_dbsnet(tmp_path / "sparse.pt")
     tampered = [
         {**net.config, **change} for change in ({"window": 0}, {"width": -16}, {"encoder": None}, {"pool": "2"})
     ]

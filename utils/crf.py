@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image, PngImagePlugin
 
 from datasets.errors import DataError
 from datasets.images import load_frame, require_size
+from utils.errors import UserError
 from utils.files import short_sha256, write_bytes
 from utils.parallel import Background, count_of_workers, parallel_map, share_of_workers
 from utils.progress import progress_bar
-
-# `utils.errors` is imported where it is raised: it brings torch, which the processes of `run` can do without.
 
 if TYPE_CHECKING:
     from datasets.sequences import VideoSequence
@@ -68,8 +68,6 @@ class CrfSettings:
     scale: float = 1.05
 
     def __post_init__(self) -> None:
-        from utils.errors import UserError
-
         for name, (least, most) in _LIMITS.items():
             if not least <= getattr(self, name) <= most:  # so written that NaN fails too
                 raise UserError(f"--crf_{name} {getattr(self, name)}: expected {least} to {most:.0f}")
@@ -145,8 +143,6 @@ def import_densecrf() -> Any:
     try:
         import pydensecrf.densecrf as densecrf
     except ImportError as error:
-        from utils.errors import UserError
-
         raise UserError(
             f"the CRF needs pydensecrf, which is not installed here ({error}): pip install pydensecrf2. That needs a "
             "C++ compiler and Python 3.10 to 3.12; it does not build on 3.13 and later. All other tools work without it"
@@ -160,8 +156,6 @@ def load_probability(path: str | Path) -> np.ndarray:
     Raises:
         DataError: a file that is missing or unreadable, or is not an 8-bit grey image.
     """
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             if image.mode != "L":
@@ -299,8 +293,6 @@ def run_beside_test(
 
 
 def _refine_file(frame: Path | np.ndarray, source: Path, target: Path, settings: CrfSettings) -> None:
-    from PIL import Image, PngImagePlugin
-
     image, name = (load_frame(frame), frame) if isinstance(frame, Path) else (frame, "its frame")
     probability = load_probability(source)
     require_size(source, probability.shape, image.shape, name)
@@ -312,8 +304,6 @@ def _refine_file(frame: Path | np.ndarray, source: Path, target: Path, settings:
 
 
 def _is_current(target: Path, source: Path, settings: CrfSettings) -> bool:
-    from PIL import Image
-
     if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
         return False
     try:

@@ -21,6 +21,9 @@ except ImportError:  # Windows
 
 import numpy as np
 
+_UMASK = os.umask(0)  # which can only be read by setting it: here, before any thread could notice
+os.umask(_UMASK)
+
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Writes ``data`` to ``path`` atomically and returns the path; parent folders are made.
@@ -46,7 +49,7 @@ def _write(path: Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         # mkstemp makes files that only the owner may read; a result should have the permissions of any other file.
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -134,12 +137,3 @@ def write_png(path: str | os.PathLike[str], array: np.ndarray) -> Path:
 def short_sha256(path: Path) -> str:
     """The first 16 digits of a file's SHA-256."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _umask() -> int:
-    """The process's umask; it can only be read by setting it. Read once, before any thread could notice."""
-    return _UMASK
-
-
-_UMASK = os.umask(0)
-os.umask(_UMASK)

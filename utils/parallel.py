@@ -19,11 +19,9 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, NoReturn
 
+from utils.errors import UserError
 from utils.memory import keep_freed_memory
 from utils.progress import progress_bar
-
-# `utils.errors` is imported where it is raised: it brings torch, which takes a new process longer to import than many a
-# task takes.
 
 NICENESS = 10
 """By how much processes step back that work beside a network: on a CPU they share the processors with it."""
@@ -182,8 +180,6 @@ def parallel_map(
     Raises:
         UserError: ``workers`` below 0, or a process that was killed.
     """
-    from utils.errors import UserError
-
     workers = count_of_workers(workers)
     if workers < 0:
         raise UserError(f"--workers {workers}: expected 0 (no extra process) or more")
@@ -248,8 +244,6 @@ class Background:
 
 
 def _killed(workers: int) -> Exception:
-    from utils.errors import UserError
-
     return UserError(
         f"one of {workers} worker processes was killed, most often for want of memory: try a smaller --workers"
     )

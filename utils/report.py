@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from datasets.images import load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence
@@ -334,8 +335,6 @@ def _pictures(save_dir: Path, score: Scores, sequence: VideoSequence) -> list[st
 
 def _figure(image: np.ndarray, caption: str) -> str:
     """A picture within the page, (H, W, 3) uint8, at most `PICTURE_WIDTH` wide."""
-    from PIL import Image
-
     picture = Image.fromarray(np.ascontiguousarray(image))
     if picture.width > PICTURE_WIDTH:
         height = max(1, round(picture.height * PICTURE_WIDTH / picture.width))

@@ -12,13 +12,13 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from datasets.errors import DataError
 from datasets.images import load_frame
-from datasets.video_sequence import FRAME_SUFFIXES, by_stem, list_files, raise_problem
+from datasets.video_sequence import FRAME_SUFFIXES, by_stem, list_files, list_folders, raise_problem
 from utils.errors import UserError
 from utils.files import temporary_prefix
 
@@ -30,7 +30,7 @@ DAMAGED_AT_MOST = 250
 
 
 class LazyFrames(Sequence[np.ndarray]):
-    """Frames of one video that are decoded when asked for; the last ``window`` of them are kept.
+    """Frames of one video that are decoded when asked for; the last of them are kept.
 
     Two callers may get the same array: copy it before writing into it.
 
@@ -39,28 +39,21 @@ class LazyFrames(Sequence[np.ndarray]):
         stems: one name per frame, under which its results are stored.
         size: (H, W) of every frame.
         fps: frames per second, for a video made from the results.
+        window: how many frames are kept; may be raised.
     """
 
-    def __init__(
-        self, files: Sequence[Path], stems: Sequence[str], size: tuple[int, int], fps: float, window: int = WINDOW
-    ) -> None:
+    def __init__(self, files: Sequence[Path], stems: Sequence[str], size: tuple[int, int], fps: float) -> None:
         self.files = tuple(files)
         self.stems = tuple(stems)
         self.size = size
         self.fps = fps
-        self.window = window
+        self.window = WINDOW
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.stems)
 
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> np.ndarray:
         if not -len(self) <= index < len(self):
             raise IndexError(f"frame {index} of a video of {len(self)} frames")
         index = int(index) % len(self)
@@ -90,12 +83,12 @@ class FolderFrames(LazyFrames):
         DataError: an unreadable image, or one of another size than the first.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], window: int = WINDOW, fps: float = DEFAULT_FPS) -> None:
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
         files = [Path(path) for path in paths]
         if not files:
             raise DataError("a video of no frames: expected at least one image")
         first = load_frame(files[0])
-        super().__init__(files, [path.stem for path in files], first.shape[:2], fps, window)
+        super().__init__(files, [path.stem for path in files], first.shape[:2], DEFAULT_FPS)
         self._keep(0, first)
 
     def decode(self, index: int) -> np.ndarray:
@@ -123,7 +116,7 @@ class VideoFrames(LazyFrames):
         OSError: one that may not be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], window: int = WINDOW) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         import cv2
 
         self.path = Path(path)
@@ -155,7 +148,7 @@ class VideoFrames(LazyFrames):
             self.promised = int(stated)
         usable_fps = math.isfinite(fps) and 0 < fps <= 1000
         stems = [f"{i:05d}" for i in range(count)]
-        super().__init__([self.path], stems, first.shape[:2], float(fps) if usable_fps else DEFAULT_FPS, window)
+        super().__init__([self.path], stems, first.shape[:2], float(fps) if usable_fps else DEFAULT_FPS)
 
     def decode(self, index: int) -> np.ndarray:
         import cv2
@@ -216,11 +209,6 @@ class VideoFrames(LazyFrames):
         return {**super().__getstate__(), "_capture": None, "_next": 0}
 
 
-def open_video(path: str | os.PathLike[str]) -> VideoFrames:
-    """The frames of a video file, (H, W, 3) uint8 RGB; see `VideoFrames`."""
-    return VideoFrames(path)
-
-
 def open_folder(path: str | os.PathLike[str]) -> FolderFrames:
     """The frames of a folder of images, ordered by the numbers in their names (2 before 10); see `FolderFrames`.
 
@@ -231,6 +219,8 @@ def open_folder(path: str | os.PathLike[str]) -> FolderFrames:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of frames (for a video file use --video)")
     paths = list_files(folder, FRAME_SUFFIXES)
+    if not paths and list_folders(folder):
+        raise DataError(f"{folder}: no frame in it, only folders; expected a folder of frames, so name one of these")
     if not paths:
         raise DataError(f"{folder}: no frames in it; expected images ({', '.join(FRAME_SUFFIXES)})")
     by_stem(paths, folder.name, raise_problem)

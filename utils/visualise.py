@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from utils.video import DEFAULT_FPS, write_video
 
@@ -111,8 +112,6 @@ def panel(rows: Sequence[Mapping[str, np.ndarray | None]], width: int = 224, tit
     Raises:
         ValueError: no rows, no pictures, or as many titles as rows do not exist.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if not columns:
         raise ValueError("a panel of no pictures")
@@ -148,9 +147,7 @@ def panel(rows: Sequence[Mapping[str, np.ndarray | None]], width: int = 224, tit
     return np.array(sheet)
 
 
-def _fit(image: Any, width: int, key: str):  # -> PIL.Image.Image
-    from PIL import Image
-
+def _fit(image: Any, width: int, key: str) -> Image.Image:
     image = np.asarray(image)
     if image.ndim == 2:
         image = np.repeat(to_grey(image)[..., None], 3, axis=2)
@@ -228,8 +225,6 @@ def overlay_video(
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    from PIL import Image
-
     image = np.asarray(image)
     if image.shape[:2] == size:
         return image

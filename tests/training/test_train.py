@@ -11,7 +11,7 @@ import torch
 import main
 from models import load_dbsnet
 from tests.training.runs import TINY, equal, fails, lines, load_image, read, run_script
-from utils.inference.weights import read_notes
+from utils.inference.weights import load_weights
 from utils.training.config import load_config
 from utils.training.runlog import RunLog
 
@@ -24,9 +24,10 @@ def test_the_files_of_a_run(finished: Path) -> None:
     assert net.config == read(finished)["config_model"]
     equal(dict(net.state_dict()), read(finished)["ema"])
     equal(dict(load_dbsnet(finished / "last.pt").state_dict()), read(finished)["ema"])
-    notes, size = read_notes(finished / "weights.safetensors")
-    assert (notes.pop("J"), notes.pop("size"), size) == ("not validated", "32 64", (32, 64))
-    assert notes == read_notes(finished / "last.pt")[0] == {"step": "4", "trained_on": "synthetic"}
+    weights = load_weights(finished / "weights.safetensors")
+    notes = weights.notes
+    assert (notes.pop("J"), notes.pop("size"), weights.size) == ("not validated", "32 64", (32, 64))
+    assert notes == load_weights(finished / "last.pt").notes == {"step": "4", "trained_on": "synthetic"}
 
 
 LIMITED = """

@@ -73,7 +73,7 @@ def test_options_of_the_data_reach_the_clips(videos: Path, tmp_path: Path) -> No
     assert [video.name for video in clips.sequences] == [video.name for video in training["DAVIS-2016"]]
     for part in (clips, made):
         assert (part.clip_len, part.size, part.seed, part.defer, len(part)) == (3, (64, 96), 7, True, 18)
-    assert (clips.strides, clips.flow_drop, clips.frame_drop) == ((2, 4), 0.2, 0.1) and clips.cached_bytes()
+    assert (clips.strides, clips.flow_drop, clips.frame_drop) == ((2, 4), 0.2, 0.1) and clips._store
     assert made.stills is None and made.options == SceneOptions(occluder=0.5)
     assert clips.augment == Augment(
         scale=(0.7, 0.9), aspect=(0.8, 1.1), flip=0.4, rotation=5, rotation_probability=0.3, rotation_flow="ignore",

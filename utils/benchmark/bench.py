@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.crf import import_densecrf
-from utils.errors import UserError, nearest, refuse_folder
+from utils.errors import UserError, refuse_folder
 from utils.files import write_json
 from utils.inference.weights import check_size
 from utils.parallel import count_of_workers
@@ -112,12 +112,14 @@ def check(args: argparse.Namespace) -> None:
         import_densecrf()
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, device: torch.device, frames: Sequence[Path] | None = None) -> dict[str, Any]:
     """Measure what ``--bench_parts`` asks for; prints each figure as it comes, writes the JSON, and returns it.
 
+    Args:
+        frames: those that part pipeline reads; drawn ones by default.
+
     Raises:
-        UserError: as `check`, sizes too small for a part, a video that is not there, or no CUDA where asked for.
-        DataError: the data set of part pipeline is not there.
+        UserError: as `check`, or sizes too small for a part.
     """
     import torch
 
@@ -129,11 +131,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from utils.training.optimisation import coarsest_positions
 
     check(args)
-    device = _device(args)
     if args.bench_threads is not None:
         torch.set_num_threads(args.bench_threads)
     sizes = [tuple(args.size)] if args.size else list(args.bench_sizes)
-    drawing = {"training"} | (set() if args.datasets else {"pipeline"})
+    drawing = {"training"} | (set() if frames else {"pipeline"})
     for height, width in sizes:
         if min(height, width) < LEAST_SIDE and drawing & set(args.bench_parts):
             part = min(drawing & set(args.bench_parts))
@@ -141,7 +142,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 f"size {height}x{width}: part {part} draws its own frames, {LEAST_SIDE} pixels or more a side; give a "
                 "larger size, or leave the part out"
             )
-    frames = _dataset_frames(args) if args.datasets and "pipeline" in args.bench_parts else None
     nets = [load_dbsnet(args.checkpoint)] if args.checkpoint else [make_net(variant) for variant in args.bench_variants]
     if "training" in args.bench_parts:
         for net, (height, width) in itertools.product(nets, sizes):
@@ -235,32 +235,12 @@ def _training_clips(args: argparse.Namespace) -> tuple[int, int]:
     return args.batch_size or 4, min(args.bench_clip, 5)
 
 
-def _dataset_frames(args: argparse.Namespace) -> Sequence[Path]:
-    """Files of frames of the first video of ``--datasets``, of those of ``--sequences`` if given."""
-    from datasets.sequences import read_dataset
-
-    sequences = read_dataset(args.datasets[0], Path(args.data_dir), split=args.split or "val")
-    chosen = [sequence for sequence in sequences if sequence.name in (args.sequences or [sequence.name])]
-    if not chosen:
-        known = nearest(args.sequences[0], [sequence.name for sequence in sequences])
-        raise UserError(f"--sequences {args.sequences[0]}: not in {args.datasets[0]}; {known}")
-    return chosen[0].frames[: args.bench_video_frames]
-
-
 def _drawn_frames(folder: Path, count: int, size: tuple[int, int]) -> Sequence[Path]:
     """Files of synthetic frames, written now."""
     from datasets.synthetic import write_dataset
 
     root = write_dataset(folder, videos=1, frames=count, size=size, flows=False)
     return sorted((root / "JPEGImages").rglob("*.jpg"))
-
-
-def _device(args: argparse.Namespace) -> torch.device:
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _print(part: str, result: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from datasets.images import load_mask, require_size
 from datasets.sequences import VideoSequence
 from utils.errors import UserError, exit_on_user_error
-from utils.evaluation.dataset_scores import evaluate
+from utils.evaluation.dataset_scores import WORTH_PROCESSES, evaluate
 from utils.evaluation.metrics import BOUNDARY_TOLERANCE, boundary_map, jaccard_and_boundary_f
 from utils.evaluation.protocol import default_protocol
 from utils.evaluation.result_maps import Unit
@@ -111,7 +111,7 @@ def time_processes(
             write_png(root / "maps" / "v" / f"{index:05d}.png", masks[(index + 1) % len(masks)] * np.uint8(255))
         paths = tuple(sorted((root / "gt").iterdir()))
         sequence = VideoSequence("v", "DAVIS-2016", paths, {}, {p.stem: p for p in paths}, "nonzero", root)
-        copies = math.ceil(frames / len(masks))
+        copies = math.ceil(frames / (len(masks) - 2))
 
         result: dict[str, float] = {"frames": copies * (len(masks) - 2)}
         for workers in (1, 2):
@@ -165,6 +165,12 @@ def main() -> None:
         for name in ("frames", "repeat"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
+        least = min(WORTH_PROCESSES[measures] for measures in args.metrics)
+        if args.frames < least:
+            raise UserError(
+                f"--frames {args.frames}: fewer than {least} are scored in one process, whatever is asked for; "
+                f"expected {least} or more"
+            )
         masks = moving_ellipses() if args.gt is None else read_masks(args.gt)
         times = time_frames(masks, args.repeat)
         print(f"{len(masks)} frames of {masks[0].shape[1]}×{masks[0].shape[0]}, J and F, ms of one core per frame:")

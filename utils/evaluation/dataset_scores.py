@@ -22,7 +22,7 @@ from utils.progress import progress_bar
 
 _FRAMES_PER_TASK = 8
 # Frames from which on several processes gain more time than they take to start.
-_WORTH_PROCESSES = {"uvos": 400, "vsod": 20}
+WORTH_PROCESSES = {"uvos": 400, "vsod": 20}
 
 
 @dataclass
@@ -51,7 +51,7 @@ def evaluate(units: Sequence[Unit], workers: int | None = None, progress: bool =
         unit.jobs = find_jobs(unit)
     count = sum(len(jobs) for unit in units for jobs in unit.jobs.values())
     workers = count_of_workers(workers)
-    if count < min(_WORTH_PROCESSES[measures] for unit in units for measures in unit.protocols):
+    if count < min(WORTH_PROCESSES[measures] for unit in units for measures in unit.protocols):
         workers = min(workers, 1)
 
     def tasks() -> Iterator[tuple[list[FrameJob]]]:

@@ -1,8 +1,4 @@
-"""Reading maps and scoring frames: what the processes of `utils.evaluation.evaluate` run.
-
-Apart from that module so that a process needs only NumPy, Pillow and the package of its measure to start: importing
-torch takes longer than scoring a few hundred frames.
-"""
+"""Reading maps and scoring frames: what the processes of `utils.evaluation.dataset_scores` run."""
 
 from __future__ import annotations
 

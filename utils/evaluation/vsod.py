@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-THRESHOLDS = 256
-
 
 @dataclass(frozen=True)
 class SaliencyScores:

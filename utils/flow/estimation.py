@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from datasets.errors import DataError
 from utils.errors import UserError
@@ -159,7 +160,6 @@ def frame_pairs(
     Raises:
         DataError: two frames of different sizes.
     """
-    from PIL import Image
 
     def fetch(index: int) -> np.ndarray:
         frame = np.asarray(frames[index])
@@ -192,30 +192,21 @@ def check_batch_size(batch_size: int) -> None:
 
 def compute_flows(
     frames: Sequence[np.ndarray],
-    method: str = "raft",
-    weights: str | None = None,
-    size: tuple[int, int] | None = None,
-    device: str | torch.device = "cpu",
+    estimator: FlowEstimator,
     batch_size: int = 4,
-    iters: int = 20,
     indices: Iterable[int] | None = None,
-    estimator: FlowEstimator | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (t, flow) for every frame of a video; flow is (H, W, 2) float32 in pixels at the size it is computed at.
 
     Args:
         frames: a sequence (``len``, ``[i]``) of (H, W, 3) uint8 RGB arrays; lazy ones are read in order, once.
-        method, weights, size, iters: see `FlowSettings`.
         batch_size: pairs that RAFT takes at once; does not change the result beyond rounding.
         indices: only these frames, ascending; all by default.
-        estimator: one made before, instead of ``method``, ``weights``, ``iters`` and ``device``, to load weights once.
 
     Raises:
-        UserError, CheckpointError: as `load_raft`. DataError: frames of different sizes, or flow that is not finite.
+        UserError: a batch size below 1. DataError: frames of different sizes, or flow that is not finite.
     """
     check_batch_size(batch_size)
-    if estimator is None:
-        estimator = FlowEstimator(FlowSettings(method, weights, size, iters), device)
     batch: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def estimate() -> Iterator[tuple[int, np.ndarray]]:
@@ -225,7 +216,7 @@ def compute_flows(
                 raise DataError(f"the flow of frame {t} is not finite; are the weights damaged?")
             yield t, flow
 
-    for t, first, second in frame_pairs(frames, size, indices):
+    for t, first, second in frame_pairs(frames, estimator.settings.size, indices):
         if second is None:
             yield t, np.zeros((*first.shape[:2], 2), np.float32)
             continue

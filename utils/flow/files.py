@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from datasets.errors import DataError
 from datasets.flow_colour import flow_to_image
@@ -52,8 +53,6 @@ class FlowFiles:
         """Stores one flow (H, W, 2) under ``stem``; an image of that stem in the other format is replaced."""
         if self.raw_format is not None:
             write_raw_flow(flow_dir / f"{stem}.{self.raw_format}", flow)
-        from PIL import Image
-
         image = flow_to_image(flow)
         path = self.path(flow_dir, stem)
         # Two images of one stem would be ambiguous to a reader, hence first away with the other one.

@@ -136,13 +136,7 @@ def write_flows(
             if settings.method == "dis":
                 pairs = frame_pairs(video.frames, settings.size, video.pending)
             else:
-                pairs = compute_flows(
-                    video.frames,
-                    size=settings.size,
-                    batch_size=batch_size,
-                    indices=video.pending,
-                    estimator=estimator,
-                )
+                pairs = compute_flows(video.frames, estimator, batch_size, video.pending)
             for t, *arrays in pairs:
                 yield Path(video.flow_dir), video.stems[t], files, *arrays
 
@@ -394,7 +388,7 @@ def video_flows(
     """Flow images of a user's own video: makes what is missing in ``flow_dir``, and returns all of them, read lazily.
 
     Args:
-        frames: from `utils.video.open_video` or `open_folder`.
+        frames: from `utils.video`.
         args: the ``--flow_…`` options, ``workers`` and ``overwrite``.
 
     Raises:

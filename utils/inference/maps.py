@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, PngImagePlugin
 
 from utils.crf import MAP
 from utils.evaluation.scoring import THRESHOLD
@@ -29,8 +30,6 @@ def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray,
     Args:
         probability: (H, W) float in [0, 1].
     """
-    from PIL import Image, PngImagePlugin
-
     (save_dir / "crf" / video.place / f"{stem}.png").unlink(missing_ok=True)
     grey = np.rint(np.clip(probability, 0, 1) * 255).astype(np.uint8)
     text = PngImagePlugin.PngInfo()
@@ -85,8 +84,6 @@ def fingerprint(paths: Sequence[Path], times: bool = True) -> str:
 
 def made_with(path: Path, field: str = FIELD) -> dict[str, Any] | None:
     """The settings that a map was made with; None where there is no such file, or it does not say."""
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             return json.loads(image.info[field])

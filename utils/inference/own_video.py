@@ -50,10 +50,10 @@ def open_own(video: str | None, frames: str | None) -> OwnVideo:
     Raises:
         UserError: a video that is not there or cannot be decoded. DataError: a folder without frames.
     """
-    from utils.video import open_folder, open_video
+    from utils.video import VideoFrames, open_folder
 
     if video is not None:
-        opened = open_video(video)
+        opened = VideoFrames(video)
         if opened.promised is not None:
             print(
                 f"warning: {video}: its header promises {opened.promised} frames, but only the first {len(opened)} can "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.files import short_sha256
@@ -85,25 +85,28 @@ def load_weights(given: str | Path | None) -> Weights:
     Raises:
         UserError: no checkpoint given and none published. CheckpointError: unreadable, or of another network.
     """
-    from models import load_dbsnet
+    from models.state_dicts import read_checkpoint
+    from models.weights import network_of
 
     path = find_checkpoint(given)
-    net = load_dbsnet(path)
-    notes, size = read_notes(path)
+    content = read_checkpoint(path)
+    net = network_of(content, path)
+    notes, size = _notes_of(content, path)
     return Weights(net, path, short_sha256(path), notes, size)
 
 
-def read_notes(path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
+def _notes_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
     """What a checkpoint says about itself beside its tensors, and the (H, W) it is for, if it says so.
 
     A .safetensors has these in its metadata (key ``size``: ``"384 640"``), a training checkpoint in its options.
 
+    Args:
+        content: of the file, as `models.state_dicts.read_checkpoint` gives it.
+        path: of the file, for errors.
+
     Raises:
         UserError: a ``size`` that is not two numbers, or a ``zoom`` that is neither yes nor no.
     """
-    from models.state_dicts import read_checkpoint
-
-    content = read_checkpoint(path)
     if "metadata" in content:
         metadata = content["metadata"]
         notes = {key: value for key, value in metadata.items() if key not in ("format", "config")}
