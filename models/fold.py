@@ -111,7 +111,8 @@ def _fold_timm(encoder: TimmEncoder) -> None:
     leaves = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d) or not any(True for _ in m.children())]
     hooks = [module.register_forward_hook(watch) for module in leaves]
     weight = next(encoder.parameters())
-    encoder(torch.zeros(1, 3, 64, 64, device=weight.device, dtype=weight.dtype))
+    with torch.inference_mode(False), torch.no_grad():  # inference mode does not count writing
+        encoder(torch.zeros(1, 3, 64, 64, device=weight.device, dtype=weight.dtype))
     for hook in hooks:
         hook.remove()
     names = {module: name for name, module in encoder.named_modules()}

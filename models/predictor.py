@@ -310,16 +310,16 @@ class Predictor:
             def clip(x: Tensor, y: Tensor, *motionless: Tensor, kept: slice = kept) -> tuple[Tensor]:
                 opinions = []
                 joined = [
-                    join_both(net, net.encoder_maps(self._input(part, size), self._input(flow, size)), motionless)
-                    for part, flow in zip(x.split(self.batch_size), y.split(self.batch_size))
+                    join_both(net, net.encoder_maps(self._input(frame, size), self._input(flow, size)), motionless)
+                    for frame, flow in zip(x.split(self.batch_size), y.split(self.batch_size))
                 ]
                 for batches in zip(*joined):  # of the clip as it is, then of its frames at rest
-                    levels, skip = [torch.cat(maps) for maps in zip(*(b[0] for b in batches))], [b[1] for b in batches]
+                    levels = [torch.cat(maps) for maps in zip(*(levels for levels, _ in batches))]
+                    skips = torch.cat([skip for _, skip in batches])[kept]
                     for index, level in enumerate(levels):
                         levels[index] = net.refine(index, net.propagation[index](level[None]))[0, kept]
-                    maps = zip(*(level.split(self.batch_size) for level in levels))
-                    skips = torch.cat(skip)[kept].split(self.batch_size)
-                    opinions.append(torch.cat([net.decode(list(part), skip) for part, skip in zip(maps, skips)]))
+                    parts = zip(*(x.split(self.batch_size) for x in (skips, *levels)))
+                    opinions.append(torch.cat([net.decode(maps, skip) for skip, *maps in parts]))
                 logits = weigh(*opinions) if self.optional_motion else opinions[0]
                 return (self._finish(logits, way),)
 

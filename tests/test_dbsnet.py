@@ -258,3 +258,9 @@ def test_frozen_encoders_are_what_the_map_at_a_stride_depends_on(encoder: str, s
     assert feeding and (stride == 32) == (feeding == {name for name in named if name.startswith("encoders.")})
     net.freeze_encoders(stride)  # again: nothing more
     assert {name for name, parameter in named.items() if not parameter.requires_grad} == feeding
+
+
+def test_bytes_are_no_pictures() -> None:
+    images = torch.zeros(1, 1, 3, 64, 64, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="floating point in .0, 1., got torch.uint8"):
+        small()(images, images)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.parallel import IN_FLIGHT_PER_WORKER, Background, default_workers, parallel_map, start_pool
+from utils.parallel import IN_FLIGHT_PER_WORKER, Background, count_of_workers, parallel_map, start_pool
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -70,7 +70,7 @@ def test_ctrl_c_does_not_reach_processes_that_are_starting():
 
 
 def test_default_is_the_processors_at_hand():
-    assert 1 <= default_workers() <= (os.cpu_count() or 1)
+    assert 1 <= count_of_workers(None) <= (os.cpu_count() or 1)
 
 
 def test_jobs_in_the_background_are_done_at_the_end_of_the_block(tmp_path: Path):

@@ -122,6 +122,12 @@ def test_batch_norms_of_such_an_encoder_are_folded(name: str, left: int) -> None
         torch.testing.assert_close(folded(frames, flows), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_batch_norms_are_folded_in_inference_mode_too() -> None:
+    with torch.inference_mode():
+        folded = fold_batch_norm(torch.nn.Sequential(TimmEncoder(NAME).eval()))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+
+
 class Crooked(TimmEncoder):
     """Convolutions and batch norms as no network has them by halves: which of them may be folded is not plain."""
 

@@ -31,16 +31,13 @@ NICENESS = 10
 IN_FLIGHT_PER_WORKER = 3
 
 
-def default_workers() -> int:
-    """The processors that this process may use, which in a container are fewer than the machine has."""
+def count_of_workers(workers: int | None) -> int:
+    """Those of ``--workers``; where it was not given (None), one per processor that this process may use."""
+    if workers is not None:
+        return workers
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def count_of_workers(workers: int | None) -> int:
-    """Those of ``--workers``; where it was not given (None), one per processor."""
-    return default_workers() if workers is None else workers
 
 
 def share_of_workers(workers: int | None, world_size: int) -> int:
@@ -49,7 +46,7 @@ def share_of_workers(workers: int | None, world_size: int) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--workers`` and ``--overwrite``, which `utils.flow.prepare.run` and `utils.crf.run` share."""
+    """Adds ``--workers`` and ``--overwrite``, which several tools share."""
     parser.add_argument(
         "--workers",
         type=int,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from utils.memory import give_back_freed_memory
+from utils.parallel import count_of_workers
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "device": str(device),
         "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": count_of_workers(None),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),

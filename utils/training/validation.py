@@ -21,8 +21,7 @@ def validate(run: Run) -> dict[str, float] | None:
     config, processes = run.config, run.processes
     net = run.tested_net.eval()
     broadcast_buffers(net, processes)  # or batch norms without sync would be each process's own, and rank 0's are saved
-    amp = None if config.amp == "none" else config.amp
-    predictor = Predictor(net, device=processes.device, size=config.val_size or config.size, amp=amp)
+    predictor = Predictor(net, device=processes.device, size=config.val_size or config.size, amp=config.amp)
     mine: dict[str, float] | None = {}
     # Two data sets may each have a sequence of one name, DAVIS-2016 and DAVIS-2017 for instance.
     shared = Counter(sequence.name for sequence in run.validation)
