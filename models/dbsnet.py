@@ -156,9 +156,7 @@ class DBSNet(nn.Module):
                 f"got {tuple(frames.shape)} and {tuple(flows.shape)}"
             )
         if not frames.is_floating_point() or not flows.is_floating_point():
-            raise TypeError(
-                f"frames and flows must be floating point in [0, 1], got {frames.dtype} and {flows.dtype}"
-            )
+            raise TypeError(f"frames and flows must be floating point in [0, 1], got {frames.dtype} and {flows.dtype}")
         b, t, _, height, width = frames.shape
         x, size = pad_to_multiple(frames.flatten(0, 1), self.multiple), (height, width)  # (B, T, …) -> (B*T, …)
         levels, skip = self.encode(x, pad_to_multiple(flows.flatten(0, 1), self.multiple))

@@ -76,12 +76,13 @@ class TimmEncoder(nn.Module):
     def parameters_to(self, stride: int) -> list[nn.Parameter]:
         """Those that train, of what the maps at this stride (4, 8, 16 or 32) and finer ones are made by."""
         training, parameters = self.net.training, [x for x in self.net.parameters() if x.requires_grad]
-        if not parameters:  # all are frozen already
-            return []
         with torch.enable_grad():
             maps = self.net.eval()(self.mean.new_zeros(1, 3, 128, 192))[: self.reductions.index(stride) + 1]
-            made_by = torch.autograd.grad(sum(x.sum() for x in maps), parameters, allow_unused=True)
+            total = sum(x.sum() for x in maps)
         self.net.train(training)
+        if not total.requires_grad:  # what they are made by is frozen already
+            return []
+        made_by = torch.autograd.grad(total, parameters, allow_unused=True)
         return [parameter for parameter, gradient in zip(parameters, made_by) if gradient is not None]
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -622,7 +622,7 @@ def test_a_video_that_ends_too_early_is_told_once_by_all_tools(
 
 def test_a_video_of_one_frame(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("cv2")
-    write_video(tmp_path / "clip.mp4", film(data, tmp_path)[:1], fps=10)
+    write_video(tmp_path / "clip.mp4", list(film(data, tmp_path))[:1], fps=10)
     call(weights, tmp_path / "r", "--video", tmp_path / "clip.mp4", "--workers", 1)
     assert list(maps(tmp_path / "r", "binary")) == ["clip/00000.png"]
     assert count_frames(tmp_path / "r" / "overlay" / "clip.mp4") == 1
@@ -642,7 +642,7 @@ def test_a_shorter_video_of_the_same_name_leaves_no_maps_of_the_longer_one(
     for path in (refined, foreign, results / "overlay" / "clip_crf.mp4"):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", SIZE[::-1]).save(path, format="png")
-    write_video(tmp_path / "clip.mp4", decoded[:2], fps=10)
+    write_video(tmp_path / "clip.mp4", list(decoded)[:2], fps=10)
     call(weights, results, *words, "--overwrite")
     kept = [f"clip/{stem}.png" for stem in decoded.stems[:2]]
     assert list(maps(results, "binary")) == kept and list(maps(results)) == [*kept, "clip/notes.png"]
