@@ -66,8 +66,9 @@ def inference_copy(
 def lower_weights(net: nn.Module, dtype: torch.dtype) -> None:
     """Rounds the weights of convolutions and linear layers, in place, as autocast to `dtype` would in each call.
 
-    The same results, and no copy of every weight in every call: autocast keeps copies of weights that learn alone, and
-    those copies were a sixth of all that a GPU was asked to do (S, a video at 384×640).
+    The same results, but for timm's convolutions that standardise their weights, which are rounded before that. And no
+    copy of every weight in every call: autocast keeps copies of weights that learn alone, and those copies were a sixth
+    of all that a GPU was asked to do (S, a video at 384×640).
     """
     for module in net.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
