@@ -308,14 +308,9 @@ def run_crf(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def run_eval(args: argparse.Namespace, processes: Processes) -> int:
-    from utils.errors import UserError
     from utils.evaluation import evaluate
 
     if processes.is_main:
-        if not args.results and not Path(args.save_dir).is_dir():
-            raise UserError(
-                f"--save_dir {args.save_dir}: no such folder; run --tools test first, or give --results DIR"
-            )
         evaluate.run(args, _read(args), args.results or [Path(args.save_dir)])
     return 0
 

@@ -35,6 +35,7 @@ from datasets.images import (
     DECODING_ERRORS,
     NO_MOTION,
     NO_PICTURE,
+    decode_reduced,
     load_flow_image,
     load_frame,
     load_mask,
@@ -338,23 +339,17 @@ def _load_reduced(path, target_of, load) -> tuple[Image.Image, tuple[int, int]]:
     """
     if path.suffix.lower() in (".jpg", ".jpeg"):
         try:
-            with Image.open(path) as picture:
-                full = (picture.height, picture.width)
-                height, width = target_of(full)
-                drafted = picture.draft("RGB", (width, height))
-                picture = picture.convert("RGB")
+            picture, full, box = decode_reduced(path, target_of)
         except DECODING_ERRORS as error:
             raise DataError(
                 f"{path}: cannot be read as an image ({error}); expected a whole JPEG file, copy or unpack it again"
             ) from error
-        # The picture's part of what is decoded, whose last reduced pixels may hold more than the picture.
-        box = drafted[1] if drafted else (0, 0, *picture.size)
     else:
         pixels = load(path)
         full = pixels.shape[:2]
-        height, width = target_of(full)
         picture = Image.fromarray(pixels)
         box = (0, 0, *picture.size)
+    height, width = target_of(full)
     if picture.size != (width, height) or box != (0, 0, width, height):
         picture = picture.resize((width, height), Image.Resampling.BILINEAR, box)
     return picture, full

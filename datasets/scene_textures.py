@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from datasets.errors import DataError
-from datasets.images import DECODING_ERRORS
+from datasets.images import DECODING_ERRORS, decode_reduced
 from datasets.stills import StillImage, open_mask
 from datasets.transfer import send
 
@@ -135,23 +135,20 @@ def load_still(still: StillImage, size: tuple[int, int]) -> tuple[torch.Tensor, 
     """Picture (3, h, w) in [0, 1] and mask (h, w) bool of a still, reduced where it is far larger than needed."""
     height, width = size
     try:
-        with Image.open(still.image) as picture:
-            full_size = picture.size
-            drafted = picture.draft("RGB", (math.ceil(1.3 * width), math.ceil(1.3 * height)))
-            picture = picture.convert("RGB")
+        needed = (math.ceil(1.3 * height), math.ceil(1.3 * width))
+        picture, full, box = decode_reduced(still.image, lambda _: needed)
     except DECODING_ERRORS as error:
         raise DataError(f"{still.image}: cannot be read as an image ({error}); replace or remove it") from error
     mask = open_mask(still)
-    if full_size != mask.size:
+    if full != (mask.height, mask.width):
         raise DataError(
             f"{still.mask}: the mask is {mask.width}x{mask.height}, its image {still.image} is "
-            f"{full_size[0]}x{full_size[1]}; they must be of one size"
+            f"{full[1]}x{full[0]}; they must be of one size"
         )
     ratio = min(picture.width / width, picture.height / height)
     if ratio > 1.4:
         target = (max(1, round(picture.width * 1.2 / ratio)), max(1, round(picture.height * 1.2 / ratio)))
-        # Of what is decoded the picture's part: the last reduced pixels may hold more than the picture.
-        picture = picture.resize(target, Image.Resampling.BILINEAR, drafted[1] if drafted else None)
+        picture = picture.resize(target, Image.Resampling.BILINEAR, box)
     if mask.size != picture.size:
         mask = mask.resize(picture.size, Image.Resampling.BILINEAR)
     object_ = torch.from_numpy(np.asarray(mask) >= 128)

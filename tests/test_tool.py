@@ -829,6 +829,8 @@ def test_a_benchmark_reads_the_video_asked_for(
         assert [path.parent.name for path in read.pop()] == [video] * 3
     message = fails(capsys, *words, "--datasets", "DAVIS-2016", "--sequences", "video-02")
     assert "--sequences video-02: not in DAVIS-2016; did you mean video-002" in message and not read
+    words[words.index(tmp_path)] = tmp_path / "elsewhere"
+    assert "elsewhere" in fails(capsys, *words, "--datasets", "DAVIS-2016") and not read  # before anything is measured
 
 
 def test_an_interrupted_benchmark_does_not_promise_to_go_on(

@@ -51,9 +51,12 @@ def is_own(folder: Path) -> bool:
 
 
 def require_folder(results: Path) -> None:
-    """Raises UserError where a folder of ``--results`` is not there."""
+    """Raises UserError where a folder of ``--results``, or ``--save_dir`` in their place, is not there."""
     if not results.is_dir():
-        raise UserError(f"{results}: no such folder; --results expects folders of maps, <dataset>/<video>/<frame>.png")
+        raise UserError(
+            f"{results}: no such folder; --results expects folders of maps, <dataset>/<video>/<frame>.png; without it "
+            "those in --save_dir are scored: run --tools test first"
+        )
 
 
 def find_maps(results: Path, dataset: str, folder: str = "auto") -> list[tuple[str, dict[str, Path]]]:
