@@ -97,17 +97,10 @@ class Draw:
     colours: Colours
 
 
-def augment(clip: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.random.Generator) -> torch.Tensor:
-    """A random view of a clip.
-
-    clip: (T, 7, h, w) uint8. Returns (T, 7, H, W) uint8 with (H, W) = size, masks {0, 1}. All randomness is drawn from
-    `rng`, in a fixed order.
-    """
-    return apply(clip, size, draw(clip[:, 6], size, options, rng))
-
-
 def draw(masks: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.random.Generator) -> Draw:
-    """All that is random about the view of a clip whose masks are (T, h, w), on the CPU."""
+    """All that is random about the view, (H, W) = size, of a clip whose masks are (T, h, w), on the CPU; drawn in a
+    fixed order.
+    """
     matrix, angle, flipped = draw_view(masks, size, options, rng)
     # The view's axes lie at the angle within the source, so what moves there along them has the angle 0 here.
     turn = -angle if options.rotation_flow == "exact" else 0.0
@@ -115,7 +108,9 @@ def draw(masks: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.r
 
 
 def apply(clip: torch.Tensor, size: tuple[int, int], drawn: Draw) -> torch.Tensor:
-    """The view of a clip (T, 7, h, w) uint8 that was drawn for it, (T, 7, H, W) uint8, on the clip's device."""
+    """The view of a clip (T, 7, h, w) uint8 that was drawn for it, (T, 7, H, W) uint8 with masks {0, 1}, on the clip's
+    device.
+    """
     sampled = sample_view(clip, size, drawn.matrix)
     if drawn.turn or drawn.mirror:
         flows = sampled[:, 3:6].add_(0.5).to(torch.uint8)

@@ -13,8 +13,9 @@ from PIL import Image, ImageEnhance
 from datasets.flow_colour import flows_to_images, image_to_flow
 from datasets.transforms import (
     Augment,
-    augment,
+    apply,
     change_colours,
+    draw,
     draw_colours,
     draw_view,
     pack,
@@ -25,6 +26,11 @@ from datasets.transforms import (
 
 NO_COLOUR = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "sharpness_probability": 0.0}
 IDENTITY = Augment(scale=(1, 1), aspect=(1, 1), flip=0.0, rotation_probability=0.0, **NO_COLOUR)
+
+
+def augment(clip: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.random.Generator) -> torch.Tensor:
+    """A random view of a clip (T, 7, h, w): (T, 7, H, W)."""
+    return apply(clip, size, draw(clip[:, 6], size, options, rng))
 
 
 def blob_clip(length: int = 3, height: int = 90, width: int = 150, seed: int = 0) -> torch.Tensor:
