@@ -8,7 +8,7 @@ that the clip is on. So the loader can draw and the training device do the work.
 
 What happens to the motion that a flow picture shows:
 - scale: nothing to do, since the picture is normalised by the frame's largest speed;
-- flip: u -> -u, exactly, through the colour wheel (`flip_flow="exact"`; "ignore" flips the pixels alone);
+- flip: u -> -u, exactly, through the colour wheel;
 - rotation: the colours turn with the picture (`rotation_flow="exact"`; "ignore" turns the pixels alone);
 - crop and aspect: the normalisation stays that of the whole frame; the change of aspect (at most a fifth) is ignored.
 """
@@ -25,8 +25,6 @@ import torch.nn.functional as F
 from datasets.flow_colour import mirror_colours, turn_colours
 from datasets.transfer import send
 
-FLOW_COLOURS = ("exact", "ignore")
-
 
 @dataclass(frozen=True)
 class Augment:
@@ -36,10 +34,9 @@ class Augment:
     scale: tuple[float, float] = (0.6, 1.0)
     aspect: tuple[float, float] = (0.85, 1.18)
     flip: float = 0.5  # probability
-    flip_flow: str = "exact"  # what a flip does to the colours of the flow picture: "exact" or "ignore"
     rotation: float = 10.0  # largest angle, degrees
     rotation_probability: float = 0.5
-    rotation_flow: str = "exact"  # likewise of a rotation
+    rotation_flow: str = "exact"  # what a rotation does to the colours of the flow picture: "exact" or "ignore"
     # Colour: the factor is drawn from 1 - x to 1 + x; the same for all frames of a clip.
     brightness: float = 0.3
     contrast: float = 0.3
@@ -48,9 +45,8 @@ class Augment:
     sharpness_probability: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("flip_flow", "rotation_flow"):
-            if getattr(self, name) not in FLOW_COLOURS:
-                raise ValueError(f"{name} should be one of {', '.join(FLOW_COLOURS)}, got {getattr(self, name)!r}")
+        if self.rotation_flow not in ("exact", "ignore"):
+            raise ValueError(f"rotation_flow should be exact or ignore, got {self.rotation_flow!r}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale should be a range within (0, 1], got {self.scale}")
         if not 0 < self.aspect[0] <= self.aspect[1]:
@@ -104,7 +100,7 @@ def draw(masks: torch.Tensor, size: tuple[int, int], options: Augment, rng: np.r
     matrix, angle, flipped = draw_view(masks, size, options, rng)
     # The view's axes lie at the angle within the source, so what moves there along them has the angle 0 here.
     turn = -angle if options.rotation_flow == "exact" else 0.0
-    return Draw(matrix, turn, flipped and options.flip_flow == "exact", draw_colours(options, rng))
+    return Draw(matrix, turn, flipped, draw_colours(options, rng))
 
 
 def apply(clip: torch.Tensor, size: tuple[int, int], drawn: Draw) -> torch.Tensor:

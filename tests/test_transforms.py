@@ -48,8 +48,10 @@ def blob_clip(length: int = 3, height: int = 90, width: int = 150, seed: int = 0
 
 @pytest.mark.parametrize("seed", range(10))
 def test_frames_flows_and_masks_are_moved_alike(seed: int) -> None:
-    options = Augment(flip_flow="ignore", rotation_flow="ignore", rotation_probability=1.0, **NO_COLOUR)
-    frames, flows, masks = unpack(augment(blob_clip(), (64, 96), options, np.random.default_rng(seed)))
+    options = Augment(rotation_flow="ignore", rotation_probability=1.0, **NO_COLOUR)
+    clip = blob_clip()
+    drawn = draw(clip[:, 6], (64, 96), options, np.random.default_rng(seed))
+    frames, flows, masks = unpack(apply(clip, (64, 96), replace(drawn, mirror=False)))  # the pixels, not the colours
     assert frames.shape == flows.shape == (3, 3, 64, 96) and masks.shape == (3, 1, 64, 96)
     assert set(masks.unique().tolist()) <= {0, 1}
     assert torch.equal(frames, flows)
@@ -74,8 +76,9 @@ def test_without_strength_nothing_changes() -> None:
 
 def test_a_flip_mirrors_pixels() -> None:
     clip = blob_clip()
-    options = replace(IDENTITY, flip=1.0, flip_flow="ignore")
-    assert torch.equal(augment(clip, (90, 150), options, np.random.default_rng(0)), clip.flip(3))
+    drawn = draw(clip[:, 6], (90, 150), replace(IDENTITY, flip=1.0), np.random.default_rng(0))
+    assert drawn.mirror
+    assert torch.equal(apply(clip, (90, 150), replace(drawn, mirror=False)), clip.flip(3))
 
 
 def test_a_flip_mirrors_the_motion_that_the_flow_picture_shows() -> None:
@@ -84,12 +87,13 @@ def test_a_flip_mirrors_the_motion_that_the_flow_picture_shows() -> None:
     clip = pack(*(flows_to_images(flow) for _ in range(2)), torch.ones(1, 1, 64, 96, dtype=torch.uint8))
     mirrored_scene = torch.stack([-flow[:, 0], flow[:, 1]], dim=1).flip(3)
     expected = flows_to_images(mirrored_scene).int()
-    errors = {}
-    for mode in ("exact", "ignore"):
-        view = augment(clip, (64, 96), replace(IDENTITY, flip=1.0, flip_flow=mode), np.random.default_rng(0))
-        errors[mode] = (view[:, 3:6].int() - expected).abs().float().mean()
-    assert errors["exact"] < 1
-    assert errors["ignore"] > 20
+    drawn = draw(clip[:, 6], (64, 96), replace(IDENTITY, flip=1.0), np.random.default_rng(0))
+    mirrored, pixels_alone = (
+        (apply(clip, (64, 96), each)[:, 3:6].int() - expected).abs().float().mean()
+        for each in (drawn, replace(drawn, mirror=False))
+    )
+    assert mirrored < 1
+    assert pixels_alone > 20
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -265,7 +269,6 @@ def test_the_same_draws_give_the_same_view() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"flip_flow": "maybe"},
         {"rotation_flow": "maybe"},
         {"scale": (0.5, 1.5)},
         {"scale": (0.8, 0.5)},
