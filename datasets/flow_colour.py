@@ -93,17 +93,6 @@ def flow_to_image(flow: np.ndarray) -> np.ndarray:
     return flows_to_images(channels_first[None])[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def image_to_flow(image: np.ndarray) -> np.ndarray:
-    """Flow that a colour picture shows, in units of the frame's largest speed (which the picture does not hold).
-
-    image: (..., 3) uint8 RGB. Returns (..., 2) float32 with speeds in [0, 1]. Colours off the wheel (JPEG, resizing)
-    are read by their hue and by the spread between their largest and smallest channel.
-    """
-    position, spread, _ = _decode(np.asarray(image, dtype=np.float32))
-    angle = (position / (_COLUMNS - 1) * 2 - 1) * math.pi
-    return np.stack([-np.cos(angle), -np.sin(angle)], axis=-1).astype(np.float32) * (spread / 255)[..., None]
-
-
 def _decode(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Position on the wheel in [0, 54], spread (max - min) and max of float RGB in [0, 255]; white is at position 0."""
     largest, smallest = image.max(axis=-1), image.min(axis=-1)

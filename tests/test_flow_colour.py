@@ -11,10 +11,10 @@ from datasets.flow_colour import (
     colour_wheel,
     flow_to_image,
     flows_to_images,
-    image_to_flow,
     mirror_colours,
     turn_colours,
 )
+from tests.flow_pictures import image_to_flow
 
 
 def example_flows() -> dict[str, np.ndarray]:

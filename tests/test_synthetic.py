@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from datasets import rendering
 from datasets.errors import DataError
-from datasets.flow_colour import image_to_flow
 from datasets.rendering import _blur_along_flow, expose, flow_pictures, stir
 from datasets.scene_motion import Motion
 from datasets.scene_textures import object_share
@@ -27,6 +26,7 @@ from datasets.scenes import SceneOptions, Sources, compose
 from datasets.sequences import read_dataset
 from datasets.stills import StillImage, read_stills
 from datasets.synthetic import SyntheticClips, make_clip, make_scene, write_dataset
+from tests.flow_pictures import image_to_flow
 
 SIZE = (72, 112)
 CLEAN = SceneOptions().clean()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from datasets.flow_colour import flows_to_images, image_to_flow
+from datasets.flow_colour import flows_to_images
 from datasets.transforms import (
     Augment,
     apply,
@@ -23,6 +23,7 @@ from datasets.transforms import (
     sample_view,
     unpack,
 )
+from tests.flow_pictures import image_to_flow
 
 NO_COLOUR = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "sharpness_probability": 0.0}
 IDENTITY = Augment(scale=(1, 1), aspect=(1, 1), flip=0.0, rotation_probability=0.0, **NO_COLOUR)
