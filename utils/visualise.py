@@ -100,46 +100,37 @@ def to_grey(image: np.ndarray) -> np.ndarray:
     raise ValueError(f"expected bool, uint8 or float, got {image.dtype}")
 
 
-def panel(rows: Sequence[Mapping[str, np.ndarray | None]], width: int = 224, titles: Sequence[str] = ()) -> np.ndarray:
+def panel(rows: Sequence[Mapping[str, np.ndarray | None]], width: int = 224) -> np.ndarray:
     """A grid of pictures: one row per mapping, one column per key, keys as captions on top; (H', W', 3) uint8.
 
     Args:
         rows: e.g. ``{"frame": …, "flow": …, "mask": …, "prediction": …}``, each (H, W, 3) uint8 RGB or (H, W) as
             `to_grey` reads it; None, or a key that a row lacks, leaves the cell empty.
         width: of a column, in pixels. A row is as high as the tallest of its pictures at that width.
-        titles: a line of text above each row, such as the video and frame; none by default.
 
     Raises:
-        ValueError: no rows, no pictures, or as many titles as rows do not exist.
+        ValueError: no rows or no pictures.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if not columns:
         raise ValueError("a panel of no pictures")
-    if titles and len(titles) != len(rows):
-        raise ValueError(f"{len(titles)} titles for {len(rows)} rows")
 
     cells: list[list[Image.Image | None]] = []
     for row in rows:
         cells.append([None if row.get(key) is None else _fit(row[key], width, key) for key in columns])
     heights = [max((cell.height for cell in row if cell is not None), default=_CAPTION_HEIGHT) for row in cells]
-    title_height = _CAPTION_HEIGHT if titles else 0
     total_width = len(columns) * (width + _GAP) - _GAP
-    total_height = _CAPTION_HEIGHT + sum(height + title_height + _GAP for height in heights) - _GAP
+    total_height = _CAPTION_HEIGHT + sum(height + _GAP for height in heights) - _GAP
 
     sheet = Image.new("RGB", (total_width, total_height), (_BACKGROUND,) * 3)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
 
-    def write(x: int, y: int, text: str) -> None:
-        # Pillow's own font, which is always there, may know ASCII only.
-        draw.text((x + 2, y + 1), text.encode("ascii", "replace").decode("ascii"), fill=_INK, font=font)
-
     for column, key in enumerate(columns):
-        write(column * (width + _GAP), 0, key)
+        # Pillow's own font, which is always there, may know ASCII only.
+        text = key.encode("ascii", "replace").decode("ascii")
+        draw.text((column * (width + _GAP) + 2, 1), text, fill=_INK, font=font)
     y = _CAPTION_HEIGHT
-    for number, (row, height) in enumerate(zip(cells, heights)):
-        if titles:
-            write(0, y, titles[number])
-            y += title_height
+    for row, height in zip(cells, heights):
         for column, cell in enumerate(row):
             if cell is not None:
                 sheet.paste(cell, (column * (width + _GAP), y))
