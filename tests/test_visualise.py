@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from utils.video import VideoFrames
-from utils.visualise import clip_panel, outline, overlay, overlay_video, panel, to_grey
+from utils.visualise import COLOUR, clip_panel, outline, overlay, overlay_video, panel, to_grey
 
 
 @pytest.fixture()
@@ -20,20 +20,20 @@ def rng() -> np.random.Generator:
 def test_overlay_tints_every_pixel_by_its_probability(rng):
     frame = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     probability = rng.integers(0, 256, (5, 7), dtype=np.uint8)
-    result = overlay(frame, probability, colour=(10, 200, 90), alpha=0.6, contour=False)
+    result = overlay(frame, probability, contour=False)
     assert result.dtype == np.uint8 and result.shape == frame.shape
     for y in range(5):
         for x in range(7):
-            w = 0.6 * probability[y, x] / 255
-            expected = [(1 - w) * frame[y, x, c] + w * (10, 200, 90)[c] for c in range(3)]
+            w = 0.5 * probability[y, x] / 255
+            expected = [(1 - w) * frame[y, x, c] + w * COLOUR[c] for c in range(3)]
             assert np.abs(result[y, x] - np.array(expected)).max() <= 0.51
 
 
-def test_overlay_of_nothing_is_the_frame_and_of_everything_the_colour(rng):
+def test_overlay_of_nothing_is_the_frame(rng):
     frame = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     before = frame.copy()
     np.testing.assert_array_equal(overlay(frame, np.zeros((6, 8), bool)), frame)
-    assert (overlay(frame, np.ones((6, 8)), (1, 2, 3), alpha=1) == (1, 2, 3)).all()
+    overlay(frame, np.ones((6, 8)))
     np.testing.assert_array_equal(frame, before)
 
 
@@ -41,13 +41,14 @@ def test_overlay_draws_the_outline_of_the_thresholded_mask():
     frame = np.zeros((9, 9, 3), np.uint8)
     grey = np.full((9, 9), 127, np.uint8)
     grey[2:7, 2:7] = 128
-    result = overlay(frame, grey, (255, 255, 255), alpha=0)
+    result = overlay(frame, grey)
     ring = np.zeros((9, 9), bool)
     ring[2:7, 2:7] = True
     ring[3:6, 3:6] = False
-    np.testing.assert_array_equal(result[..., 0] == 255, ring)
+    np.testing.assert_array_equal((result == COLOUR).all(2), ring)
+    np.testing.assert_array_equal(result[~ring], overlay(frame, grey, contour=False)[~ring])
     half = np.where(grey > 127, 0.51, 0.5).astype(np.float32)
-    np.testing.assert_array_equal(overlay(frame, half, (255, 255, 255), alpha=0), result)
+    np.testing.assert_array_equal((overlay(frame, half) == COLOUR).all(2), ring)
 
 
 @pytest.mark.parametrize("thickness", [1, 2])
@@ -75,7 +76,6 @@ def test_overlay_refuses_what_does_not_fit():
     for arguments in (
         (frame, np.zeros((6, 4))),
         (frame / 255, np.zeros((4, 6))),
-        (frame, np.zeros((4, 6)), (1, 1, 1), 2),
     ):
         with pytest.raises(ValueError):
             overlay(*arguments)
@@ -130,15 +130,12 @@ def test_overlay_video_draws_every_frame_lazily(tmp_path: Path):
             yield np.full((32, 48), 255 * (t % 2), np.uint8)
 
     path = tmp_path / "overlay.mp4"
-    assert overlay_video(path, frames, maps(), fps=8, alpha=1, contour=False, colour=(200, 40, 40)) == 6
+    assert overlay_video(path, frames, maps(), fps=8) == 6
     assert asked == list(range(6))
     for t, frame in enumerate(VideoFrames(path)):
-        expected = (200, 40, 40) if t % 2 else (60 + 5 * t,) * 3
+        grey = (60 + 5 * t,) * 3
+        expected = np.add(grey, COLOUR) / 2 if t % 2 else grey
         assert np.abs(frame.mean((0, 1)) - expected).max() < 8
-
-    flows = [np.zeros((16, 24, 3), np.uint8)] * 6  # another size: fitted to the frame
-    overlay_video(path, frames, maps(), flows=flows)
-    assert VideoFrames(path).size == (32, 96)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -146,5 +143,5 @@ def test_overlay_video_needs_one_map_per_frame(tmp_path: Path, count: int):
     pytest.importorskip("cv2")
     frames = [np.zeros((16, 16, 3), np.uint8)] * 3
     with pytest.raises(ValueError, match="3 frames"):
-        overlay_video(tmp_path / "a.mp4", frames, [np.zeros((16, 16))] * count)
+        overlay_video(tmp_path / "a.mp4", frames, [np.zeros((16, 16))] * count, fps=8)
     assert list(tmp_path.iterdir()) == []

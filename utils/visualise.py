@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.video import DEFAULT_FPS, write_video
+from utils.video import write_video
 
 # Orange: seldom a colour of nature, and told from both red and green by colour-blind eyes.
 COLOUR = (255, 120, 0)
@@ -21,43 +21,34 @@ _GAP = 2
 _BACKGROUND, _INK = 255, (40, 40, 40)
 
 
-def overlay(
-    frame: np.ndarray,
-    probability: np.ndarray,
-    colour: tuple[int, int, int] = COLOUR,
-    alpha: float = 0.5,
-    contour: bool = True,
-) -> np.ndarray:
-    """The frame, tinted by ``alpha`` times the probability, with the mask's outline drawn; (H, W, 3) uint8.
+def overlay(frame: np.ndarray, probability: np.ndarray, contour: bool = True) -> np.ndarray:
+    """The frame, tinted by half the probability, with the mask's outline drawn; (H, W, 3) uint8.
 
     Args:
         frame: (H, W, 3) uint8 RGB.
         probability: (H, W), bool, uint8 in 0…255, or float in [0, 1]. The outline is of uint8 > 127 or float > 0.5.
-        alpha: 0 (no tint) to 1 (full colour).
         contour: draws the pixels of the mask that touch its outside, about 1/300 of the frame's height thick.
 
     Raises:
-        ValueError: shapes that do not fit, or alpha outside [0, 1].
+        ValueError: shapes that do not fit.
     """
     frame = np.asarray(frame)
     if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
         raise ValueError(f"expected a frame (H, W, 3) of uint8, got {frame.dtype} of shape {frame.shape}")
     if np.shape(probability) != frame.shape[:2]:
         raise ValueError(f"expected a map of the frame's size {frame.shape[:2]}, got {np.shape(probability)}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha {alpha}: expected 0 to 1")
     grey = to_grey(probability)
     result = frame.copy()
     if not grey.any():
         return result
     (top, bottom), (left, right) = (_extent(grey.any(axis)) for axis in (1, 0))
     part = slice(top, bottom), slice(left, right)  # most of a frame lies beyond it, where nothing is drawn
-    weight = (alpha / 255 * grey[part].astype(np.float32))[..., None]  # (h, w, 1)
-    result[part] = np.rint(frame[part] * (1 - weight) + np.array(colour, np.float32) * weight).astype(np.uint8)
+    weight = (0.5 / 255 * grey[part].astype(np.float32))[..., None]  # (h, w, 1)
+    result[part] = np.rint(frame[part] * (1 - weight) + np.array(COLOUR, np.float32) * weight).astype(np.uint8)
     if contour:
         inside = np.asarray(probability)[part]
         mask = inside > 127 if inside.dtype == np.uint8 else inside.astype(np.float32) > 0.5
-        result[part][outline(mask, max(1, round(frame.shape[0] / 300)))] = colour
+        result[part][outline(mask, max(1, round(frame.shape[0] / 300)))] = COLOUR
     return result
 
 
@@ -180,11 +171,7 @@ def overlay_video(
     path: str | os.PathLike[str],
     frames: Sequence[np.ndarray],
     probabilities: Iterable[np.ndarray],
-    fps: float = DEFAULT_FPS,
-    flows: Sequence[np.ndarray] | None = None,
-    colour: tuple[int, int, int] = COLOUR,
-    alpha: float = 0.5,
-    contour: bool = True,
+    fps: float,
 ) -> int:
     """Writes a video of the frames with their masks over them, and returns its number of frames.
 
@@ -193,7 +180,6 @@ def overlay_video(
         frames: (H, W, 3) uint8 RGB each.
         probabilities: one map per frame, in order, as `overlay` takes it; drawn from as the video is written, so it may
             be a generator that segments.
-        flows: flow images, shown to the right of the frames.
 
     Raises:
         ValueError: more or fewer maps than frames. Otherwise as `overlay` and `utils.video.write_video`.
@@ -204,19 +190,8 @@ def overlay_video(
         for count, probability in enumerate(probabilities, start=1):
             if count > len(frames):
                 raise ValueError(f"more probability maps than the {len(frames)} frames")
-            frame = np.asarray(frames[count - 1])
-            picture = overlay(frame, probability, colour, alpha, contour)
-            if flows is not None:
-                picture = np.concatenate([picture, _resized(flows[count - 1], frame.shape[:2])], axis=1)
-            yield picture
+            yield overlay(frames[count - 1], probability)
         if count != len(frames):
             raise ValueError(f"{count} probability maps for {len(frames)} frames")
 
     return write_video(path, pictures(), fps)
-
-
-def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    image = np.asarray(image)
-    if image.shape[:2] == size:
-        return image
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
