@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.evaluation.metrics import boundary_f, boundary_map, jaccard, jaccard_and_boundary_f, sequence_statistics
+from utils.evaluation import metrics
+from utils.evaluation.metrics import (
+    boundary_f,
+    boundary_map,
+    boundary_radius,
+    jaccard,
+    jaccard_and_boundary_f,
+    sequence_statistics,
+)
 from utils.evaluation.published import DAVIS_SEQUENCES, PUBLISHED, on_sequences
 
 SHAPE = (480, 854)
@@ -92,7 +100,7 @@ def random_mask(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     return mask ^ (rng.random(shape) < rng.choice([0, 0, 0.01]))
 
 
-def test_f_is_the_brute_force_value_also_at_the_frame_of_the_image():
+def test_f_is_the_brute_force_value_also_at_the_frame_of_the_image(monkeypatch):
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(150):
@@ -100,17 +108,22 @@ def test_f_is_the_brute_force_value_also_at_the_frame_of_the_image():
         pred, gt = random_mask(rng, shape), random_mask(rng, shape)
         radius = int(rng.integers(1, 5))
         expected = brute_f(pred, gt, radius)
-        assert boundary_f(pred, gt, tolerance=radius) == pytest.approx(expected, abs=1e-12)
-        assert boundary_f(gt, pred, tolerance=radius) == pytest.approx(expected, abs=1e-12)  # F is symmetric
+        monkeypatch.setattr(metrics, "boundary_radius", lambda _, radius=radius: radius)
+        assert boundary_f(pred, gt) == pytest.approx(expected, abs=1e-12)
+        assert boundary_f(gt, pred) == pytest.approx(expected, abs=1e-12)  # F is symmetric
         seen.add(round(expected, 3))
     assert len(seen) > 50  # the cases are not trivial
 
 
-def test_tolerance_is_a_fraction_of_the_diagonal_rounded_up():
+def test_tolerance_is_a_fraction_of_the_diagonal_rounded_up(monkeypatch):
+    shapes = (GT.shape, (600, 800), (601, 800), (3, 4))
+    assert [boundary_radius(shape) for shape in shapes] == [8, 8, 9, 1]  # the first is ceil(0.008 * 979.68)
     pred = box(108, 308, 208, 508)
-    assert boundary_f(pred, GT) == boundary_f(pred, GT, tolerance=8)  # ceil(0.008 * 979.68)
-    assert boundary_f(pred, GT, tolerance=7.01 / 979.68) == boundary_f(pred, GT, tolerance=8)
-    assert boundary_f(pred, GT, tolerance=6.99 / 979.68) == boundary_f(pred, GT, tolerance=7) < 0.1
+    found = boundary_f(pred, GT)
+    monkeypatch.setattr(metrics, "boundary_radius", lambda _: 8)
+    assert boundary_f(pred, GT) == found
+    monkeypatch.setattr(metrics, "boundary_radius", lambda _: 7)
+    assert boundary_f(pred, GT) < 0.1 < found
 
 
 def test_masks_of_any_kind_of_number():

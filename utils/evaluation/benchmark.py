@@ -22,7 +22,7 @@ from datasets.images import load_mask, require_size
 from datasets.sequences import VideoSequence
 from utils.errors import UserError, exit_on_user_error
 from utils.evaluation.dataset_scores import WORTH_PROCESSES, evaluate
-from utils.evaluation.metrics import BOUNDARY_TOLERANCE, boundary_map, jaccard_and_boundary_f
+from utils.evaluation.metrics import boundary_map, boundary_radius, jaccard_and_boundary_f
 from utils.evaluation.protocol import default_protocol
 from utils.evaluation.result_maps import Unit
 from utils.files import write_png
@@ -46,7 +46,7 @@ def plain_scipy(pred: np.ndarray, gt: np.ndarray) -> tuple[float, float]:
     """J and F of one frame, the contours matched by SciPy's distance transform of the whole image."""
     from scipy.ndimage import distance_transform_edt
 
-    radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*gt.shape))
+    radius = boundary_radius(gt.shape)
     return _plain(pred, gt, lambda boundary: distance_transform_edt(~boundary) <= radius)
 
 
@@ -54,7 +54,7 @@ def plain_scikit_image(pred: np.ndarray, gt: np.ndarray) -> tuple[float, float]:
     """J and F of one frame, the contours dilated by scikit-image, as DAVIS's first Python code does."""
     from skimage.morphology import dilation, disk
 
-    radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*gt.shape))
+    radius = boundary_radius(gt.shape)
     return _plain(pred, gt, lambda boundary: dilation(boundary, disk(radius)))
 
 

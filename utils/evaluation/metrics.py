@@ -25,26 +25,28 @@ def jaccard(pred: np.ndarray, gt: np.ndarray) -> float:
     return _jaccard(*_as_masks(pred, gt))
 
 
-def boundary_f(pred: np.ndarray, gt: np.ndarray, tolerance: float = BOUNDARY_TOLERANCE) -> float:
+def boundary_f(pred: np.ndarray, gt: np.ndarray) -> float:
     """F, the harmonic mean of the precision and recall of the contour of `pred` against that of `gt`, in [0, 1].
 
-    A contour pixel counts as found when the other contour has a pixel within a distance of `tolerance`: below 1 a
-    fraction of the image's diagonal (rounded up to whole pixels), from 1 on a number of pixels. Two masks without any
+    A contour pixel counts as found when the other contour has a pixel within `boundary_radius`. Two masks without any
     contour score 1, one without a contour against one with scores 0. The frame of the image is no contour, so a mask
     that fills the image has none; this is DAVIS's rule, and F = 1 for an empty ground truth and a full prediction
     follows from it.
 
-    Raises `ValueError` when the masks are not of one shape or the tolerance is negative.
+    Raises `ValueError` when the masks are not of one shape.
     """
-    return _boundary_f(*_as_masks(pred, gt), tolerance)
+    return _boundary_f(*_as_masks(pred, gt))
 
 
-def jaccard_and_boundary_f(
-    pred: np.ndarray, gt: np.ndarray, tolerance: float = BOUNDARY_TOLERANCE
-) -> tuple[float, float]:
+def jaccard_and_boundary_f(pred: np.ndarray, gt: np.ndarray) -> tuple[float, float]:
     """`(jaccard, boundary_f)` of one frame, a little faster than the two calls."""
     pred, gt = _as_masks(pred, gt)
-    return _jaccard(pred, gt), _boundary_f(pred, gt, tolerance)
+    return _jaccard(pred, gt), _boundary_f(pred, gt)
+
+
+def boundary_radius(shape: tuple[int, int]) -> int:
+    """`BOUNDARY_TOLERANCE` of an image (H, W) in pixels, rounded up."""
+    return math.ceil(BOUNDARY_TOLERANCE * math.hypot(*shape))
 
 
 def boundary_map(mask: np.ndarray) -> np.ndarray:
@@ -98,12 +100,8 @@ def _jaccard(pred: np.ndarray, gt: np.ndarray) -> float:
     return np.count_nonzero(pred & gt) / union if union else 1.0
 
 
-def _boundary_f(pred: np.ndarray, gt: np.ndarray, tolerance: float) -> float:
-    if tolerance < 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
-    height, width = gt.shape
-    radius = math.ceil(tolerance if tolerance >= 1 else tolerance * math.hypot(height, width))
-
+def _boundary_f(pred: np.ndarray, gt: np.ndarray) -> float:
+    radius = boundary_radius(gt.shape)
     # Everything that follows happens near the two objects; one pixel around them keeps their outer contour.
     window = _window(pred, gt)
     if window is None:
