@@ -54,11 +54,11 @@ def test_the_map_that_vouches_for_both_is_written_last_and_refined_ones_of_befor
         (tmp_path / "crf" / "D" / "v").mkdir(parents=True, exist_ok=True)
         (tmp_path / "crf" / "D" / "v" / f"{stem}.png").touch()
 
-    def record(path: Path, data: bytes) -> None:
+    def record(path: Path, *_: Any, **__: Any) -> None:
         written.append(path.relative_to(tmp_path).parts[0])
         assert stems(tmp_path, "crf") == ["1"]
 
-    monkeypatch.setattr(maps, "write_bytes", record)
+    monkeypatch.setattr(maps, "write_png", record)
     write(tmp_path, "0")
     assert written == ["binary", "probability"]
 

@@ -6,7 +6,6 @@ The defaults, and the unary of `unary_energy`, are those of dss_crf, which DBSNe
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from datasets.errors import DataError
 from datasets.images import load_frame, require_size
 from utils.errors import UserError
-from utils.files import short_sha256, write_bytes
+from utils.files import short_sha256, write_png
 from utils.parallel import Background, count_of_workers, parallel_map, share_of_workers
 from utils.progress import progress_bar
 
@@ -296,11 +295,7 @@ def _refine_file(frame: Path | np.ndarray, source: Path, target: Path, settings:
     image, name = (load_frame(frame), frame) if isinstance(frame, Path) else (frame, "its frame")
     probability = load_probability(source)
     require_size(source, probability.shape, image.shape, name)
-    text = PngImagePlugin.PngInfo()
-    text.add_text(FIELD, json.dumps(_making(source, settings)))
-    buffer = io.BytesIO()
-    Image.fromarray(refine(image, probability, settings)).save(buffer, format="PNG", pnginfo=text)
-    write_bytes(target, buffer.getvalue())
+    write_png(target, refine(image, probability, settings), (FIELD, _making(source, settings)))
 
 
 def _is_current(target: Path, source: Path, settings: CrfSettings) -> bool:

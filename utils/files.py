@@ -116,21 +116,30 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> Path:
     return write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_png(path: str | os.PathLike[str], array: np.ndarray) -> Path:
+def write_png(
+    path: str | os.PathLike[str], array: np.ndarray, note: tuple[str, Any] | None = None, compress_level: int = 6
+) -> Path:
     """Writes a uint8 image, ``(H, W)`` grey or ``(H, W, 3)`` RGB, as PNG, atomically.
+
+    Args:
+        note: name and content of a text field, written as JSON.
+        compress_level: zlib's.
 
     Raises:
         ValueError: another dtype or shape; a float image is not rounded silently.
     """
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
 
     array = np.asarray(array)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise ValueError(
             f"{path}: expected a uint8 image of shape (H, W) or (H, W, 3), got {array.dtype} of shape {array.shape}"
         )
+    text = PngImagePlugin.PngInfo()
+    if note is not None:
+        text.add_text(note[0], json.dumps(note[1]))
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG")
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", pnginfo=text, compress_level=compress_level)
     return write_bytes(path, buffer.getvalue())
 
 

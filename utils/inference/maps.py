@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from utils.crf import MAP
 from utils.evaluation.scoring import THRESHOLD
-from utils.files import write_bytes
+from utils.files import write_png
 from utils.inference.videos import Video
 
 # Text field of the probability maps: what they were made with, so that a later run knows which of them it may keep.
@@ -32,16 +31,9 @@ def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray,
     """
     (save_dir / "crf" / video.place / f"{stem}.png").unlink(missing_ok=True)
     grey = np.rint(np.clip(probability, 0, 1) * 255).astype(np.uint8)
-    text = PngImagePlugin.PngInfo()
-    text.add_text(FIELD, json.dumps(settings))
-    for path, picture, info in (
-        (video.binary(save_dir, stem), (grey > THRESHOLD) * np.uint8(255), None),
-        (video.probability(save_dir, stem), grey, text),
-    ):
-        buffer = io.BytesIO()
-        # Level 1: on maps the files are hardly larger, and writing them takes a third of the time.
-        Image.fromarray(picture).save(buffer, format="PNG", pnginfo=info, compress_level=1)
-        write_bytes(path, buffer.getvalue())
+    # Level 1: on maps the files are hardly larger, and writing them takes a third of the time.
+    write_png(video.binary(save_dir, stem), (grey > THRESHOLD) * np.uint8(255), compress_level=1)
+    write_png(video.probability(save_dir, stem), grey, (FIELD, settings), compress_level=1)
 
 
 def remove_others(video: Video, save_dir: Path) -> int:
