@@ -182,15 +182,15 @@ def void_pixels(path: Path | str, values: np.ndarray, mode: str) -> np.ndarray |
     """
     if mode != "P" or values.max(initial=0) < VOID or not ((values > 0) & (values < VOID)).any():
         return None
-    return values == VOID if _coloured(_palette_colours(path)) else None
+    return values == VOID if is_coloured(palette_colours(path)) else None
 
 
-def _palette_colours(path: Path | str) -> np.ndarray:
+def palette_colours(path: Path | str) -> np.ndarray:
     """The colours of an indexed mask, (H, W, 3)."""
     return np.asarray(_open(path, "mask").convert("RGB"))
 
 
-def _coloured(colours: np.ndarray) -> bool:
+def is_coloured(colours: np.ndarray) -> bool:
     """Whether any pixel of (H, W, 3) is no grey."""
     return bool((colours != colours[..., :1]).any())
 
@@ -252,8 +252,8 @@ def _above_128(path: Path) -> np.ndarray:
     if mode == "1":
         return values > 0
     if mode == "P":
-        colours = _palette_colours(path)  # instead of indices
-        return values > 0 if _coloured(colours) else colours[..., 0] > 128
+        colours = palette_colours(path)  # instead of indices
+        return values > 0 if is_coloured(colours) else colours[..., 0] > 128
     if mode == "RGB":
         values = grey_values(values)
     return values > (0 if values.max(initial=0) == 1 else 128)

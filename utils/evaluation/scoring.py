@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.errors import DataError
-from datasets.images import load_mask, load_mask_values
+from datasets.images import is_coloured, load_mask, load_mask_values, palette_colours
 from utils.evaluation.metrics import jaccard_and_boundary_f
 from utils.evaluation.vsod import SaliencyScores, saliency_scores
 
@@ -30,14 +30,10 @@ def read_map(path: Path | str) -> tuple[np.ndarray, str]:
     if mode == "1":
         values = values * np.uint8(255)
     elif mode == "P":
-        with Image.open(path) as image:
-            colours = np.asarray(image.convert("RGB"))  # (H, W, 3)
-        if (colours == colours[..., :1]).all():
-            values = colours[..., 0]
-        else:
-            values = (values > 0) * np.uint8(255)
+        colours = palette_colours(path)
+        values = (values > 0) * np.uint8(255) if is_coloured(colours) else colours[..., 0]
     elif mode == "RGB":
-        if not (values == values[..., :1]).all():
+        if is_coloured(values):
             raise DataError(f"{path}: a coloured image; expected a mask or grey map (1-bit, grey or indexed PNG)")
         values = values[..., 0]
     elif mode != "L":
