@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from datasets.errors import DataError
 from models.convlstm import recurrence_in_planes
 from models.losses import distillation_loss, segmentation_loss
+from models.precision import AMP, autocast
 from utils.distributed import Processes, set_batch_norm, start_processes, stop_processes, train_mode
 from utils.errors import UserError, exit_on_user_error
 from utils.files import FolderLock, write_text
@@ -150,7 +151,7 @@ def train_step(
         share = int(part["valid"].sum()) / max(1.0, total_labelled)
         if isinstance(run.model, DistributedDataParallel):
             run.model.require_backward_grad_sync = number == len(parts) - 1  # once a step is enough
-        with autocast(config, processes.device):
+        with autocast(processes.device, AMP[config.amp]):
             if run.teacher is None:
                 logits, aux = run.model(batch["frames"], batch["flows"], return_aux=True)
             else:
@@ -187,12 +188,6 @@ def train_step(
     if run.average is not None:
         run.average.update(run.net, run.step)
     return losses, norm, logits
-
-
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """Mixed precision as the options ask for it."""
-    dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=config.amp != "none")
 
 
 def _seed(*words: int) -> int:

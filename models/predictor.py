@@ -30,11 +30,10 @@ from models.fold import inference_copy
 from models.frame_io import Images, checked_picture, hand_out, read_ahead
 from models.frame_store import FrameStore, Storage
 from models.optional_motion import NO_MOTION, join_both, weigh, weigh_batches
+from models.precision import AMP, autocast
 from models.video_propagation import propagate_store
 from models.windows import Window, batches_of_windows, refinement_windows, temporal_windows
 from models.zoom import FIRST, View, extents, follow, magnify, put_back
-
-AMP = {None: None, "none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Size = tuple[int, int]  # height, width
 
@@ -294,10 +293,7 @@ class Predictor:
         return (x.flip(-1) if way.flip else x)[:, 0]
 
     def _autocast(self) -> torch.autocast:
-        # A graph must not read what autocast keeps of weights until it ends.
-        return torch.autocast(
-            self.device.type, dtype=self.amp, enabled=self.amp is not None, cache_enabled=not self.cuda_graphs
-        )
+        return autocast(self.device, self.amp, keep_casts=not self.cuda_graphs)
 
     def _clips(self, way: Pass, frames: Images, flows: Images) -> Iterator[Tensor]:
         net, size, motionless = way.net, way.size, self._motionless_maps(way)

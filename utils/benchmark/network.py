@@ -16,7 +16,7 @@ from models.cuda_graphs import CudaGraphs
 from models.dbsnet import DBSNet
 from models.fold import inference_copy
 from models.frame_store import FrameStore
-from models.predictor import AMP
+from models.precision import AMP, autocast
 from utils.benchmark.timing import PeakMemory, release, synchronise, time_calls
 
 
@@ -37,11 +37,6 @@ class LazyPictures(Sequence[np.ndarray]):
         return np.roll(self.base, index, 1)
 
 
-def autocast(device: torch.device, amp: str, keep_casts: bool = True) -> torch.autocast:
-    """Mixed precision as ``--amp`` says it; a CUDA graph must not read weights that were cast and kept."""
-    return torch.autocast(device.type, dtype=AMP[amp], enabled=AMP[amp] is not None, cache_enabled=keep_casts)
-
-
 def clip_calls(
     net: DBSNet, frames: torch.Tensor, flows: torch.Tensor, *, amp: str, cuda_graphs: bool
 ) -> dict[str, Callable[[], None]]:
@@ -56,7 +51,7 @@ def clip_calls(
 
     def whole(work: Callable[[], object], keep_casts: bool = True) -> Callable[[], None]:
         def call() -> None:
-            with torch.inference_mode(), autocast(device, amp, keep_casts):
+            with torch.inference_mode(), autocast(device, AMP[amp], keep_casts):
                 work()
 
         return call
@@ -116,7 +111,7 @@ def bench_against_encoders(
     frames = torch.rand(1, length, 3, *size, device=device)
 
     def both() -> None:
-        with torch.inference_mode(), autocast(device, amp):
+        with torch.inference_mode(), autocast(device, AMP[amp]):
             for encoder in encoders:
                 encoder(frames[0])
 
@@ -143,7 +138,7 @@ def profile_clip(
     folded = inference_copy(net.to(device), AMP[amp])
     frames = torch.rand(length, 3, *size, device=device).contiguous(memory_format=torch.channels_last)[None]
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with torch.inference_mode(), autocast(device, amp):
+    with torch.inference_mode(), autocast(device, AMP[amp]):
         folded(frames, frames)  # warm-up
         synchronise(device)
         with profile(activities=activities) as recorded:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.synthetic import SyntheticClips
 from models import build_dbsnet
 from models.losses import segmentation_loss
+from models.precision import AMP, autocast
 from utils.benchmark.timing import PeakMemory, synchronise
 from utils.memory import keep_freed_memory
 from utils.training.loading import ClipOrder, build_loader, stop_workers, to_device, to_floats
@@ -37,8 +38,7 @@ class Step:
 
     def __call__(self, batch: dict[str, Any]) -> None:
         clips = to_floats(to_device(batch, self.device))
-        half = torch.float16 if self.amp == "fp16" else torch.bfloat16
-        with torch.autocast(self.device.type, dtype=half, enabled=self.amp != "none"):
+        with autocast(self.device, AMP[self.amp]):
             logits, aux = self.model(clips["frames"], clips["flows"], return_aux=True)
         segmentation_loss(logits, clips["masks"], clips["valid"], aux, multiple=self.net.multiple)["total"].backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), math.inf)
