@@ -175,11 +175,9 @@ def parallel_map(
     An exception of a job is raised here, with its type, and no further job starts.
 
     Raises:
-        UserError: ``workers`` below 0, or a process that was killed.
+        UserError: a process that was killed.
     """
     workers = count_of_workers(workers)
-    if workers < 0:
-        raise UserError(f"--workers {workers}: expected 0 (no extra process) or more")
     if workers <= 1:
         for task in tasks:
             yield function(*task)
