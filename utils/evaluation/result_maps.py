@@ -193,7 +193,7 @@ def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]]) -> None:
         return
     (first, one), (second, other), *_ = makings.values()
     differing = [key for key in (*one, *other) if one.get(key) != other.get(key)]
-    words = ", ".join(f"{key} {_short(one.get(key))} and {_short(other.get(key))}" for key in dict.fromkeys(differing))
+    words = ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in dict.fromkeys(differing))
     tool = "crf" if all(key.startswith("crf ") for key in differing) else "test"
     raise DataError(
         f"{unit.name}, {unit.dataset}: the maps are of different runs: {first} and {second} differ in {words}. A run "
@@ -209,10 +209,6 @@ def _making(unit: Unit, sequence: str, stem: str) -> Iterator[tuple[str, Any]]:
     if unit.folders.get("uvos", Path()).parent.name == "crf":
         for key, value in of_run(made_with(unit.results / "crf" / place, CRF_FIELD) or {}).items():
             yield f"crf {key}", value
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def _list_maps(folder: Path) -> dict[str, Path]:
