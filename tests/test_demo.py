@@ -144,7 +144,7 @@ def test_several_processes_are_refused_before_any_tool(
 ) -> None:
     ran = []
     monkeypatch.setattr(tool, "TOOLS", {name: lambda *_: ran.append("a tool") for name in tool.TOOLS})
-    two = Processes(rank=1, local_rank=1, world_size=2, device=torch.device("cpu"))
+    two = Processes(rank=1, world_size=2, device=torch.device("cpu"))
     monkeypatch.setattr("utils.distributed.start_processes", lambda *_: two)
     with pytest.raises(SystemExit) as caught:
         tool.main(["--tools", "flow", "demo"])

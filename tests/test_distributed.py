@@ -43,7 +43,7 @@ def losses(folder: Path) -> list[dict]:
 def _norm_in_a_process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     data = torch.load(f"{folder}/data.pt")
-    net = set_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), "sync", Processes(rank, rank, 2, torch.device("cpu")))
+    net = set_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), "sync", Processes(rank, 2, torch.device("cpu")))
     assert type(net[0]) is SyncBatchNorm2d
     net.double().load_state_dict(data["state"])
     # Unequal shares: two pictures here, three there.
@@ -86,7 +86,7 @@ def test_batch_norm_over_processes_is_batch_norm_of_the_whole_batch(tmp_path: Pa
 
 def _timm_norm_in_a_process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    processes = Processes(rank, rank, 2, torch.device("cpu"))
+    processes = Processes(rank, 2, torch.device("cpu"))
     torch.manual_seed(0)
     net = set_batch_norm(TimmEncoder("tf_efficientnet_lite0"), "sync", processes).train()
     maps = net(torch.load(f"{folder}/x.pt")[2 * rank : 2 * rank + 2])
@@ -121,7 +121,7 @@ def test_batch_norms_synchronised_on_gpus_keep_their_activations() -> None:
     net = TimmEncoder("tf_efficientnet_lite0").eval()
     x = torch.rand(1, 3, 64, 96)
     before = net(x)
-    net = set_batch_norm(net, "sync", Processes(0, 0, 2, torch.device("cuda", 0)))  # converted, not run, on a GPU
+    net = set_batch_norm(net, "sync", Processes(0, 2, torch.device("cuda", 0)))  # converted, not run, on a GPU
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in net.modules()) > 40
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     for one, other in zip(net(x), before):
@@ -133,7 +133,7 @@ def test_an_unknown_kind_of_batch_norm_is_not_left_out() -> None:
         pass
 
     with pytest.raises(UserError, match="Own; take frozen or local"):
-        set_batch_norm(nn.Sequential(Own(3)), "sync", Processes(0, 0, 2, torch.device("cpu")))
+        set_batch_norm(nn.Sequential(Own(3)), "sync", Processes(0, 2, torch.device("cpu")))
 
 
 def test_processes_share_the_clips_of_each_step() -> None:

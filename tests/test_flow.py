@@ -33,7 +33,7 @@ from utils.flow.files import FlowFiles, begin_flow, read_raw_flow, write_raw_flo
 from utils.flow.prepare import FlowTask, pending_frames, write_flows
 from utils.flow.raft import convert_raft_state, load_raft, torchvision_key
 
-ALONE = Processes(0, 0, 1, torch.device("cpu"))
+ALONE = Processes(0, 1, torch.device("cpu"))
 DIS = FlowEstimator(FlowSettings("dis"))
 
 # ------------------------------------------------------------------------------------------------------------ helpers

@@ -32,7 +32,6 @@ class Processes:
     """The processes of this run as one of them sees it."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
     # Host-side agreement goes through gloo even where gradients go through nccl, so that it never waits for the GPU.
@@ -125,7 +124,7 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     if world_size == 1:
-        return Processes(0, local_rank, 1, where)
+        return Processes(0, 1, where)
     backend = "nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -135,7 +134,7 @@ def start_processes(device: str = "auto", local_rank: int = 0) -> Processes:
         timeout=None if where.type == "cuda" else PATIENCE,
     )
     control = dist.new_group(backend="gloo", timeout=PATIENCE) if where.type == "cuda" else dist.group.WORLD
-    return Processes(rank, local_rank, world_size, where, control)
+    return Processes(rank, world_size, where, control)
 
 
 def _meeting_place() -> dist.Store:
