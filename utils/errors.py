@@ -131,19 +131,15 @@ def exit_on_user_error() -> Iterator[None]:
         remedy = PLACES[error.errno]
         if remedy == NO_ROOM and error.filename in (None, tempfile.gettempdir()):
             remedy += TEMPORARY
-        print(f"error: {where}{error.strerror}; {remedy}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        _end(f"{where}{error.strerror}; {remedy}")
     except (RuntimeError, MemoryError) as error:
         if any(words in str(error) for words in PEER_GONE):
-            print("error: another process of this run has ended; its own message says why", file=sys.stderr, flush=True)
-            raise SystemExit(1) from None
+            _end("another process of this run has ended; its own message says why", code=1)
         if type(error).__name__ == "OutOfMemoryError":  # torch's; torch itself need not have been imported here
-            print(f"error: {str(error).splitlines()[0]} {MEMORY}", file=sys.stderr, flush=True)
-        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # NumPy's, and torch's on a CPU
-            print(f"error: {HOST_MEMORY}", file=sys.stderr, flush=True)
-        else:
-            raise
-        raise SystemExit(2) from None
+            _end(f"{str(error).splitlines()[0]} {MEMORY}")
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # NumPy's, and torch's on a CPU
+            _end(HOST_MEMORY)
+        raise
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:  # also a part of a package that is there, which is a defect of it or of ours
             raise
@@ -155,8 +151,12 @@ def exit_on_user_error() -> Iterator[None]:
 
         if not isinstance(error, (UserError, DataError, CheckpointError)):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        _end(str(error))
+
+
+def _end(message: str, code: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
 
 
 def _steady() -> None:
