@@ -81,30 +81,24 @@ class Storage:
         self.places = [(torch.device("cpu"), host_memory)] if device.type == "cpu" else [
             (device, device_memory), (torch.device("cpu"), host_memory)]  # fmt: skip
         self.used = [0] * len(self.places)
-        self.stores: list[tuple[FrameStore, int | None]] = []
+        self.stores: dict[FrameStore, int | None] = {}  # with the place of each; None: a file
 
     def new(self, shape: tuple[int, ...]) -> FrameStore:
         size = self.length * int(np.prod(shape)) * self.dtype.itemsize
-        for index, (device, limit) in enumerate(self.places):
-            if self.used[index] + size <= limit:
-                self.used[index] += size
-                store = FrameStore(self.length, shape, self.dtype, device)
-                self.stores.append((store, index))
-                return store
-        store = FrameStore(self.length, shape, self.dtype, None)
-        self.stores.append((store, None))
+        place = next((i for i, (_, limit) in enumerate(self.places) if self.used[i] + size <= limit), None)
+        store = FrameStore(self.length, shape, self.dtype, None if place is None else self.places[place][0])
+        if place is not None:
+            self.used[place] += size
+        self.stores[store] = place
         return store
 
     def free(self, store: FrameStore) -> None:
-        for entry in self.stores:
-            if entry[0] is store:
-                self.stores.remove(entry)
-                if entry[1] is not None:
-                    self.used[entry[1]] -= self.length * store.stride
-                store.close()
-                return
+        place = self.stores.pop(store)
+        if place is not None:
+            self.used[place] -= self.length * store.stride
+        store.close()
 
     def close(self) -> None:
-        for store, _ in self.stores:
+        for store in self.stores:
             store.close()
         self.stores.clear()
