@@ -11,12 +11,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from datasets.errors import DataError
-from datasets.video_sequence import (
-    Report,
-    VideoSequence,
-    build_sequence,
-    list_folders,
-)
+from datasets.video_sequence import SPLITS, Report, VideoSequence, build_sequence, list_folders, parts_of
 
 DAVIS_2016 = {
     "train": (
@@ -31,7 +26,6 @@ DAVIS_2016 = {
     ).split(),
 }
 _LIST_FOLDERS = ("2016", "480p")  # of ImageSets, for DAVIS-2016
-_SPLITS = {"train": ("train",), "val": ("val",), "test": ("val",), "trainval": ("train", "val")}
 
 
 def read_list(path: Path, report: Report) -> dict[str, list[str]]:
@@ -116,41 +110,31 @@ def _davis_sequences(root: Path, dataset: str, lists: list[SequenceList], report
     return found
 
 
-def read_davis_2016(
-    root: Path, split: str, report: Report, dataset: str = "DAVIS-2016", num_frames: int = 5
-) -> list[VideoSequence]:
+def read_davis_2016(root: Path, split: str, report: Report, dataset: str, num_frames: int) -> list[VideoSequence]:
     """DAVIS-2016, from its own release or from a DAVIS-2017 tree.
 
     The list is `ImageSets/2016/<split>.txt` (names) or else `ImageSets/480p/<split>.txt` (pairs of files). In a tree of
     neither, which is DAVIS-2017's, it is the 50 sequences of 2016; the indexed masks are merged by the rule "nonzero".
     Flow: `Flows/480p/<sequence>/<stem>.png|.jpg` (or `flows/…`) beside `JPEGImages`.
     """
-    parts = _parts(_SPLITS, split, dataset)
+    parts = parts_of(split, SPLITS, dataset)
     lists = _lists(root, _LIST_FOLDERS, parts, report)
     if lists is None:
         lists = [(None, {name: [] for name in DAVIS_2016[part]}) for part in parts]
     return _davis_sequences(root, dataset, lists, report)
 
 
-def read_davis_2017(
-    root: Path, split: str, report: Report, dataset: str = "DAVIS-2017", num_frames: int = 5
-) -> list[VideoSequence]:
+def read_davis_2017(root: Path, split: str, report: Report, dataset: str, num_frames: int) -> list[VideoSequence]:
     """DAVIS-2017 by `ImageSets/2017/<split>.txt`: train, val, trainval, test-dev, test-challenge. Objects are merged.
 
     Flow: as in DAVIS-2016.
     """
-    splits = {**_SPLITS, "test-dev": ("test-dev",), "test-challenge": ("test-challenge",)}
-    parts = _parts(splits, split, dataset)
+    splits = {**SPLITS, "test-dev": ("test-dev",), "test-challenge": ("test-challenge",)}
+    parts = parts_of(split, splits, dataset)
     lists = _lists(root, ("2017",), parts, report)
     if lists is None:
         raise DataError(f"{root}: no ImageSets/2017; expected the DAVIS-2017 lists there. Ask for DAVIS-2016 instead?")
     return _davis_sequences(root, dataset, lists, report)
-
-
-def _parts(splits: dict[str, tuple[str, ...]], split: str, dataset: str) -> tuple[str, ...]:
-    if split not in splits:
-        raise DataError(f"{dataset}: no split {split!r}; expected one of {', '.join(splits)}")
-    return splits[split]
 
 
 def has_davis_2016(root: Path) -> bool:
@@ -184,9 +168,7 @@ def has_youtube_vos(root: Path) -> bool:
     return any((root / part / "JPEGImages").is_dir() for parts in _YOUTUBE_PARTS.values() for part in parts)
 
 
-def read_youtube_vos(
-    root: Path, split: str, report: Report, dataset: str = "YouTube-VOS-2018", num_frames: int = 5
-) -> list[VideoSequence]:
+def read_youtube_vos(root: Path, split: str, report: Report, dataset: str, num_frames: int) -> list[VideoSequence]:
     """YouTube-VOS-2018: `train/JPEGImages/<video>/*.jpg` with `train/Annotations/<video>/*.png` (indexed, merged).
 
     The videos are those of `train/meta.json`, or all folders where that is missing. Of each training video
@@ -195,11 +177,9 @@ def read_youtube_vos(
     `train/flows/…`). It is to be made with `num_frames=1`, between neighbouring frames of the download, whatever is
     kept of it later.
     """
-    if split not in _YOUTUBE_PARTS:
-        raise DataError(f"{dataset}: no split {split!r}; expected one of {', '.join(_YOUTUBE_PARTS)}")
+    parts = [root / part for part in parts_of(split, _YOUTUBE_PARTS, dataset)]
     if num_frames < 1:
         raise DataError(f"num_frames is {num_frames}; expected 1 (every frame) or more")
-    parts = [root / part for part in _YOUTUBE_PARTS[split]]
     part = next((part for part in parts if (part / "JPEGImages").is_dir()), None)
     if part is None:
         raise DataError(f"{root}: no {parts[0].name}/JPEGImages, the {split} part of {dataset}; unpack it there")
@@ -244,7 +224,7 @@ def has_authors_layout(root: Path) -> bool:
 
 
 def read_authors_layout(
-    root: Path, split: str, report: Report, dataset: str, num_frames: int = 5, mask_rule: str = "nonzero"
+    root: Path, split: str, report: Report, dataset: str, num_frames: int, mask_rule: str
 ) -> list[VideoSequence]:
     """The layout that DBSNet's authors use for every set: `<train|val>/<images|flows|labels>/<video>/<stem>`.
 
@@ -252,7 +232,7 @@ def read_authors_layout(
     well). Of YouTube-VOS, every `num_frames`-th frame of a training video is kept, as in the native layout.
     """
     found = []
-    for part in _parts(_SPLITS, split, dataset):
+    for part in parts_of(split, SPLITS, dataset):
         folder = root / part
         if part == "val" and not (folder / "images").is_dir():
             folder = root / "test"

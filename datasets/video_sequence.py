@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from datasets.errors import DataError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 FLOW_SUFFIXES = (".png", ".jpg", ".jpeg")
 MASK_SUFFIXES = (".png", ".bmp")
+
+# Of most data sets, each with its parts.
+SPLITS = {"train": ("train",), "val": ("val",), "test": ("val",), "trainval": ("train", "val")}
 
 # What a reader calls with (sequence name or "", problem). If it returns, reading goes on without the broken part.
 Report = Callable[[str, DataError], None]
@@ -153,6 +157,13 @@ def by_stem(files: Iterable[Path], sequence: str, report: Report) -> dict[str, P
                 ),
             )
     return found
+
+
+def parts_of(split: str, splits: dict[str, Any], dataset: str) -> Any:
+    """What a split of a data set is made of. Raises DataError for one that it does not have."""
+    if split not in splits:
+        raise DataError(f"{dataset}: no split {split!r}; expected one of {', '.join(splits)}")
+    return splits[split]
 
 
 def first_folder(candidates: Sequence[Path]) -> Path:

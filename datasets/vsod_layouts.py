@@ -10,6 +10,7 @@ from datasets.errors import DataError
 from datasets.video_sequence import (
     FRAME_SUFFIXES,
     MASK_SUFFIXES,
+    SPLITS,
     Report,
     VideoSequence,
     build_sequence,
@@ -19,6 +20,7 @@ from datasets.video_sequence import (
     list_folders,
     natural_key,
     object_folders,
+    parts_of,
 )
 
 FBMS_59 = {
@@ -169,7 +171,7 @@ def has_videos_with_masks(root: Path) -> bool:
     return any(video.masks is not None for video in find_videos(root))
 
 
-def read_videos(root: Path, split: str, report: Report, dataset: str, num_frames: int = 5) -> list[VideoSequence]:
+def read_videos(root: Path, split: str, report: Report, dataset: str, num_frames: int) -> list[VideoSequence]:
     """A set that has a test part only (MCL, ViSal, SegTrack v2 …): every video of the folder, see `find_videos`.
 
     Where each object of a video has masks of its own, in `<masks>/1/*`, `<masks>/2/*` and so on, they are merged.
@@ -191,9 +193,7 @@ def has_davsod(root: Path) -> bool:
     return any(_part(root, names) is not None for names in _DAVSOD_PARTS.values()) or has_videos_with_masks(root)
 
 
-def read_davsod(
-    root: Path, split: str, report: Report, dataset: str = "DAVSOD", num_frames: int = 5
-) -> list[VideoSequence]:
+def read_davsod(root: Path, split: str, report: Report, dataset: str, num_frames: int) -> list[VideoSequence]:
     """DAVSOD: `<package>/<video>/Imgs/*` with `<package>/<video>/GT_object_level/*.png`.
 
     Packages: Training Set (split train), Validation Set (split validation), and the test sets, each the
@@ -204,14 +204,13 @@ def read_davsod(
     splits = {"val": test_part, "test": test_part}
     if dataset == "DAVSOD":
         splits.update(train="train", validation="validation")
-    if split not in splits:
-        raise DataError(f"{dataset}: no split {split!r}; expected one of {', '.join(splits)}")
-    names = _DAVSOD_PARTS[splits[split]]
+    part = parts_of(split, splits, dataset)
+    names = _DAVSOD_PARTS[part]
     called = folder_names(root)
     itself = next((part for part, usual in _DAVSOD_PARTS.items() if called & {name.lower() for name in usual}), None)
     folder = _part(root, names)
     # Videos that lie in DAVSOD itself are those of Easy-35, but not the videos of another package.
-    if folder is None and splits[split] == (itself or "easy") and find_videos(root):
+    if folder is None and part == (itself or "easy") and find_videos(root):
         folder = root
     if folder is None:
         advice = "unpack it there"
@@ -233,9 +232,7 @@ def has_fbms(root: Path) -> bool:
     return not {*FBMS_59["train"], *FBMS_59["val"]}.isdisjoint(videos)
 
 
-def read_fbms(
-    root: Path, split: str, report: Report, dataset: str = "FBMS", num_frames: int = 5
-) -> list[VideoSequence]:
+def read_fbms(root: Path, split: str, report: Report, dataset: str, num_frames: int) -> list[VideoSequence]:
     """FBMS-59, native or as binary PNG; only some frames have a mask.
 
     Native: `Trainingset|Testset/<video>/<video>_0001.jpg` with `<video>/GroundTruth/` of `<video>_0001_gt.ppm` or
@@ -245,11 +242,8 @@ def read_fbms(
     of `find_videos`. Without Trainingset and Testset the split is by the names of the 29 training and 30 test videos.
     Flow: `Testset/Flows/<video>/<stem>.png|.jpg`, or `Flows/<video>/…` where there is no Testset.
     """
-    parts = {"train": ("train",), "val": ("val",), "test": ("val",), "trainval": ("train", "val")}
-    if split not in parts:
-        raise DataError(f"{dataset}: no split {split!r}; expected one of {', '.join(parts)}")
     found = []
-    for part in parts[split]:
+    for part in parts_of(split, SPLITS, dataset):
         folder = _part(root, _FBMS_PARTS[part])
         if folder is not None:
             videos = find_videos(folder)
