@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from utils.video import LazyFrames
 
 
-@dataclass(frozen=True)
+@dataclass
 class OwnVideo:
     """A video file or a folder of frames; the name is that of the file without suffix, or of the folder."""
 
     name: str
     frames: LazyFrames
+    flows: LazyFrames | None = None  # once `run_own_flow` has made what was missing
 
     def flow_dir(self, save_dir: Path) -> Path:
         return save_dir / "flow" / self.name
@@ -75,7 +76,8 @@ def check_place(option: str, source: str, save_dir: str) -> None:
 
 
 def run_own_flow(args: argparse.Namespace, own: OwnVideo, device: Any) -> LazyFrames:
-    """Makes the flow of a user's video that is missing, in ``<save_dir>/flow/<name>``; returns its images.
+    """Makes the flow of a user's video that is missing, in ``<save_dir>/flow/<name>``; returns its images, which the
+    video keeps.
 
     Raises:
         As `utils.flow.prepare.video_flows`.
@@ -84,7 +86,8 @@ def run_own_flow(args: argparse.Namespace, own: OwnVideo, device: Any) -> LazyFr
 
     hint = "; --flow_method raft is better and slower, and downloads its weights" if args.flow_method == "dis" else ""
     print(f"flow: {number_of(len(own.frames), 'frame')}, by {args.flow_method}{hint}", flush=True)
-    return video_flows(args, own.frames, own.flow_dir(Path(args.save_dir)), device)
+    own.flows = video_flows(args, own.frames, own.flow_dir(Path(args.save_dir)), device)
+    return own.flows
 
 
 def run_own(
@@ -106,9 +109,9 @@ def run_own(
         segment.run(args, [], processes, weights)
         return
     save_dir = Path(args.save_dir)
-    made = "flow" in args.tools[: args.tools.index("test")]  # just now, which --overwrite need not do again
-    for_flow = argparse.Namespace(**{**vars(args), "overwrite": args.overwrite and not made})
-    flows = run_own_flow(for_flow, own, processes.device) if segment.needs_flow(args, weights) else None
+    flows = None
+    if segment.needs_flow(args, weights):
+        flows = own.flows or run_own_flow(args, own, processes.device)  # of the tool before, perhaps
     if args.clip_len:
         # Clips overlap by half, and each of several passes has a reader of its own, a clip ahead: whoever goes back
         # further than what is kept makes the decoder begin anew.
