@@ -130,15 +130,14 @@ def write_flows(
                 continue
             if settings.method != "dis":
                 estimator.load()
-            begin_flow(
-                Path(video.flow_dir), [video.stems[t] for t in video.pending], settings.record() | (video.source or {})
-            )
+            stems = [video.stems[t] for t in video.pending]
+            begin_flow(video.flow_dir, stems, settings.record() | (video.source or {}))
             if settings.method == "dis":
                 pairs = frame_pairs(video.frames, settings.size, video.pending)
             else:
                 pairs = compute_flows(video.frames, estimator, batch_size, video.pending)
             for t, *arrays in pairs:
-                yield Path(video.flow_dir), video.stems[t], files, *arrays
+                yield video.flow_dir, video.stems[t], files, *arrays
 
     yield from parallel_map(_dis_job if settings.method == "dis" else _write_job, tasks(), workers, niceness)
 
@@ -206,20 +205,12 @@ def settings_from(args: argparse.Namespace) -> tuple[FlowSettings, FlowFiles]:
     return settings, FlowFiles(args.flow_format, args.flow_raw)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The flow of data sets that this process has to make: the stems by folder, and what makes it."""
-
-    pending: dict[Path, Collection[str]]
-    total: int  # of these frames
-    written: Generator[tuple[Path, str], None, None]  # as `write_flows`
-    files: FlowFiles
-
-
 def _plan(
     args: argparse.Namespace, sequences: Sequence[VideoSequence], processes: Processes, niceness: int = 0
-) -> _Work:
-    """Looks for the flow images that are missing, says how many there are and what is wrong with making them."""
+) -> tuple[dict[Path, Collection[str]], Generator[tuple[Path, str], None, None]]:
+    """Looks for the flow images that are missing, says how many there are and what is wrong with making them. Returns
+    the stems of those that this process has to make, by folder, and what makes them, as `write_flows`.
+    """
     from utils.distributed import share_out
 
     settings, files = settings_from(args)
@@ -255,7 +246,6 @@ def _plan(
         warn_of_mixture(mixed, settings.method, "--flow_dir DIR")
         if stretched:
             warn_of_stretching(stretched, settings.size)
-    workers = args.workers if processes.world_size == 1 else share_of_workers(args.workers, processes.world_size)
 
     def tasks() -> Iterator[FlowTask]:
         for flow_dir, stems in pending.items():
@@ -271,10 +261,10 @@ def _plan(
         files,
         device=processes.device,
         batch_size=args.flow_batch,
-        workers=workers,
+        workers=share_of_workers(args.workers, processes.world_size),
         niceness=niceness,
     )
-    return _Work(pending, total, written, files)
+    return pending, written
 
 
 def _neighbours(sequence: VideoSequence) -> dict[str, Path]:
@@ -291,11 +281,7 @@ def _frame_bytes(frames: dict[str, Path]) -> dict[str, int]:
     return {stem: path.stat().st_size if path.exists() else 0 for stem, path in frames.items()}
 
 
-def run(
-    args: argparse.Namespace,
-    sequences: Sequence[VideoSequence],
-    processes: Processes,
-) -> int:
+def run(args: argparse.Namespace, sequences: Sequence[VideoSequence], processes: Processes) -> int:
     """``--tools flow``: makes the flow images that are missing, in each sequence's ``flow_dir``; returns how many of
     them this process made.
 
@@ -308,14 +294,15 @@ def run(
     Raises:
         UserError, CheckpointError, DataError: see `pending_frames` and `write_flows`.
     """
-    work = _plan(args, sequences, processes)
+    pending, written = _plan(args, sequences, processes)
+    total = sum(map(len, pending.values()))
     with progress_bar(
-        total=work.total, desc=f"flow ({args.flow_method})", unit="frame", disable=not processes.is_main
+        total=total, desc=f"flow ({args.flow_method})", unit="frame", disable=not processes.is_main
     ) as progress:
-        for flow_dir, _ in work.written:
+        for flow_dir, _ in written:
             progress.set_postfix_str(flow_dir.name, refresh=False)
             progress.update()
-    return work.total
+    return total
 
 
 def can_run_beside(args: argparse.Namespace, world_size: int) -> bool:
@@ -329,8 +316,8 @@ def run_beside_test(args: argparse.Namespace, sequences: Sequence[VideoSequence]
     """``--tools flow test``: as `run`, in the ``with`` block of what it returns, where each video's flow can be waited
     for. Only where `can_run_beside`.
     """
-    work = _plan(args, sequences, processes, NICENESS)
-    return FlowBeside(work.written, work.pending, work.files)
+    pending, written = _plan(args, sequences, processes, NICENESS)
+    return FlowBeside(written, pending, settings_from(args)[1])
 
 
 def warn_of_stretching(frames: Sequence[Path], size: tuple[int, int]) -> None:
