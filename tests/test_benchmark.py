@@ -354,7 +354,7 @@ def test_against_timm() -> None:
 )
 def test_options_out_of_range(words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words.split()[0]):
-        bench.run(parse(*words.split(), folder=tmp_path), CPU)
+        bench.check(parse(*words.split(), folder=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -371,6 +371,7 @@ def test_sizes_that_will_not_do_are_told_before_anything_is_measured(
     args = parse(*words.split(), folder=tmp_path)
     args.size = size
     with pytest.raises(UserError, match=message):
+        bench.check(args)
         bench.run(args, CPU)
     assert not list(tmp_path.iterdir())
 
@@ -387,6 +388,7 @@ def test_options_that_do_not_go_together(words: str, given: dict, message: str, 
     args = parse(*words.split(), folder=tmp_path)
     vars(args).update(given)
     with pytest.raises(UserError, match=message):
+        bench.check(args)
         bench.run(args, CPU)
     assert not list(tmp_path.iterdir())
 

@@ -174,7 +174,7 @@ def test_what_maps_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"optional_motion": True, "without": "flow"}, "--optional_motion and --without flow"),
     ):
         with pytest.raises(UserError, match=said):
-            segment.settings_from(options(**wrong), weights)
+            segment.check(options(**wrong))
     motion = SimpleNamespace(**vars(weights) | {"net": SimpleNamespace(streams=("motion",))})
     assert not segment.settings_from(options(), motion)["consensus"]
     with pytest.raises(UserError, match="--optional_motion: w.pt is a network of one stream"):

@@ -99,16 +99,16 @@ def _refuse_own_source(output: str, option: str, source: str) -> None:
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Writes ``--output`` from ``--checkpoint``; notes that the checkpoint has already are kept. Returns the path.
+    """Writes ``--output`` from ``--checkpoint``, after `check`; notes that the checkpoint has already are kept. Returns
+    the path.
 
     Raises:
-        UserError: as `check`, or a checkpoint whose input size is not known.
+        UserError: a checkpoint whose input size is not known, or networks that do not fit.
         CheckpointError: a checkpoint that is unreadable or of another network.
     """
     from models.weights import average_into, save_weights
     from utils.inference.weights import load_weights, without_part
 
-    check(args)
     notes = parse_notes(args.note)
     weights = load_weights(args.checkpoint)
     kept = dict(weights.notes)

@@ -58,12 +58,11 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[VideoSequence]]) -> Path:
-    """``--tools report``: the page for what ``--save_dir`` holds after ``eval``; returns its path.
+    """``--tools report``, after `check`: the page for what ``--save_dir`` holds after ``eval``; returns its path.
 
     Raises:
         UserError: no scores there, or none of a data set. DataError: a picture that cannot be read.
     """
-    check(args)
     save_dir = Path(args.save_dir)
     _require_newer(save_dir / "evaluation.json", save_dir, sequences_by_dataset)
     log = Path(args.log) if args.log else None

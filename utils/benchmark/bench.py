@@ -113,13 +113,14 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, device: torch.device, frames: Sequence[Path] | None = None) -> dict[str, Any]:
-    """Measure what ``--bench_parts`` asks for; prints each figure as it comes, writes the JSON, and returns it.
+    """Measure what ``--bench_parts`` asks for, after `check`; prints each figure as it comes, writes the JSON, and
+    returns it.
 
     Args:
         frames: those that part pipeline reads; drawn ones by default.
 
     Raises:
-        UserError: as `check`, or sizes too small for a part.
+        UserError: sizes too small for a part.
     """
     import torch
 
@@ -130,7 +131,6 @@ def run(args: argparse.Namespace, device: torch.device, frames: Sequence[Path] |
     from utils.benchmark.timing import describe_machine
     from utils.training.optimisation import coarsest_positions
 
-    check(args)
     if args.bench_threads is not None:
         torch.set_num_threads(args.bench_threads)
     sizes = [tuple(args.size)] if args.size else list(args.bench_sizes)

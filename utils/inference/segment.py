@@ -124,9 +124,8 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     """What the maps depend on. Not the batch size, nor the device, which change them by rounding alone.
 
     Raises:
-        As `check` and `wants_consensus`; UserError also for ``--optional_motion`` with a network of one stream.
+        As `wants_consensus`; UserError also for ``--optional_motion`` with a network of one stream.
     """
-    check(args)
     if args.optional_motion and len(weights.net.streams) == 1:
         raise UserError(f"--optional_motion: {weights.path} is a network of one stream, and needs none: leave it out")
     return {
