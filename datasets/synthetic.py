@@ -134,12 +134,11 @@ def write_dataset(
     frames: int = 24,
     size: tuple[int, int] = (128, 224),
     seed: int = 0,
-    stills: Sequence[StillImage] | None = None,
     flows: bool = True,
     validation: int | None = None,
     options: SceneOptions | None = None,
 ) -> Path:
-    """Write synthetic videos as a data set in the layout of DAVIS-2016; returns its folder, `root/name`.
+    """Write drawn videos as a data set in the layout of DAVIS-2016; returns its folder, `root/name`.
 
     JPEGImages/480p/<video>/00000.jpg, Annotations/480p/<video>/00000.png (0/255), Flows/480p/<video>/00000.png (where
     `flows`), ImageSets/2016/train.txt and val.txt. validation: how many of the videos, the last ones, are val; by
@@ -154,10 +153,7 @@ def write_dataset(
     folder = Path(root) / name
     names = []
     for video in range(videos):
-        still = None
-        if stills:
-            still = stills[int(np.random.default_rng((seed, video, 1)).integers(len(stills)))]
-        clip = make_clip((seed, video), frames, size, still, stills or (), options)
+        clip = make_clip((seed, video), frames, size, options=options)
         names.append(f"video-{video:03d}")
         for index in range(frames):
             place = Path("480p") / names[-1] / f"{index:05d}"
