@@ -156,10 +156,9 @@ def profile_clip(
     ]  # fmt: skip
 
 
-def feature_bytes_per_frame(
-    net: DBSNet, size: tuple[int, int], store_dtype: torch.dtype = torch.float16, consensus: bool = False
-) -> dict[str, int]:
-    """Bytes that `Predictor` keeps of each frame of a video: of features, and at most (during the finest recurrence).
+def feature_bytes_per_frame(net: DBSNet, size: tuple[int, int], consensus: bool = False) -> dict[str, int]:
+    """Bytes that `Predictor` keeps of each frame of a video, in half precision: of features, and at most (during the
+    finest recurrence).
 
     Beyond its limits of memory (`device_memory`, `host_memory`) they are in a temporary file.
     """
@@ -170,8 +169,8 @@ def feature_bytes_per_frame(
     finest = net.levels[0]
     hidden = len(config["dilations"]) * 2 * streams * config["hidden"] * (height // finest) * (width // finest)
     looks = net.encoders["appearance"].channels[1] * (height // 16) * (width // 16) if consensus else 0
-    features = (sum(levels) + skip + looks) * store_dtype.itemsize
-    return {"features": features, "most": features + hidden * store_dtype.itemsize}
+    features = 2 * (sum(levels) + skip + looks)
+    return {"features": features, "most": features + 2 * hidden}
 
 
 def run_video(predictor: Predictor, length: int, size: tuple[int, int]) -> float:

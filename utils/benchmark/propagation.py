@@ -65,24 +65,24 @@ class PlainPropagation(nn.Module):
         return torch.stack([torch.cat(parts, 1) for parts in zip(*streams)], 1)
 
 
-def propagation_macs(dense: DenseBiConvLSTM, length: int, size: tuple[int, int], batch: int = 1) -> int:
-    """Multiply-accumulates of the convolutions of one forward call: what no order of work can save."""
+def propagation_macs(dense: DenseBiConvLSTM, length: int, size: tuple[int, int]) -> int:
+    """Multiply-accumulates of the convolutions of one clip's forward call: what no order of work can save."""
     weights = sum(
         layer.input_conv.weight.numel() + layer.recurrent_conv.weight.numel() * (length - 1) / length
         for layer in dense.layers
     )
-    return round(batch * length * size[0] * size[1] * (weights + dense.proj.weight.numel()))
+    return round(length * size[0] * size[1] * (weights + dense.proj.weight.numel()))
 
 
-def arithmetic_rates(device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 5) -> dict[str, float]:
+def arithmetic_rates(device: torch.device, repeats: int = 5) -> dict[str, float]:
     """Multiply-accumulates per second of a large matrix product and of a large 3x3 convolution, with the threads and
     the load of this moment. On a CPU they are the work of two libraries, of which either may know the processor better.
     """
     side = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(side, side, device=device, dtype=dtype)
+    a = torch.randn(side, side, device=device)
     channels, edge = (256, 32) if device.type == "cpu" else (1024, 64)
-    x = torch.randn(1, channels, edge, edge, device=device, dtype=dtype)
-    weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    x = torch.randn(1, channels, edge, edge, device=device)
+    weight = torch.randn(channels, channels, 3, 3, device=device)
     with torch.inference_mode():
         times = time_calls(
             {"matrix product": lambda: a @ a, "convolution": lambda: F.conv2d(x, weight, padding=1)}, device, repeats

@@ -103,8 +103,8 @@ class PeakMemory:
         reserved: the most that PyTorch held of the GPU for them, with what CUDA graphs work in.
     """
 
-    def __init__(self, device: torch.device, interval: float = 0.01) -> None:
-        self.where, self.interval = device, interval
+    def __init__(self, device: torch.device) -> None:
+        self.where = device
         self.host = self.device = self.reserved = 0
         self._ended = threading.Event()
 
@@ -118,7 +118,7 @@ class PeakMemory:
         return self
 
     def _watch(self) -> None:
-        while not self._ended.wait(self.interval):
+        while not self._ended.wait(0.01):
             self.host = max(self.host, resident_memory() - self._start)
 
     def __exit__(self, *_: object) -> None:
