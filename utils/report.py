@@ -237,15 +237,14 @@ def _table(score: Scores) -> str:
     wanted = ("J_mean", "F_mean", "J_recall", "J_decay", "F_recall", "F_decay") if percent else None
     columns = [c for c in COLUMNS[score.measures] if c.key in score.overall[""] and (wanted is None or c.key in wanted)]
     extra = [c for c in columns if c.key in ("J_mean", "F_mean", "S", "MAE")] if "crf" in score.overall else []
-    order = sorted(score.sequences[""], key=lambda name: -score.sequences[""][name][score.key])
     lines = []
-    for name in [None, *order]:
+    for name in [None, *score.ranked]:
         plain = score.overall[""] if name is None else score.sequences[""][name]
         refined = (score.overall if name is None else score.sequences).get("crf", {})
         refined = refined if name is None else refined.get(name, {})
         cells = "".join(f"<td>{c.format(plain.get(c.key))}</td>" for c in columns)
         cells += "".join(f"<td>{c.format(refined.get(c.key))}</td>" for c in extra)
-        label = f"all {len(order)}" if name is None else _text(name)
+        label = f"all {len(score.sequences[''])}" if name is None else _text(name)
         lines.append(f"<tr{' class=all' if name is None else ''}><th>{label}</th>{cells}</tr>")
     titles = [*(c.title for c in columns), *(f"{c.title} + CRF" for c in extra)]
     note = f'<p class="note">{"Percent. " if percent else ""}Best sequence first.</p>'
@@ -279,7 +278,7 @@ def _comparison(save_dir: Path, score: Scores) -> str:
 
 def _examples(save_dir: Path, score: Scores, sequences: Sequence[VideoSequence]) -> str:
     """Pictures of the best and the worst sequences: flow, and the best, the median and the worst frame."""
-    order = sorted(score.sequences[""], key=lambda name: -score.sequences[""][name][score.key])
+    order = score.ranked
     count = min(EXAMPLES, max(1, len(order) // 2))
     chosen = {"best": order[:count], "worst": order[len(order) - count :] if len(order) > count else []}
     by_name = {sequence.name: sequence for sequence in sequences}
@@ -352,9 +351,10 @@ def _figure(image: np.ndarray, caption: str) -> str:
 
 def _curves(score: Scores) -> str:
     """One small diagram per sequence: J of each frame, and of each frame after the CRF."""
-    order = sorted(score.frames[""], key=lambda name: -score.sequences[""][name][score.key])
     parts = []
-    for name in order:
+    for name in score.ranked:
+        if name not in score.frames[""]:
+            continue
         stems = list(score.frames[""][name])
         lines = {}
         for label, frames in score.frames.items():

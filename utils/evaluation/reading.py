@@ -39,6 +39,11 @@ class Scores:
         """Which of `utils.evaluation.tables.COLUMNS` the page shows."""
         return "uvos" if self.key == "J_mean" else "vsod"
 
+    @property
+    def ranked(self) -> list[str]:
+        """The sequences, best first."""
+        return sorted(self.sequences[""], key=lambda name: -self.sequences[""][name][self.key])
+
     def words(self, value: float | None) -> str:
         """A figure as the tables print it: in percent for J and F, as a fraction for the others."""
         return COLUMNS[self.measures][0].format(value)
