@@ -8,10 +8,8 @@ any other method. Beside this: `protocol` says which frames count, as the figure
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import importlib.util
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,9 +139,9 @@ def run(
     ]
     _require_packages(measures for unit in units for measures in unit.protocols)
 
-    scores = evaluate(units, workers=getattr(args, "workers", None), progress=True)
+    scores = evaluate(units, workers=args.workers, progress=True)
 
-    table_dir = args.table_dir or getattr(args, "save_dir", None) or Path("evaluation")
+    table_dir = args.table_dir or args.save_dir
     documents: dict[str, Any] = {}
     taken = {folder.resolve() for folder in results}  # by masks, or by the figures of another folder
     for folder, name in zip(results, names):
@@ -257,7 +255,7 @@ def sequences_csv(score: DatasetScores) -> str:
     """One line per sequence and a last one, `mean`, for the data set; fractions in full precision."""
     rows = [[name, *values.values()] for name, values in score.sequences.items()]
     rows.append(["mean", *score.overall.values()])
-    return _csv(["sequence", *score.overall], rows)
+    return tables.csv_text(["sequence", *score.overall], rows)
 
 
 def frames_csv(score: DatasetScores) -> str:
@@ -268,15 +266,7 @@ def frames_csv(score: DatasetScores) -> str:
         for name, frames in score.frames.items()
         for stem, values in frames.items()
     ]
-    return _csv(["sequence", "frame", *keys], rows)
-
-
-def _csv(header: list[str], rows: list[list[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return buffer.getvalue()
+    return tables.csv_text(["sequence", "frame", *keys], rows)
 
 
 def _comparison(args: argparse.Namespace, scores: Sequence[DatasetScores]) -> list[tables.Table]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -194,14 +194,21 @@ def _escape(text: str) -> str:
 def comma_separated(tables: Sequence[Table]) -> str:
     """All tables in one, as fractions in full precision; `published` is yes or no, `of` as in `Row`."""
     keys = [column.key for measures in COLUMNS for column in COLUMNS[measures]]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["dataset", "measures", "rank", "method", "published", *keys, "source", "of"])
+    rows = []
     for table in tables:
         for rank, row in table.ranked():
             known = {column.key for column in table.columns}
             values = [row.values.get(key, "") if key in known else "" for key in keys]
             published = "yes" if row.published else "no"
             facts = [table.dataset, table.measures, rank or "", row.method, published]
-            writer.writerow([*facts, *values, row.source, row.of])
+            rows.append([*facts, *values, row.source, row.of])
+    return csv_text(["dataset", "measures", "rank", "method", "published", *keys, "source", "of"], rows)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A CSV file with ``\\n`` line ends."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
     return buffer.getvalue()
