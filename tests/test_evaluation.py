@@ -26,6 +26,7 @@ from utils.errors import UserError
 from utils.evaluation import dataset_scores, evaluate, tables
 from utils.evaluation.metrics import boundary_f, jaccard, sequence_statistics
 from utils.evaluation.vsod import mean_scores, saliency_scores
+from utils.inference.maps import fingerprint
 
 SIZE = (40, 56)
 
@@ -844,3 +845,60 @@ def test_the_benchmark_says_what_is_wrong(words, said, tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as caught:
         benchmark.main()
     assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_row_of_refined_maps_says_so(tmp_path):
+    own = write_own(tmp_path / "run", sequence := make_sequence(tmp_path), crf=True)
+    for folder, name in (("crf", "run + CRF"), ("probability", "run")):
+        line = ("--metrics", "uvos", "--no-published", "--eval_folder", folder)
+        score(own, [sequence], *line, table_dir=tmp_path / "out")
+        with (tmp_path / "out" / "comparison.csv").open() as file:
+            assert [row["method"] for row in csv.DictReader(file)] == [name]
+
+
+def test_maps_of_other_frames_among_those_of_a_run_that_was_stopped(tmp_path):
+    sequence, own = make_sequence(tmp_path), tmp_path / "own"
+    makings = []
+    for size in (100, 200):
+        for frame in sequence.frames:
+            frame.parent.mkdir(parents=True, exist_ok=True)
+            frame.write_bytes(b"." * size)
+        makings.append({"frames": fingerprint(sequence.frames, times=False)})
+    for done, count in ((6, 0), (3, 1), (0, 1)):
+        for t, stem in enumerate(sequence.stems):
+            text = PngImagePlugin.PngInfo()
+            text.add_text("dbsnet-test", json.dumps(makings[t < done]))
+            path = own / "probability" / "DAVIS-2016" / "dog" / f"{stem}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(grey(t)).save(path, pnginfo=text)
+        warnings = score(own, [sequence], "--metrics", "uvos", table_dir=tmp_path / "out")["warnings"]
+        assert ["DAVIS-2016/dog were made of other frames" in warning for warning in warnings] == [True] * count
+
+
+def test_nothing_is_written_among_masks_of_others(tmp_path):
+    sequence = make_sequence(tmp_path)
+    theirs = write_maps(tmp_path / "theirs", sequence)
+    before = tree(theirs)
+    with pytest.raises(UserError, match="theirs: the folder of masks .* --table_dir DIR"):
+        score(theirs, [sequence], table_dir=theirs)
+    assert tree(theirs) == before
+
+
+@pytest.mark.parametrize("metrics", [("vsod",), ("uvos", "vsod")])
+def test_a_mask_of_the_whole_image_is_one_with_1_as_with_255(tmp_path, metrics):
+    sequence = make_sequence(tmp_path)
+    results = []
+    for scale in (1, 255):
+        maps = write_maps(tmp_path / str(scale), sequence, scale)
+        save(maps / "dog" / "00002.png", np.full(SIZE, scale, np.uint8))
+        results.append(score(maps, [sequence], "--metrics", *metrics, table_dir=tmp_path / "out")["overall"])
+    assert results[0] == results[1]
+
+
+def test_a_file_in_the_place_of_the_figures_is_told_before_any_work(tmp_path):
+    place = tmp_path / "file"
+    place.touch()
+    args = arguments("--results", tmp_path, "--save_dir", place)
+    args.demo_dir = "demo"
+    with pytest.raises(UserError, match="--save_dir .*: a file; expected the name of a folder"):
+        evaluate.check(args, ["DAVIS-2016"])

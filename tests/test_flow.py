@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -786,3 +787,18 @@ def test_raw_flow_does_not_replace_supplied_images(tmp_path: Path) -> None:
     assert contents(sequence.flow_dir) == before
     assert prepare.run(dis("--flow_raw", "--overwrite"), [sequence], ALONE) == 3
     assert len(list(sequence.flow_dir.glob("*.npz"))) == 3
+
+
+def test_raw_flow_goes_with_the_image_that_is_made_again(tmp_path: Path) -> None:
+    """Of uncompressed frames, whose changes no size tells, --overwrite is asked for; it need not name the raw flow."""
+    sequence = make_sequence(tmp_path)
+    frames = [path.with_suffix(".bmp") for path in sequence.frames]
+    sequence = dataclasses.replace(sequence, frames=tuple(frames))
+    for direction in (1, -1):
+        for t, path in enumerate(frames):
+            path.with_suffix(".png").unlink(missing_ok=True)
+            Image.fromarray(texture(40, 56, shift=(2 * direction * t, -t))).save(path)
+        prepare.run(dis(*(("--flow_raw", "flo") if direction == 1 else ("--overwrite",))), [sequence], ALONE)
+    for stem in sequence.stems:
+        flow = read_raw_flow(sequence.flow_dir / f"{stem}.flo")
+        assert (flow_to_image(flow) == np.asarray(Image.open(sequence.flow_dir / f"{stem}.png"))).all()

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,3 +238,39 @@ def test_names_are_no_html(tmp_path: Path) -> None:
     report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]}, title="<i>", introduction=["<u>"])
     page = (tmp_path / "page.html").read_text()
     assert "&lt;b&gt;a&amp;b" in page and not any(tag in page for tag in ("<b>a", "<i>", "<u>"))
+
+
+def test_figures_of_refined_maps_alone_are_not_shown_as_the_plain_ones(tmp_path: Path) -> None:
+    results, sequence = scored(tmp_path)
+    shutil.copytree(results / "binary", results / "crf")
+    given = dict.fromkeys(("skip_first", "skip_last", "skip_empty", "published", "table_dir")) | {"resize": True}
+    args = SimpleNamespace(metrics=["uvos"], eval_folder="crf", workers=0, save_dir=results, **given)
+    evaluate.run(args, {"DAVIS-2016": [sequence]}, [results])
+    with pytest.raises(UserError, match="evaluation.json: has figures of crf/ alone.*without --eval_folder"):
+        report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]})
+
+
+@pytest.mark.parametrize("name", ["comparison.csv", "evaluation_DAVIS-2016_frames.csv"])
+@pytest.mark.parametrize("change", ["semicolons", "byte order mark", "UTF-16"])
+def test_tables_that_another_program_saved(name: str, change: str, tmp_path: Path) -> None:
+    results, sequence = scored(tmp_path)
+    text = (results / name).read_text()
+    changed = {"semicolons": text.replace(",", ";").encode(), "byte order mark": text.encode("utf-8-sig")}
+    (results / name).write_bytes(changed.get(change, text.encode("utf-16")))
+    with pytest.raises(UserError, match=f"{name}: not as --tools eval writes it .* again"):
+        report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]})
+
+
+def test_a_table_of_frames_that_lacks_a_sequence(tmp_path: Path) -> None:
+    results, sequence = scored(tmp_path)
+    path = results / "evaluation_DAVIS-2016_frames.csv"
+    path.write_text(path.read_text().splitlines()[0])
+    with pytest.raises(UserError, match="frames.csv: has no frame of dog; run --tools eval again"):
+        report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]})
+
+
+def test_masks_of_others_have_no_page(tmp_path: Path) -> None:
+    results, sequence = scored(tmp_path)
+    theirs = results / "binary" / "DAVIS-2016"
+    with pytest.raises(UserError, match="DAVIS-2016: no results of --tools test .* masks of others"):
+        report.write_report(tmp_path / "page.html", theirs, {"DAVIS-2016": [sequence]})

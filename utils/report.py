@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import csv
 import html
 import io
 import json
@@ -24,7 +23,8 @@ from PIL import Image
 from datasets.images import load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence
 from utils.errors import UserError, number_of, refuse_folder
-from utils.evaluation.reading import Scores, read_making, read_scores, read_written, tells_of
+from utils.evaluation.reading import Scores, read_making, read_rows, read_scores, read_written, tells_of
+from utils.evaluation.result_maps import KINDS, is_own
 from utils.evaluation.scoring import THRESHOLD, read_map, resized_map
 from utils.evaluation.tables import COLUMNS
 from utils.files import write_text
@@ -110,6 +110,11 @@ def write_report(
         As `run`.
     """
     if not (save_dir / "evaluation.json").is_file():
+        if not is_own(save_dir):
+            raise UserError(
+                f"{save_dir}: no results of --tools test ({', '.join(KINDS)}), of which the page would be; masks of "
+                "others have no page but the comparison that --tools eval writes. Give the --save_dir of a test"
+            )
         raise UserError(f"{save_dir}: no evaluation.json to report on; run --tools eval with this --save_dir first")
     document = read_written(save_dir / "evaluation.json", "eval")
     record = read_written(save_dir / RECORD, "test") if (save_dir / RECORD).is_file() else {}
@@ -257,10 +262,13 @@ def _comparison(save_dir: Path, score: Scores) -> str:
     """
     if not (save_dir / "comparison.csv").is_file():
         return ""
-    with open(save_dir / "comparison.csv", encoding="utf-8", newline="") as file:
-        rows = [
-            row for row in csv.DictReader(file) if (row["dataset"], row["measures"]) == (score.dataset, score.measures)
-        ]
+    keys = [column.key for column in COLUMNS[score.measures]]
+    needed = ("dataset", "measures", "rank", "method", "published", *keys, "source", "of")
+    rows = [
+        row
+        for row in read_rows(save_dir / "comparison.csv", needed, *keys)
+        if (row["dataset"], row["measures"]) == (score.dataset, score.measures)
+    ]
     own = [float(row[score.key]) for row in rows if row["published"] == "no" and row[score.key]]
     if score.overall[""][score.key] not in own or len(own) == len(rows):
         return ""

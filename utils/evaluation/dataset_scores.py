@@ -14,7 +14,7 @@ from datasets.sequences import DENSE
 from utils.errors import number_of
 from utils.evaluation.metrics import sequence_statistics
 from utils.evaluation.protocol import Protocol
-from utils.evaluation.result_maps import Unit, find_jobs, made_of_others
+from utils.evaluation.result_maps import Unit, find_jobs, is_own, made_of_others
 from utils.evaluation.scoring import THRESHOLD, FrameJob, FrameScores, score_frames
 from utils.evaluation.vsod import mean_scores
 from utils.parallel import count_of_workers, parallel_map
@@ -84,6 +84,11 @@ def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores
         notes["resized_maps"] = sum(frame.resized for frame in everything)
     if "uvos" in unit.protocols:
         parts = _settle_masks(unit, parts, notes, warnings)
+    if "vsod" in unit.protocols and not is_own(unit.results) and not any(f.vsod_kind == "grey" for f in everything):
+        parts = {
+            name: [f if f.vsod_from_1 is None else dataclasses.replace(f, vsod=f.vsod_from_1) for f in frames]
+            for name, frames in parts.items()
+        }
 
     annotated = {sequence.name: sequence.annotated for sequence in unit.sequences}
     lacking = {s.name: len(s) - len(s.annotated) for s in unit.sequences if len(s) > len(s.annotated)}

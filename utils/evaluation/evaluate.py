@@ -89,7 +89,7 @@ def check(args: argparse.Namespace, datasets: Sequence[str]) -> None:
 
     Raises:
         UserError: a package is not installed that the figures of these data sets need, a folder of ``--results`` is
-            not there or given twice, ``--table_dir`` is a file.
+            not there or given twice, ``--table_dir`` or ``--save_dir`` is a file.
     """
     if args.results:
         _names(args.results)
@@ -97,8 +97,10 @@ def check(args: argparse.Namespace, datasets: Sequence[str]) -> None:
     for folder in args.results or []:
         if not any(folder.resolve().is_relative_to(place) for place in made):
             require_folder(folder)
-    if args.table_dir is not None and Path(args.table_dir).exists() and not Path(args.table_dir).is_dir():
-        raise UserError(f"--table_dir {args.table_dir}: a file; expected the name of a folder, or of none yet")
+    for name in ("table_dir", "save_dir"):
+        place = getattr(args, name)
+        if place is not None and Path(place).exists() and not Path(place).is_dir():
+            raise UserError(f"--{name} {place}: a file; expected the name of a folder, or of none yet")
     _require_packages(measures for name in datasets for measures in args.metrics or default_measures(name))
 
 
@@ -138,10 +140,15 @@ def run(
         for unit in _units(args, folder, name, dataset, sequences)
     ]
     _require_packages(measures for unit in units for measures in unit.protocols)
+    table_dir = args.table_dir or args.save_dir
+    for folder in results:
+        if Path(table_dir).resolve() == folder.resolve() and not is_own(folder):
+            raise UserError(
+                f"{folder}: the folder of masks is where the figures would go as well, and nothing is written among "
+                "masks that --tools test did not make; give another place for them: --table_dir DIR"
+            )
 
     scores = evaluate(units, workers=args.workers, progress=True)
-
-    table_dir = args.table_dir or args.save_dir
     documents: dict[str, Any] = {}
     taken = {folder.resolve() for folder in results}  # by masks, or by the figures of another folder
     for folder, name in zip(results, names):
@@ -199,7 +206,7 @@ def _units(
         protocols[measures] = dataclasses.replace(default_protocol(dataset, measures), **given, resize=args.resize)
     return [
         Unit(
-            name=f"{name} + CRF" if label else name,
+            name=f"{name} + CRF" if label or (is_own(folder) and folders["uvos"].parent.name == "crf") else name,
             results=folder,
             label=label,
             dataset=dataset,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Score
             f"{save_dir / 'evaluation.json'}: has figures of {', '.join(overall) or 'no'} maps alone; run --tools eval "
             "where probability/ is beside crf/"
         )
+    protocol = part(document, "protocol")
+    if any(protocol[name].get("maps", "").startswith("crf/") for name in ("uvos", "vsod") if name in protocol):
+        raise UserError(
+            f"{save_dir / 'evaluation.json'}: has figures of crf/ alone, as --eval_folder crf makes them, and the page "
+            "has those of before the CRF beside them; run --tools eval without --eval_folder"
+        )
     key, frame_key = ("J_mean", "J") if "J_mean" in overall[""] else ("S", "S")
     frames: dict[str, dict[str, dict[str, float]]] = {}
     for label in sources:
@@ -81,11 +88,12 @@ def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Score
         if not (save_dir / name).is_file():
             raise UserError(f"{save_dir / name}: no such file, though evaluation.json is there; run --tools eval again")
         frames[label] = {}
-        with open(save_dir / name, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                if row[frame_key]:
-                    frames[label].setdefault(row["sequence"], {})[row["frame"]] = float(row[frame_key])
-    protocol = part(document, "protocol")
+        for row in read_rows(save_dir / name, ("sequence", "frame", frame_key), frame_key):
+            if row[frame_key]:
+                frames[label].setdefault(row["sequence"], {})[row["frame"]] = float(row[frame_key])
+        lacking = [sequence for sequence in part(sources[label], "sequences") if sequence not in frames[label]]
+        if lacking:
+            raise UserError(f"{save_dir / name}: has no frame of {lacking[0]}; run --tools eval again")
     return Scores(
         dataset=dataset,
         overall=overall,
@@ -95,6 +103,30 @@ def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Score
         key=key,
         frame_key=frame_key,
     )
+
+
+def read_rows(path: Path, columns: Collection[str], *numbers: str) -> list[dict[str, str]]:
+    """The lines of a CSV file that `--tools eval` wrote.
+
+    Args:
+        columns: those that it has to have. numbers: those whose values are numbers or empty.
+
+    Raises:
+        UserError: it is not as `eval` wrote it; a spreadsheet program that opened it may have saved it otherwise.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            if any(row.get(column) is None for column in columns):
+                raise ValueError(f"expected the columns {', '.join(columns)}, separated by commas")
+            for column in numbers:
+                float(row[column] or 0)
+    except (ValueError, csv.Error) as error:  # a UnicodeDecodeError is one
+        raise UserError(
+            f"{path}: not as --tools eval writes it ({error}); has another program saved it? Run --tools eval again"
+        ) from error
+    return rows
 
 
 def read_making(save_dir: Path, score: Scores) -> dict[str, dict[str, Any]]:

@@ -167,8 +167,10 @@ def made_of_others(unit: Unit) -> list[str]:
     others = []
     for sequence in unit.sequences if is_own(unit.results) and not unit.label else ():  # the CRF's are of these
         folder = unit.results / "probability" / unit.dataset / sequence.name
-        made = made_with(folder / f"{sequence.stems[0]}.png", TEST_FIELD) or {}
-        if made.get("frames", "") not in ("", fingerprint(sequence.frames, times=False)):
+        now = ("", fingerprint(sequence.frames, times=False))
+        # Each of them: a run that was stopped has made the first ones anew and left the others.
+        makings = (made_with(folder / f"{stem}.png", TEST_FIELD) or {} for stem in sequence.stems)
+        if any(made.get("frames", "") not in now for made in makings):
             others.append(f"{unit.dataset}/{sequence.name}")
     return others
 

@@ -86,6 +86,10 @@ class FrameScores:
     peak: int = 0
     resized: bool = False
     vsod: SaliencyScores | None = None
+    vsod_kind: str = ""
+    """Kind of the values that they were computed from."""
+    vsod_from_1: SaliencyScores | None = None
+    """Of a map of 1 alone, read as a mask of the whole image: stretched, other maps of 0 and 1 are masks anyway."""
 
 
 def score_frames(jobs: list[FrameJob]) -> list[FrameScores]:
@@ -115,5 +119,8 @@ def _score_frame(job: FrameJob) -> FrameScores:
         if kind == "0/1":
             facts["uvos_from_1"] = jaccard_and_boundary_f(values > 0, gt)
     if job.vsod is not None:
-        facts["vsod"] = saliency_scores(maps[job.vsod][0], gt)
+        values, kind = maps[job.vsod]
+        facts.update(vsod=saliency_scores(values, gt), vsod_kind=kind)
+        if kind == "0/1" and values.all():
+            facts["vsod_from_1"] = saliency_scores(values * np.uint8(255), gt)
     return FrameScores(stem=job.stem, gt_empty=not gt.any(), resized=resized, **facts)

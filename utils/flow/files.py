@@ -51,8 +51,10 @@ class FlowFiles:
 
     def write(self, flow_dir: Path, stem: str, flow: np.ndarray) -> None:
         """Stores one flow (H, W, 2) under ``stem``; an image of that stem in the other format is replaced."""
-        if self.raw_format is not None:
-            write_raw_flow(flow_dir / f"{stem}.{self.raw_format}", flow)
+        for raw_format in RAW_FORMATS:  # one that is there already goes with the image, as well
+            path = flow_dir / f"{stem}.{raw_format}"
+            if raw_format == self.raw_format or path.is_file():
+                write_raw_flow(path, flow)
         image = flow_to_image(flow)
         path = self.path(flow_dir, stem)
         # Two images of one stem would be ambiguous to a reader, hence first away with the other one.
