@@ -459,12 +459,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with exit_on_user_error():
         config, local_rank = parse_args(arguments, __doc__ or "")
         try:
-            return train(config, start_processes(config.device, local_rank))
+            code = train(config, start_processes(config.device, local_rank))
         except KeyboardInterrupt:
             print("interrupted at once; what was not in last.pt yet is lost", file=sys.stderr)
             return INTERRUPTED
-        finally:
-            stop_processes()
+        # Not where this one alone has failed: NCCL's end is one that all processes come to, so it would wait for those
+        # that wait for it, with its error still to be told and nothing for the launcher to see.
+        stop_processes()
+        return code
 
 
 if __name__ == "__main__":

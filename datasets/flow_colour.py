@@ -47,16 +47,17 @@ def _wheel_tables(device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tenso
     return tuple((wheel[:, c].contiguous(), wheel[:, c].roll(-1).contiguous()) for c in range(3))
 
 
-def flows_to_images(flows: torch.Tensor) -> torch.Tensor:
+def flows_to_images(flows: torch.Tensor, *, finite: bool = False) -> torch.Tensor:
     """Colour pictures of a clip's flow, each frame normalised by its own largest speed.
 
-    flows: (T, 2, H, W) float, pixels (x to the right, y down). Returns (T, 3, H, W) uint8 RGB on the same device.
+    flows: (T, 2, H, W) float, pixels (x to the right, y down). finite: its values are taken to be, and are not looked
+    at, for which a GPU would be waited for. Returns (T, 3, H, W) uint8 RGB on the same device.
     Raises ValueError on another shape or on values that are not finite.
     """
     if flows.ndim != 4 or flows.shape[1] != 2:
         raise ValueError(f"flow should have shape (T, 2, H, W), got {tuple(flows.shape)}")
     flows = flows.to(torch.float32).contiguous()  # torch's atan2 rounds strided input otherwise
-    if not bool(torch.isfinite(flows.sum())) and not bool(torch.isfinite(flows).all()):
+    if not finite and not bool(torch.isfinite(flows.sum())) and not bool(torch.isfinite(flows).all()):
         raise ValueError("flow has values that are not finite: it cannot be coloured")
     images = torch.empty((len(flows), 3, *flows.shape[2:]), dtype=torch.uint8, device=flows.device)
     for flow, image in zip(flows, images):  # a frame at a time stays in the cache: twice as fast as a clip at once

@@ -163,7 +163,8 @@ def stir(rng: np.random.Generator, flow: torch.Tensor, masks: torch.Tensor, *, m
     place = (8 * place).clamp_(0, 1)  # (H, W), with a soft edge
     rows = int(rng.integers(3, 14))
     cells = (rows, max(2, round(rows * width / height * rng.uniform(0.3, 1))))  # waves are wider than they are high
-    fastest = max(float(flow.pow(2).sum(dim=1).amax().sqrt()), 0.004 * width)
+    # Numbers stay on the device, in double precision as Python's are: to ask a GPU for them is to wait for it.
+    fastest = flow.pow(2).sum(dim=1).amax().sqrt().double().clamp(min=0.004 * width)
     speed = rng.uniform(0.1, 0.8) * fastest
     lasting, *passing = (smooth_noise(rng, 2, cells, size, flow.device) for _ in range(1 + length))
     # the hyperbolic tangent leaves patches that move as one, with narrow borders
@@ -183,13 +184,13 @@ def flow_pictures(rng: np.random.Generator, flow: torch.Tensor, options: SceneOp
     computed on smaller frames is; that also saves half of the time.
     """
     if rng.random() >= options.flow_errors:
-        return flows_to_images(flow)
+        return flows_to_images(flow, finite=flow.is_cuda)
     length, _, height, width = flow.shape
     cell = int(rng.integers(2, 7))
     grid = (max(1, round(height / cell)), max(1, round(width / cell)))
     # Samples at the cells' centres, by the convention that stretches them again: nothing is moved on the way.
     coarse = F.interpolate(flow, size=grid, mode="bilinear", align_corners=False)  # (T, 2, h, w)
-    fastest = float(coarse.pow(2).sum(dim=1).amax().sqrt())
+    fastest = coarse.pow(2).sum(dim=1).amax().sqrt().double()
     # Errors grow with speed, and there are some where nothing moves at all: the picture is then all noise.
     amount = abs(rng.normal(0, 0.04)) * fastest + rng.uniform(0, 0.0004) * width
     if rng.random() < 0.1:
@@ -200,5 +201,5 @@ def flow_pictures(rng: np.random.Generator, flow: torch.Tensor, options: SceneOp
         errors = F.interpolate(send(knots, flow.device), size=(rows, columns), mode="bilinear", align_corners=True)
         coarse = coarse + 0.7 * amount * errors
     half = F.interpolate(coarse, size=((height + 1) // 2, (width + 1) // 2), mode="bilinear", align_corners=False)
-    pictures = flows_to_images(half).float()
+    pictures = flows_to_images(half, finite=half.is_cuda).float()
     return F.interpolate(pictures, size=(height, width), mode="bilinear", align_corners=False).to(torch.uint8)

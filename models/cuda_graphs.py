@@ -82,7 +82,7 @@ class CudaGraphs:
             return Recording(work, inputs, self._pool, self._stream)
         except BaseException as error:
             self.clear()  # a recording cut short leaves the memory of all in no known state
-            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):
                 raise RuntimeError(
                     "the work of a batch could not be recorded as a CUDA graph; cuda_graphs=False (--no-cuda_graphs) "
                     f"does without, and is slower: {error}"

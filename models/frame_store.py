@@ -76,8 +76,8 @@ class Storage:
     ) -> None:
         self.length, self.dtype = length, dtype
         if device.type == "cuda":  # the network needs room as well, whatever the card
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, free as well
-            device_memory = min(device_memory, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
+            free = torch.cuda.mem_get_info(device)[0] + _unused_by_pytorch(device)
+            device_memory = min(device_memory, free // 4)
         self.places = [(torch.device("cpu"), host_memory)] if device.type == "cpu" else [
             (device, device_memory), (torch.device("cpu"), host_memory)]  # fmt: skip
         self.used = [0] * len(self.places)
@@ -102,3 +102,10 @@ class Storage:
         for store in self.stores:
             store.close()
         self.stores.clear()
+
+
+def _unused_by_pytorch(device: torch.device) -> int:
+    """Bytes of a GPU that PyTorch has and nobody uses. Not those in which graphs work: no other tensor comes there."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments = (part for part in torch.cuda.memory_snapshot() if part["device"] == index)
+    return sum(part["total_size"] - part["allocated_size"] for part in segments if part["segment_pool_id"] == (0, 0))

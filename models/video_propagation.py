@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,7 +52,10 @@ def propagate_store(
         for start in range(0, length, piece):
             stop = min(start + piece, length)
             maps = (*dense(start, stop), *dense(length - stop, length - start))
-            first, second, *state = run(("propagate", key, number), step, *maps, *state)
+            # The last piece is shorter and no `by_row`: with several passes it would come often enough to be recorded,
+            # and memory would grow with every other length of a video.
+            work = partial(run, ("propagate", key, number), step) if stop - start == piece else step
+            first, second, *state = work(*maps, *state)
             pair[0].write(start, first[0].flatten(1, 2))  # (n, S, h, H, W) -> (n, S*h, H, W)
             pair[1].write(length - stop, second[0].flatten(1, 2))
         hidden.append(pair)

@@ -192,6 +192,18 @@ def test_what_is_left_of_a_video_is_replayed_too(options: dict[str, Any], emulat
         assert directly <= {"propagate"} | ({"refine"} if length < net.window else set())
 
 
+def test_videos_of_other_lengths_add_no_recordings(emulated: Counter) -> None:
+    """Of several passes together the last piece of a recurrence comes four times in a video."""
+    predictor = with_graphs(make_net(), flip=True, optional_motion=True, batch_size=4, piece=4)
+    run(predictor, 27)
+    known = {signature[0][0] for signature in predictor._graphs._recorded}
+    assert "propagate" in known
+    before = sum(signature[0][0] == "propagate" for signature in predictor._graphs._recorded)
+    for length in (25, 26, 28, 3):
+        run(predictor, length)
+    assert sum(signature[0][0] == "propagate" for signature in predictor._graphs._recorded) == before
+
+
 def test_two_videos_in_turns_are_refused(emulated: Counter) -> None:
     predictor = with_graphs(make_net())
     first = predictor(*video(3))
@@ -245,7 +257,7 @@ def test_what_cannot_be_recorded_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(models.cuda_graphs, "Recording", cut_short)
     for error, said in (
         (RuntimeError("operation not permitted"), "--no-cuda_graphs.*: operation not permitted"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "^CUDA out of memory$"),  # told by `utils.errors`
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "^CUDA out of memory$"),  # told by `utils.errors`
     ):
         graphs._recorded["other"] = object()
         with pytest.raises(type(error), match=said):

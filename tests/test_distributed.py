@@ -253,6 +253,40 @@ def test_validation_is_shared_among_processes(tmp_path: Path, repository: Path) 
     assert last["J"] == pytest.approx(sum(last["sequences"].values()) / 3, rel=1e-6)
 
 
+_FAILS_ALONE = """
+import errno, os, sys, time
+import torch.distributed as dist
+import main
+
+def as_nccl_does():  # ends once all processes come to it; here after a minute at most
+    open(os.path.join(sys.argv[1], f"here-{rank}"), "w").close()
+    began = time.monotonic()
+    while len([name for name in os.listdir(sys.argv[1]) if name.startswith("here-")]) < 2:
+        if time.monotonic() - began > 60:
+            os._exit(9)
+        time.sleep(0.1)
+
+def full(run, best=False):
+    if run.processes.is_main:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.pt")
+
+rank, dist.destroy_process_group, main.save = os.environ["RANK"], as_nccl_does, full
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+def test_one_that_fails_does_not_wait_for_those_that_wait_for_it(tmp_path: Path, repository: Path) -> None:
+    """NCCL's end is one that all processes come to: who has failed alone says why, and the launcher ends the rest."""
+    script = tmp_path / "run.py"
+    script.write_text(_FAILS_ALONE)
+    arguments = [str(script), str(tmp_path), *TINY, "--save_every", "1", "--save_dir", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(repository))
+        result = launch(repository, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+    assert "error: last.pt: No space left on device" in result.stderr
+    assert "exitcode: 9" not in result.stderr and result.returncode
+
+
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cpu"):

@@ -85,7 +85,7 @@ def test_a_process_that_others_have_left_says_so_in_a_line(capsys: pytest.Captur
 
 def test_a_gpu_without_enough_memory_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, exit_on_user_error():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GiB.\nMore lines")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GiB.\nMore lines")
     message = capsys.readouterr().err
     assert caught.value.code == 2
     assert message.startswith("error: CUDA out of memory. Tried to allocate 34 GiB. ") and "--flow_batch" in message

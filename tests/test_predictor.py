@@ -564,6 +564,18 @@ def test_stores_are_kept_in_memory_up_to_the_limit_and_what_is_freed_counts_no_m
     assert fifth.file.closed and not in_memory(second) and not in_memory(fourth)
 
 
+def test_what_graphs_work_in_is_not_free_for_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [
+        {"device": 0, "total_size": 800, "allocated_size": 400, "segment_pool_id": (0, 0)},
+        {"device": 0, "total_size": 9000, "allocated_size": 0, "segment_pool_id": (0, 7)},  # of a graph
+        {"device": 1, "total_size": 5000, "allocated_size": 0, "segment_pool_id": (0, 0)},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1600, 10000))
+    storage = Storage(1, torch.device("cuda", 0), torch.float16, 1 << 30, 1 << 30)
+    assert storage.places[0][1] == (1600 + 400) // 4
+
+
 def test_passes_share_the_memory_for_features(net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Storage] = []
 

@@ -168,7 +168,9 @@ def _meeting_place() -> dist.Store:
 
 
 def stop_processes() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one: together, since with nccl each waits for the others here. A process
+    that fails on its own just ends; that is what the launcher ends the others by.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
