@@ -30,7 +30,7 @@ def scores_of(frames: dict[str, dict[str, float]], dataset: str = "D") -> Scores
     """J of some frames, by video."""
     means = {name: {"J_mean": sum(values.values()) / len(values)} for name, values in frames.items()}
     overall = {"J_mean": sum(row["J_mean"] for row in means.values()) / len(means)}
-    parts = {"overall": {"": overall}, "sequences": {"": means}, "frames": {"": frames}, "protocols": {}}
+    parts = {"overall": {"": overall}, "sequences": {"": means}, "frames": {"": frames}, "counted": "all"}
     return Scores(dataset=dataset, key="J_mean", frame_key="J", **parts)
 
 
@@ -267,6 +267,16 @@ def test_a_table_of_frames_that_lacks_a_sequence(tmp_path: Path) -> None:
     path.write_text(path.read_text().splitlines()[0])
     with pytest.raises(UserError, match="frames.csv: has no frame of dog; run --tools eval again"):
         report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]})
+
+
+def test_the_rule_is_that_of_the_figures_shown(tmp_path: Path) -> None:
+    results, sequence = scored(tmp_path)
+    given = dict.fromkeys(("skip_first", "skip_last", "skip_empty", "published", "table_dir")) | {"resize": True}
+    args = SimpleNamespace(metrics=["uvos", "vsod"], eval_folder="auto", workers=0, save_dir=results, **given)
+    evaluate.run(args, {"DAVIS-2016": [sequence]}, [results])
+    report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]})
+    rules = re.findall("<dt>(DAVIS-2016, .*?)</dt><dd>(.*?)</dd>", (tmp_path / "page.html").read_text())
+    assert rules == [("DAVIS-2016, J and F", "annotated frames without the first and last of each sequence")]
 
 
 def test_masks_of_others_have_no_page(tmp_path: Path) -> None:

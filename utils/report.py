@@ -181,9 +181,8 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores], makings: Mapping[st
         prefix = f"{dataset}, " if several else ""
         rows += [(prefix + name, words) for name, words in _run_rows(record, making)]
     for score in scores:
-        for measures, sentence in score.protocols.items():
-            figures = "J and F" if measures == "uvos" else "MAE, S, F and E"
-            rows.append((f"{score.dataset}, {figures}", sentence))
+        figures = "J and F" if score.measures == "uvos" else "MAE, S, F and E"
+        rows.append((f"{score.dataset}, {figures}", score.counted))
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, NumPy {np.__version__}"
     rows.append(("page", f"{time.strftime('%Y-%m-%d %H:%M')}; {versions}"))
     cells = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in rows)

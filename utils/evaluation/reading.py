@@ -23,7 +23,7 @@ class Scores:
         overall: part -> figure -> value.
         sequences: part -> sequence -> figure -> value.
         frames: part -> sequence -> stem -> J, or S where there is no J.
-        protocols: measure -> the frames that count, in words.
+        counted: the frames that count, in words.
         key, frame_key: the figure that ranks sequences, and that of one frame ("J_mean" and "J", or "S").
     """
 
@@ -31,7 +31,7 @@ class Scores:
     overall: dict[str, dict[str, float]]
     sequences: dict[str, dict[str, dict[str, float]]]
     frames: dict[str, dict[str, dict[str, float]]]
-    protocols: dict[str, str]
+    counted: str
     key: str
     frame_key: str
 
@@ -99,7 +99,7 @@ def read_scores(save_dir: Path, document: dict[str, Any], dataset: str) -> Score
         overall=overall,
         sequences={label: part(source, "sequences") for label, source in sources.items()},
         frames=frames,
-        protocols={name: protocol[name]["frames"] for name in ("uvos", "vsod") if name in protocol},
+        counted=protocol["uvos" if key == "J_mean" else "vsod"]["frames"],
         key=key,
         frame_key=frame_key,
     )
