@@ -256,7 +256,7 @@ def test_the_page_tells_how_its_own_maps_were_made(results: Path, weights: Path,
 
 def test_the_page_has_one_kind_of_figure() -> None:
     """As the tables: J in percent, S as a fraction, and rounded alike."""
-    some = {"protocols": {}, "frames": {}, "dataset": "D"}
+    some = {"counted": "all", "frames": {}, "dataset": "D"}
     scores = Scores(
         overall={"": {"S": 0.8155, "max_F": 0.5}}, sequences={"": {"a": {}}}, key="S", frame_key="S", **some
     )
