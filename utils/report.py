@@ -306,7 +306,7 @@ def _examples(save_dir: Path, score: Scores, sequences: Sequence[VideoSequence])
 
 
 def _pictures(save_dir: Path, score: Scores, sequence: VideoSequence) -> list[str]:
-    values = score.frames[""].get(sequence.name, {})
+    values = score.frames[""][sequence.name]
     stems = sorted(values, key=lambda stem: -values[stem])
     picked = dict(zip(("best frame", "median frame", "worst frame"), (stems[0], stems[len(stems) // 2], stems[-1])))
     if len(stems) < 3:
@@ -360,8 +360,6 @@ def _curves(score: Scores) -> str:
     """One small diagram per sequence: J of each frame, and of each frame after the CRF."""
     parts = []
     for name in score.ranked:
-        if name not in score.frames[""]:
-            continue
         stems = list(score.frames[""][name])
         lines = {}
         for label, frames in score.frames.items():
