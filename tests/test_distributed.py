@@ -287,6 +287,44 @@ def test_one_that_fails_does_not_wait_for_those_that_wait_for_it(tmp_path: Path,
     assert "exitcode: 9" not in result.stderr and result.returncode
 
 
+_THREAD_THAT_OUTLIVES = """
+import os, runpy, sys, threading, time
+import torch
+import torch.distributed as dist
+import utils.distributed
+
+def held(future):  # in a thread of gloo's
+    began.set()
+    ended = time.monotonic() + 10
+    while time.monotonic() < ended:
+        time.sleep(1e-3)
+
+def leave_a_thread():
+    if os.environ["RANK"] == "1":
+        time.sleep(1)  # so that the other still waits, and its thread is the one to go on
+    work = dist.all_reduce(torch.ones(1), async_op=True)
+    began.set() if os.environ["RANK"] == "1" else work.get_future().then(held)
+    began.wait()
+    end()
+
+began, end, utils.distributed.stop_processes = threading.Event(), utils.distributed.stop_processes, leave_a_thread
+sys.argv[0] = "main.py"
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def test_threads_of_gloo_do_not_abort_a_process_whose_work_is_done(tmp_path: Path, repository: Path) -> None:
+    """One that still wants Python's lock while Python ends is thrown out of a place that allows no exception."""
+    script = tmp_path / "run.py"
+    script.write_text(_THREAD_THAT_OUTLIVES)
+    arguments = [str(script), *TINY, "--stop_after", "1", "--save_dir", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(repository))
+        result = launch(repository, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+    assert "terminate called" not in result.stderr and result.returncode == 0
+    assert "stopped at step 1 of 3" in result.stdout
+
+
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cpu"):

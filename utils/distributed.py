@@ -5,11 +5,14 @@ Without a launcher there is one process and no process group, and every function
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -173,6 +176,33 @@ def stop_processes() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends one of several processes with this exit code, without Python's taking itself down.
+
+    A thread of gloo's that then wants Python's lock, to free a tensor, would abort the process, whose work is done, and
+    `stop_processes` does not end these threads where DistributedDataParallel was used (seen with PyTorch 2.14).
+    """
+    atexit._run_exitfuncs()
+    with suppress(OSError):  # nobody reads them any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def run_as_program(main: Callable[[], int]) -> NoReturn:
+    """Runs what a program does and ends with its exit code; of several processes each by `leave`, failed or not."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(main())
+    try:
+        code = main()
+    except SystemExit as end:  # of `exit_on_user_error` and argparse
+        code = int(end.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave(code)
 
 
 def environment_number(name: str, default: int) -> int:

@@ -19,6 +19,7 @@ from models import build_dbsnet
 from models.losses import segmentation_loss
 from models.precision import AMP, autocast
 from utils.benchmark.timing import PeakMemory, synchronise
+from utils.distributed import leave
 from utils.memory import keep_freed_memory
 from utils.training.loading import ClipOrder, build_loader, stop_workers, to_device, to_floats
 
@@ -154,3 +155,4 @@ def _steps_in_a_process(
     if rank == 0:
         torch.save(torch.tensor(time.perf_counter() - began), os.path.join(folder, "seconds.pt"))
     dist.destroy_process_group()
+    leave(0)
