@@ -271,7 +271,7 @@ def full(run, best=False):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.pt")
 
 rank, dist.destroy_process_group, main.save = os.environ["RANK"], as_nccl_does, full
-sys.exit(main.main(sys.argv[2:]))
+main.run_as_program(lambda: main.main(sys.argv[2:]))
 """
 
 
