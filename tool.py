@@ -9,7 +9,8 @@
 
 Several tools run in the order given. Without --datasets: all of DAVIS-2016, FBMS, DAVSOD and MCL that --data_dir has.
 Results: <save_dir>/probability, crf and binary/<dataset>/<video>/<frame>.png, evaluation.json and report.html.
-A video of your own has no <dataset> there, and an overlay video in <save_dir>/overlay.
+A video of your own has no <dataset> there, its flow in <save_dir>/flow, and an overlay video in <save_dir>/overlay.
+Exit codes: 0; 1 where check finds problems; 2 for an error; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="weights: .pt or .safetensors of a training run, or published ones. Default: "
-        f"{PUBLISHED_WEIGHTS.parent.name}/{PUBLISHED_WEIGHTS.name} where it is there",
+        help="weights: .pt or .safetensors of a training run, or published ones. Default of test: "
+        f"{PUBLISHED_WEIGHTS.parent.name}/{PUBLISHED_WEIGHTS.name} where it is there; export needs one",
     )
     parser.add_argument("--save_dir", default="results", metavar="DIR", help="of all results; default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA if there is one")
@@ -81,7 +82,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         default=5,
         metavar="N",
-        help="of YouTube-VOS's train split every N-th frame; default: 5",
+        help="of YouTube-VOS's train split every N-th frame (flow: all); default: 5",
     )
     data.add_argument("--video", metavar="FILE", help="a video of your own, instead of data sets (flow, test, crf)")
     data.add_argument("--frames", metavar="DIR", help="a folder of frames of your own (flow, test, crf)")

@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("demo")
     group.add_argument("--demo_dir", default="demo", metavar="DIR", help="everything it makes; default: %(default)s")
     group.add_argument("--demo_scratch", action="store_true", help="train from random weights in any case")
-    group.add_argument("--demo_steps", type=int, metavar="N", help="training steps; default: as configs/demo.yaml")
+    group.add_argument(
+        "--demo_steps",
+        type=int,
+        metavar="N",
+        help=f"training steps; default: {FINETUNE_STEPS} from the published weights, else as configs/demo.yaml",
+    )
 
 
 def run(args: argparse.Namespace, train: Command, tool: Command) -> dict[str, Any]:

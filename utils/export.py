@@ -24,7 +24,9 @@ RESERVED = ("format", "config", "size")  # keys of the metadata that are not not
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``export``; ``--checkpoint`` and ``--size`` are shared ones."""
-    group = parser.add_argument_group("export")
+    group = parser.add_argument_group(
+        "export", "in half precision; --size is written into the file, --without leaves a part of the network out"
+    )
     group.add_argument("--output", metavar="FILE", help="the .safetensors to write")
     group.add_argument(
         "--average",

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="processes for flow, crf and eval, threads of check; default: one per processor",
+        help="processes for flow, crf, eval and bench, threads of check; default: one per processor",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="make results again that exist already, instead of going on from them"

@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the ``--bench_…`` options; ``--size``, ``--batch_size``, ``--amp``, ``--cuda_graphs`` and ``--workers`` are
     shared.
     """
-    group = parser.add_argument_group("bench", "weights are random unless --checkpoint is given; speed is the same")
+    group = parser.add_argument_group(
+        "bench",
+        "weights are random unless --checkpoint is given; speed is the same\n"
+        "part pipeline takes the frames of the first video of --datasets, without it drawn ones",
+    )
     group.add_argument(
         "--bench_parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART",
         help=f"of {', '.join(PARTS)}; default: {' '.join(DEFAULT_PARTS)}",
