@@ -38,14 +38,7 @@ from datasets.errors import DataError
 from models.convlstm import recurrence_in_planes
 from models.losses import distillation_loss, segmentation_loss
 from models.precision import AMP, autocast
-from utils.distributed import (
-    Processes,
-    run_as_program,
-    set_batch_norm,
-    start_processes,
-    stop_processes,
-    train_mode,
-)
+from utils.distributed import Processes, run_as_program, set_batch_norm, start_processes, stop_processes, train_mode
 from utils.errors import UserError, exit_on_user_error
 from utils.files import FolderLock, write_text
 from utils.stopping import INTERRUPTED, StopRequest

@@ -36,6 +36,15 @@ def launch(repository: Path, *words: str, timeout: int = 240) -> subprocess.Comp
     )
 
 
+def launch_script(repository: Path, text: str, path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a program of its own that calls main.py; the launcher needs it as a file, ``path``."""
+    path.write_text(text)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(repository))
+        line = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(path), *words)
+        return launch(repository, *line)
+
+
 def losses(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -277,12 +286,8 @@ main.run_as_program(lambda: main.main(sys.argv[2:]))
 
 def test_one_that_fails_does_not_wait_for_those_that_wait_for_it(tmp_path: Path, repository: Path) -> None:
     """NCCL's end is one that all processes come to: who has failed alone says why, and the launcher ends the rest."""
-    script = tmp_path / "run.py"
-    script.write_text(_FAILS_ALONE)
-    arguments = [str(script), str(tmp_path), *TINY, "--save_every", "1", "--save_dir", str(tmp_path / "run")]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(repository))
-        result = launch(repository, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+    arguments = [str(tmp_path), *TINY, "--save_every", "1", "--save_dir", str(tmp_path / "run")]
+    result = launch_script(repository, _FAILS_ALONE, tmp_path / "run.py", *arguments)
     assert "error: last.pt: No space left on device" in result.stderr
     assert "exitcode: 9" not in result.stderr and result.returncode
 
@@ -315,12 +320,8 @@ runpy.run_path("main.py", run_name="__main__")
 
 def test_threads_of_gloo_do_not_abort_a_process_whose_work_is_done(tmp_path: Path, repository: Path) -> None:
     """One that still wants Python's lock while Python ends is thrown out of a place that allows no exception."""
-    script = tmp_path / "run.py"
-    script.write_text(_THREAD_THAT_OUTLIVES)
-    arguments = [str(script), *TINY, "--stop_after", "1", "--save_dir", str(tmp_path / "run")]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(repository))
-        result = launch(repository, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+    arguments = [*TINY, "--stop_after", "1", "--save_dir", str(tmp_path / "run")]
+    result = launch_script(repository, _THREAD_THAT_OUTLIVES, tmp_path / "run.py", *arguments)
     assert "terminate called" not in result.stderr and result.returncode == 0
     assert "stopped at step 1 of 3" in result.stdout
 
