@@ -43,7 +43,7 @@ from utils.errors import UserError, exit_on_user_error
 from utils.files import FolderLock, write_text
 from utils.stopping import INTERRUPTED, StopRequest
 from utils.training.config import TrainConfig, parse_args
-from utils.training.data import build_clips, build_sequences
+from utils.training.data import build_clips, build_sequences, check_cache
 from utils.training.ema import WeightAverage
 from utils.training.loading import ClipOrder, build_loader, read_batches, rescale, stop_workers, to_device, to_floats
 from utils.training.network import build_network, load_teacher
@@ -323,7 +323,8 @@ def build_run(
     net = set_batch_norm(net, config.bn, processes)
     training, validation = build_sequences(config)
     clips_per_step = config.batch_size * config.accumulate * processes.world_size
-    clips, steps_per_epoch = build_clips(config, training, clips_per_step)
+    check_cache(config, training, processes)
+    clips, steps_per_epoch = build_clips(config, training, clips_per_step, show=processes.is_main)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     order = ClipOrder(
         batch=config.batch_size,

@@ -19,7 +19,7 @@ is resumed sees the clips that it would have seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -36,6 +36,7 @@ from datasets.images import (
     NO_MOTION,
     NO_PICTURE,
     decode_reduced,
+    image_size,
     load_flow_image,
     load_frame,
     load_mask,
@@ -160,6 +161,7 @@ class VideoClips(ClipDataset):
     defer: leave the augmentation to the training device (``raw`` in the items); on the CPU the clips are the same.
     flow_drop: probability that a clip's flow pictures are white, "nothing moves".
     frame_drop: probability that a clip's frames are grey and only the flow is left; never together with `flow_drop`.
+    progress: called with the number of frames of each video that ``cache`` has decoded.
 
     Every clip holds an annotated frame. A video shorter than `clip_len` is read to and fro (0 1 2 1 0 ...), its frames
     annotated each time.
@@ -181,6 +183,7 @@ class VideoClips(ClipDataset):
         flow_drop: float = 0.0,
         frame_drop: float = 0.0,
         defer: bool = False,
+        progress: Callable[[int], object] | None = None,
     ) -> None:
         if not sequences:
             raise DataError("no video sequences to take clips from")
@@ -220,7 +223,11 @@ class VideoClips(ClipDataset):
         self._store: list[torch.Tensor] | None = None
         if cache == "ram":
             with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter's lock
-                self._store = list(pool.map(self._read_sequence, self.sequences))
+                self._store = []
+                for planes in pool.map(self._read_sequence, self.sequences):
+                    self._store.append(planes)
+                    if progress is not None:
+                        progress(len(planes))
 
     def clip(self, index: int) -> Item:
         rng = self.rng(index)
@@ -291,7 +298,7 @@ class VideoClips(ClipDataset):
         """One frame with its flow picture and mask, (7, h, w) uint8."""
         path = sequence.frames[index]
         stem = path.stem
-        frame, full_size = _load_reduced(path, self._read_size, load_frame)
+        frame, full_size = _load_reduced(path, lambda full: read_size(full, self.size, self.augment), load_frame)
         width, height = frame.size
         flow_path = sequence.flow_path(stem)
         flow, flow_size = _load_reduced(flow_path, lambda _: (height, width), load_flow_image)
@@ -313,12 +320,19 @@ class VideoClips(ClipDataset):
             stack[6] = mask
         return torch.from_numpy(stack)
 
-    def _read_size(self, full: tuple[int, int]) -> tuple[int, int]:
-        """Size (h, w) at which a frame of size `full` is kept."""
-        if self.augment is None:
-            return self.size
-        scale = min(1.0, READ_SCALE * max(self.size[0] / full[0], self.size[1] / full[1]))
-        return round(full[0] * scale), round(full[1] * scale)
+
+def read_size(full: tuple[int, int], size: tuple[int, int], augment: Augment | None) -> tuple[int, int]:
+    """Size (h, w) at which `VideoClips` keeps a frame of size `full`."""
+    if augment is None:
+        return size
+    scale = min(1.0, READ_SCALE * max(size[0] / full[0], size[1] / full[1]))
+    return round(full[0] * scale), round(full[1] * scale)
+
+
+def cache_bytes(sequences: Sequence[VideoSequence], size: tuple[int, int], augment: Augment | None) -> int:
+    """The memory that `VideoClips` with ``cache="ram"`` takes, without decoding anything. Raises DataError."""
+    sizes = [read_size(image_size(sequence.frames[0]), size, augment) for sequence in sequences]
+    return sum(7 * len(sequence) * height * width for sequence, (height, width) in zip(sequences, sizes))
 
 
 def _require_one_size(sequence: VideoSequence, planes: dict[int, torch.Tensor]) -> None:

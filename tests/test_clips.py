@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from datasets import flow_colour
-from datasets.clips import FaultyClips, MixedClips, VideoClips, _load_reduced
+from datasets.clips import FaultyClips, MixedClips, VideoClips, _load_reduced, cache_bytes
 from datasets.errors import DataError
 from datasets.faults import Fault, apply_faults, draw_faults
 from datasets.images import load_frame
@@ -86,6 +86,16 @@ def test_the_cache_changes_nothing(sequences: list[VideoSequence], augment: Augm
     plain, cached = (VideoClips(sequences, 3, SIZE, augment, cache, seed=3) for cache in ("none", "ram"))
     assert plain._store is None and cached._store is not None
     assert all(same(plain[i], cached[i]) for i in range(len(plain)))
+
+
+@pytest.mark.parametrize(("size", "augment"), [(SIZE, None), (SIZE, Augment()), ((96, 160), Augment())])
+def test_what_the_cache_takes_is_known_beforehand(
+    sequences: list[VideoSequence], size: tuple[int, int], augment: Augment | None
+) -> None:
+    decoded: list[int] = []
+    clips = VideoClips(sequences, 3, size, augment, "ram", progress=decoded.append)
+    assert cache_bytes(sequences, size, augment) == sum(planes.nbytes for planes in clips._store)
+    assert decoded == [len(sequence) for sequence in sequences]
 
 
 @pytest.mark.parametrize(("width", "target"), [(853, 213), (853, 426), (429, 107)])

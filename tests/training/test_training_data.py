@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 import main
+from datasets.clips import VideoClips, cache_bytes
 from datasets.scenes import SceneOptions
 from datasets.synthetic import write_dataset
 from datasets.transforms import Augment
 from tests.training.runs import TINY, equal, fails, read, run_script
+from utils.training import data as training_data
 from utils.training.config import parse_args
-from utils.training.data import build_clips, build_scene, build_sequences
+from utils.training.data import build_augment, build_clips, build_scene, build_sequences
 
 
 def test_the_loader_workers_change_nothing(finished: Path, tmp_path: Path) -> None:
@@ -84,6 +86,26 @@ def test_options_of_the_data_reach_the_clips(videos: Path, tmp_path: Path) -> No
     clips, steps = build_clips(plain, build_sequences(plain)[0], step_clips=1)
     assert clips.augment is None
     assert steps == len(clips) == 15 // plain.clip_len  # as many as the 15 labelled frames make
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cache_that_does_not_fit_is_told_before_anything_is_decoded(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """The system would end the run after minutes, without a word; processes of one machine share its memory."""
+    words = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--save_dir", str(tmp_path / "run")]
+    config, _ = parse_args([*words, "--cache", "ram"])
+    needed = cache_bytes(build_sequences(config)[0]["DAVIS-2016"], config.size, build_augment(config)) * processes
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(training_data, "available_memory", lambda: needed - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoClips, "_read_frame", lambda *_: pytest.fail("decoded"))
+        message = fails([*words, "--cache", "ram"], capsys)
+    assert "cache: ram" in message and "--cache none" in message and ("2 processes" in message) == (processes == 2)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(training_data, "available_memory", lambda: needed)
+    assert main.main([*words, "--cache", "ram", "--max_steps", "1"]) == 0
+    assert "cache: ram: 100%" in capsys.readouterr().err
 
 
 def test_every_fifth_frame_of_youtube_vos_is_trained_on(tmp_path: Path) -> None:

@@ -97,7 +97,11 @@ class TrainConfig:
         "that are procedural",
         low=0,
     )
-    cache: str = _option("none", "keep decoded frames in memory as uint8", choices=("none", "ram"))
+    cache: str = _option(
+        "none",
+        "ram: decode all frames of videos once and keep them, about 10 * H * W bytes each in every training process",
+        choices=("none", "ram"),
+    )
     workers: int = _option(4, "loader processes for each training process; 0: load in the training process", low=0)
 
     # Augmentation, alike for all frames, flows and masks of a clip

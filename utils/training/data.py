@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
+from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips, cache_bytes
 from datasets.errors import DataError
 from datasets.scenes import SceneOptions
 from datasets.sequences import DATASETS, VideoSequence, canonical_name, find_root, read_dataset
 from datasets.stills import read_stills
 from datasets.synthetic import SyntheticClips
 from datasets.transforms import Augment
+from utils.distributed import Processes, environment_number
 from utils.errors import UserError, nearest
+from utils.memory import available_memory
+from utils.progress import progress_bar
 from utils.training.config import TrainConfig
 
 MOST_CLIPS = 10**8  # of an epoch, whose order is a list of as many numbers in every process
@@ -111,13 +114,39 @@ def check_validation(config: TrainConfig, sequence: VideoSequence) -> None:
         )
 
 
+def check_cache(config: TrainConfig, training: dict[str, list[VideoSequence]], processes: Processes) -> None:
+    """Says before anything is decoded that ``cache: ram`` does not fit: the system would end the run, after many
+    minutes and without a word. All of YouTube-VOS at 384×640 are 50 GB in each process.
+
+    Raises:
+        UserError: that. DataError: the first frame of a video cannot be read.
+    """
+    if config.cache != "ram" or not training:
+        return
+    augment = build_augment(config)
+    needed = sum(cache_bytes(sequences, config.size, augment) for sequences in training.values())
+    here = environment_number("LOCAL_WORLD_SIZE", 1)  # processes of this machine, each with frames of its own
+    available = available_memory()
+    processes.wait()  # until all have looked, before the first begins to fill it
+    if available is None or needed * here <= available:
+        return
+    frames = sum(len(sequence) for sequences in training.values() for sequence in sequences)
+    each = f" in each of {here} processes" if here > 1 else ""
+    raise UserError(
+        f"cache: ram takes {needed / 1e9:.1f} GB for {frames} frames{each}, and {available / 1e9:.1f} GB of memory are "
+        "available on this machine; give --cache none, which reads the files of each clip, a smaller --size, or fewer "
+        "--datasets"
+    )
+
+
 def build_clips(
-    config: TrainConfig, training: dict[str, list[VideoSequence]], step_clips: int
+    config: TrainConfig, training: dict[str, list[VideoSequence]], step_clips: int, show: bool = False
 ) -> tuple[ClipDataset, int]:
     """The clips of an epoch, a whole number of steps, and that number.
 
     Args:
         step_clips: clips of one optimiser step, over all processes.
+        show: draw a progress bar where ``cache: ram`` decodes videos.
     """
     with_stills = "DUTS-TR" in map(canonical_name, config.datasets)
     stills = read_stills(Path(config.data_dir), "DUTS-TR") if with_stills else []
@@ -138,26 +167,30 @@ def build_clips(
         )
     augment, scene, defer = build_augment(config), build_scene(config), config.augment_on == "device"
     parts: list[tuple[ClipDataset, float]] = []
-    for name, weight in config.datasets.items():
-        part: ClipDataset
-        if canonical_name(name) in ("DUTS-TR", "synthetic"):
-            images = None if name == "synthetic" else stills
-            part = SyntheticClips(images, length, config.clip_len, config.size, config.seed, scene, defer)
-        else:
-            part = VideoClips(
-                training[name],
-                config.clip_len,
-                config.size,
-                augment=augment,
-                cache=config.cache,
-                samples_per_epoch=length,
-                seed=config.seed,
-                strides=config.strides,
-                flow_drop=config.flow_drop,
-                frame_drop=config.frame_drop,
-                defer=defer,
-            )
-        parts.append((part, weight))
+    frames = sum(len(sequence) for sequences in training.values() for sequence in sequences)
+    cached = config.cache == "ram" and frames > 0
+    with progress_bar(total=frames, desc="cache: ram", unit="frame", disable=not (show and cached)) as bar:
+        for name, weight in config.datasets.items():
+            part: ClipDataset
+            if canonical_name(name) in ("DUTS-TR", "synthetic"):
+                images = None if name == "synthetic" else stills
+                part = SyntheticClips(images, length, config.clip_len, config.size, config.seed, scene, defer)
+            else:
+                part = VideoClips(
+                    training[name],
+                    config.clip_len,
+                    config.size,
+                    augment=augment,
+                    cache=config.cache,
+                    samples_per_epoch=length,
+                    seed=config.seed,
+                    strides=config.strides,
+                    flow_drop=config.flow_drop,
+                    frame_drop=config.frame_drop,
+                    defer=defer,
+                    progress=bar.update,
+                )
+            parts.append((part, weight))
     clips = parts[0][0] if len(parts) == 1 else MixedClips(parts, length, config.seed)
     return (FaultyClips(clips, config.frame_faults) if config.frame_faults else clips), steps
 
