@@ -355,6 +355,21 @@ def test_run_goes_on_where_it_stopped_and_redoes_what_is_out_of_date(tmp_path: P
 
 
 @needs_library
+def test_looking_at_what_is_there_has_a_bar_and_comes_after_what_is_missing(tmp_path: Path, monkeypatch):
+    """Both are read to their end for each frame: of a whole test set that is silence for a long while."""
+    sequence, results = make_results(tmp_path)
+    make, bars = crf.progress_bar, []
+    monkeypatch.setattr(crf, "progress_bar", lambda *what, **options: bars.append(make(*what, **options)) or bars[-1])
+    crf.run(arguments(), [crf.refinable(sequence)], results)
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 0
+    assert [(bar.desc, bar.n, bar.total) for bar in bars[2:]] == [("crf: what is there", 3, 3), ("crf", 0, 0)]
+    (results / "probability" / "made" / "clip" / "00002.png").unlink()
+    monkeypatch.setattr(crf, "_is_current", lambda *_: pytest.fail("a map was read"))
+    with pytest.raises(DataError, match="1 probability maps are missing"):
+        crf.run(arguments(), [crf.refinable(sequence)], results)
+
+
+@needs_library
 def test_run_names_what_is_missing_or_does_not_fit(tmp_path: Path):
     sequence, results = make_results(tmp_path)
     target = results / "probability" / "made" / "clip" / "00001.png"

@@ -238,20 +238,21 @@ def run(args: argparse.Namespace, videos: Sequence[Refinable], save_dir: str | P
     import_densecrf()  # now rather than in a worker
     settings = settings_from(args)
     save_dir = Path(save_dir)
-    todo, missing = [], []
+    todo = []
     for video in videos:
         for index, stem in enumerate(video.stems):
             place = video.place / f"{stem}.png"
-            source, target = save_dir / "probability" / place, save_dir / "crf" / place
-            if not source.is_file():
-                missing.append(source)
-            elif args.overwrite or not _is_current(target, source, settings):
-                todo.append((video, index, source, target))
+            todo.append((video, index, save_dir / "probability" / place, save_dir / "crf" / place))
+    missing = [source for *_, source, _ in todo if not source.is_file()]
     if missing:
         raise DataError(
             f"{len(missing)} probability maps are missing, the first one {missing[0]}; make them first, with the same "
             "--save_dir: python tool.py --checkpoint WEIGHTS --tools test …"
         )
+    if not args.overwrite:
+        # All of each map is read, which takes minutes for tens of thousands.
+        look = progress_bar(todo, desc="crf: what is there", unit="frame", leave=False)
+        todo = [task for task in look if not _is_current(target=task[3], source=task[2], settings=settings)]
     # One by one: a frame that is no file is decoded when its turn comes.
     tasks = ((video.frames[index], source, target, settings) for video, index, source, target in todo)
     done = parallel_map(_refine_file, tasks, args.workers)
