@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from datasets.scenes import SceneOptions
 from datasets.sequences import VideoSequence, read_dataset
 from datasets.synthetic import SyntheticClips, write_dataset
 from datasets.transforms import Augment
-from utils.training.loading import ClipOrder, build_loader, rescale, to_device, to_floats
+from utils.training.loading import ClipOrder, build_loader, rescale, stop_workers, to_device, to_floats
 
 SIZE = (48, 64)
 TENSORS = ("frames", "flows", "masks", "valid")
@@ -125,6 +127,25 @@ def test_a_clip_depends_on_seed_epoch_and_index_only(sequences: list[VideoSequen
     later.set_epoch(0)
     assert same(later[0], expected[0])
     assert not same(make(seed=1)[0], expected[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not forked")
+def test_workers_share_what_is_cached(sequences: list[VideoSequence]) -> None:
+    """Also where Python 3.14 has another default, which hands each of them a copy, with a file open for each video."""
+
+    class Kept(VideoClips):  # of a function, which cannot be sent to another process
+        pass
+
+    order = ClipOrder(batch=2, accumulate=1, steps=2, rank=0, world_size=1, seed=0)
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        clips = Kept(sequences, 3, SIZE, cache="ram", samples_per_epoch=4)
+        loader = build_loader(clips, order, workers=1, pin_memory=False)
+        assert len(list(loader)) == 2
+        stop_workers(loader)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_workers_that_stay_see_the_next_epoch(sequences: list[VideoSequence]) -> None:

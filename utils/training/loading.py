@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,9 @@ def build_loader(clips: Dataset, order: ClipOrder, *, workers: int, pin_memory: 
         batch_sampler=order,
         num_workers=workers,
         persistent_workers=workers > 0,
+        # So that workers share what is cached. From Python 3.14 on they would be given copies of it on Linux as well,
+        # through shared memory, with a file held open for each video: more than a process may have.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=_start_worker,
         collate_fn=_collate,
         pin_memory=pin_memory,
