@@ -444,6 +444,20 @@ def test_supplied_images_of_upper_case_suffixes_are_not_made_again_beside_themse
     assert sorted(p.name for p in sequence.flow_dir.iterdir()) == ["00000.png", "00001.png", "00002.png", "flow.json"]
 
 
+def test_what_is_there_is_read_by_as_many_threads_as_there_are_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each image is decoded to its end: those of YouTube-VOS are half an hour's work of one core."""
+    sequence = make_sequence(tmp_path, count=6)
+    assert prepare.run(dis(), [sequence], ALONE) == 6
+    together, complete = threading.Barrier(3), FlowFiles.complete
+
+    def at_once(files: FlowFiles, flow_dir: Path, stem: str) -> bool:
+        together.wait(timeout=30)
+        return complete(files, flow_dir, stem)
+
+    monkeypatch.setattr(FlowFiles, "complete", at_once)
+    assert prepare.run(dis("--workers", "3"), [sequence], ALONE) == 0
+
+
 def test_interrupted_overwriting_leaves_no_supplied_flow_among_the_new(tmp_path: Path):
     """Also where the record is of the same settings, since it tells of the rest of the folder."""
     sequence = make_sequence(tmp_path, count=4)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +79,13 @@ def pending_frames(
     files: FlowFiles,
     overwrite: bool = False,
     source: dict[str, Any] | None = None,
+    workers: int = 1,
 ) -> list[int]:
     """Indices of the frames that have no readable flow yet; all of them if ``overwrite``.
+
+    Args:
+        workers: threads that read what is there. Decoding releases the interpreter's lock, and one core needs half an
+            hour for the flow of YouTube-VOS.
 
     Raises:
         UserError: ``flow_dir`` holds flow made with other settings or of another source, or images from elsewhere that
@@ -87,7 +94,9 @@ def pending_frames(
     if overwrite:
         return list(range(len(stems)))
     check_record(flow_dir, settings.record() | (source or {}))
-    pending = [t for t, stem in enumerate(stems) if not files.complete(flow_dir, stem)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        complete = list(pool.map(partial(files.complete, flow_dir), stems))
+    pending = [t for t, there in enumerate(complete) if not there]
     if files.raw_format is not None:
         images, supplied = FlowFiles(files.image_format), set(supplied_flow(flow_dir))
         count = sum(stems[t] in supplied and images.complete(flow_dir, stems[t]) for t in pending)
@@ -214,6 +223,7 @@ def _plan(
     from utils.distributed import share_out
 
     settings, files = settings_from(args)
+    workers = share_of_workers(args.workers, processes.world_size)
     # By folder, since two data sets can share videos, as DAVIS-2016 and DAVIS-2017 do.
     videos: dict[Path, list[VideoSequence]] = {}
     for sequence in sequences:
@@ -225,7 +235,7 @@ def _plan(
         pending = {
             sequence.stems[t]
             for sequence in videos[folder]
-            for t in pending_frames(sequence.stems, folder, settings, files, args.overwrite)
+            for t in pending_frames(sequence.stems, folder, settings, files, args.overwrite, workers=workers)
         }
         return pending | outdated_flow(folder, _frame_bytes(_neighbours(videos[folder][-1])))
 
@@ -261,7 +271,7 @@ def _plan(
         files,
         device=processes.device,
         batch_size=args.flow_batch,
-        workers=share_of_workers(args.workers, processes.world_size),
+        workers=workers,
         niceness=niceness,
     )
     return pending, written
@@ -389,7 +399,8 @@ def video_flows(
         "frames": len(frames),
         "content": _content(frames.files),
     }
-    pending = pending_frames(frames.stems, flow_dir, settings, files, args.overwrite, source)
+    workers = count_of_workers(args.workers)
+    pending = pending_frames(frames.stems, flow_dir, settings, files, args.overwrite, source, workers)
     if pending:
         supplied = supplied_flow(flow_dir, [frames.stems[t] for t in pending])
         warn_of_mixture([(flow_dir, len(supplied))], settings.method, "--save_dir DIR")
