@@ -16,7 +16,7 @@ from PIL import Image
 
 from datasets.errors import DataError
 from utils.errors import UserError
-from utils.video import WINDOW, FolderFrames, VideoFrames, open_folder, write_video
+from utils.video import WINDOW, FolderFrames, VideoFrames, _said_by_ffmpeg, open_folder, write_video
 
 cv2 = pytest.importorskip("cv2")
 
@@ -104,6 +104,43 @@ def test_a_damaged_frame_is_no_end(clip: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cv2, "VideoCapture", Damaged)
     with pytest.raises(UserError, match="frame 2 of .* is damaged(.|\n)*ffmpeg"):
         VideoFrames(clip)
+
+
+def test_an_interlaced_video_is_read_or_refused_never_made_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """OpenCV 4.13 and 4.14 give what their memory held before, the same for all frames, and report success."""
+    path = tmp_path / "broadcast.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mpg2"), 25, (64, 48))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV cannot write MPEG-2")
+    for t in range(6):
+        writer.write(np.full((48, 64, 3), 20 + 30 * t, np.uint8))
+    writer.release()
+    data = bytearray(path.read_bytes())
+    parts = data.split(b"\0\0\1\xb5")  # extensions: of the sequence (kind 1) and of each picture (kind 8)
+    for part in parts[1:]:
+        if part[0] >> 4 == 8:
+            part[4] &= 0x7F  # no progressive frame
+        else:
+            part[1] &= 0xF7  # no progressive sequence
+    path.write_bytes(b"\0\0\1\xb5".join(parts))
+    capfd.readouterr()
+    try:
+        frames = VideoFrames(path)
+    except UserError as error:
+        assert "interlaced" in str(error) and "ffmpeg -i" in str(error) and "-vf yadif" in str(error)
+        assert capfd.readouterr().err == ""  # no two lines for each frame
+    else:
+        assert [round((frame.mean() - 20) / 30) for frame in frames] == list(range(6))
+
+
+def test_what_ffmpeg_says_is_heard_and_can_still_be_read(capfd: pytest.CaptureFixture[str]):
+    with pytest.raises(KeyboardInterrupt), _said_by_ffmpeg() as said:
+        os.write(2, b"frame 3 is damaged\n")
+        assert capfd.readouterr().err == ""
+        raise KeyboardInterrupt
+    assert said == ["frame 3 is damaged"] and capfd.readouterr().err == "frame 3 is damaged\n"
+    os.write(2, b"after it\n")
+    assert capfd.readouterr().err == "after it\n"
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path: Path):

@@ -10,7 +10,8 @@ import os
 import shlex
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ WINDOW = 16
 DEFAULT_FPS = 25.0
 # Frames in a row that may be damaged before what follows them is not looked for.
 DAMAGED_AT_MOST = 250
+# What FFmpeg says where OpenCV 4.13 and 4.14 cannot turn an interlaced frame into RGB: they hand out what their memory
+# held before, and report success.
+NOT_CONVERTED = "interlaced to progressive"
 
 
 class LazyFrames(Sequence[np.ndarray]):
@@ -105,8 +109,8 @@ class VideoFrames(LazyFrames):
     """Frames of a video file, decoded by OpenCV in their order.
 
     The number of frames is counted by decoding the file once, as the number that a container states is often an
-    estimate. Going back further than the window starts decoding again at the first frame, since seeking by frame number
-    is not exact in many formats.
+    estimate, and OpenCV tells only then what it cannot decode. Going back further than the window starts decoding again
+    at the first frame, since seeking by frame number is not exact in many formats.
 
     Attributes:
         promised: the number of frames that the header states, where fewer can be decoded; else None.
@@ -129,15 +133,19 @@ class VideoFrames(LazyFrames):
         self._capture = None
         self._next = 0
 
-        capture = self._open()
-        stated = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        fps = capture.get(cv2.CAP_PROP_FPS)
-        decoded, first = capture.read()
-        if not decoded or first is None:
-            raise self._undecodable("not one frame of it can be decoded")
-        count = 1
-        while capture.grab():
-            count += 1
+        with _said_by_ffmpeg() as said:
+            capture = self._open()
+            stated = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+            fps = capture.get(cv2.CAP_PROP_FPS)
+            decoded, first = capture.read()
+            if not decoded or first is None:
+                raise self._undecodable("not one frame of it can be decoded")
+            count = 1
+            while capture.grab():
+                count += 1
+                capture.retrieve()
+        if any(NOT_CONVERTED in line for line in said):
+            raise self._undecodable("it is interlaced, and this OpenCV cannot read such frames", "-vf yadif ")
         if math.isfinite(stated) and stated > count + 1:
             # The end of the file, or a damaged frame with good ones after it? OpenCV says the same of both.
             later = any(capture.grab() for _ in range(min(DAMAGED_AT_MOST, int(stated) - count)))
@@ -188,7 +196,7 @@ class VideoFrames(LazyFrames):
             raise self._undecodable("it cannot be opened as a video")
         return capture
 
-    def _undecodable(self, what: str) -> UserError:
+    def _undecodable(self, what: str, filters: str = "") -> UserError:
         names = self.path, Path(f"{self.path.stem}_h264.mp4")
         # ./ before what a program would take for an option or a protocol.
         special = (str(name).startswith("-") or ":" in name.parts[0] for name in names)
@@ -196,7 +204,7 @@ class VideoFrames(LazyFrames):
         return UserError(
             f"{self.path}: {what}. Convert it first, and give the new file (what ffmpeg cannot read either is "
             "cut short, damaged or no video):\n"
-            f"  ffmpeg -i {source} -c:v libx264 -crf 18 -pix_fmt yuv420p -an {target}"
+            f"  ffmpeg -i {source} {filters}-c:v libx264 -crf 18 -pix_fmt yuv420p -an {target}"
         )
 
     def close(self) -> None:
@@ -298,6 +306,32 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
             writer.release()
         temporary.unlink(missing_ok=True)
     return count
+
+
+@contextmanager
+def _said_by_ffmpeg() -> Iterator[list[str]]:
+    """The lines that FFmpeg writes to stderr meanwhile, when it is over: OpenCV tells of some faults in no other way.
+
+    They go to stderr then, but where one is of `NOT_CONVERTED`: of these there are two for each frame.
+    """
+    said: list[str] = []
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed, so that nobody reads it
+        yield said
+        return
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.dup2(file.fileno(), 2)
+            yield said
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            written = file.read()
+            said += written.decode(errors="replace").splitlines()
+            if not any(NOT_CONVERTED in line for line in said):
+                os.write(2, written)
 
 
 def _size(shape: tuple[int, int]) -> str:
