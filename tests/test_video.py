@@ -85,6 +85,23 @@ def test_the_number_of_frames_is_what_can_be_decoded_not_what_the_header_says(tm
     assert [number(frame) for frame in frames] == list(range(len(frames)))
 
 
+def test_the_rate_is_that_of_the_frames_where_the_header_has_another(tmp_path: Path):
+    """As in WebM of a browser's recorder, by whose header there is a frame every millisecond."""
+    path = tmp_path / "screen.mkv"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"FFV1"), 25, (64, 48))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV has no lossless codec")
+    for t in range(20):
+        writer.write(picture(t))
+    writer.release()
+    assert VideoFrames(path).fps == 25
+    data, duration = path.read_bytes(), b"\x23\xe3\x83\x84" + (40_000_000).to_bytes(4, "big")  # of a frame, in ns
+    assert duration in data
+    path.write_bytes(data.replace(duration, duration[:4] + (1_000_000).to_bytes(4, "big")))
+    assert cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS) == 1000
+    assert VideoFrames(path).fps == pytest.approx(25)
+
+
 def test_a_damaged_frame_is_no_end(clip: Path, monkeypatch: pytest.MonkeyPatch):
     class Damaged:
         """OpenCV on a file whose frame 2 is damaged: once it fails, and goes on after it."""

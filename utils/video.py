@@ -26,6 +26,8 @@ from utils.files import temporary_prefix
 # Frames kept decoded. Callers go through a video in batches, and flow looks one frame ahead or behind.
 WINDOW = 16
 DEFAULT_FPS = 25.0
+# Times are in whole milliseconds in some formats: a mean rate that is this near to the stated one is the same.
+TIMES_ROUNDED = 0.02
 # Frames in a row that may be damaged before what follows them is not looked for.
 DAMAGED_AT_MOST = 250
 # What FFmpeg says where OpenCV 4.13 and 4.14 cannot turn an interlaced frame into RGB: they hand out what their memory
@@ -42,7 +44,7 @@ class LazyFrames(Sequence[np.ndarray]):
         files: where the frames are stored: one image per frame, or one video file.
         stems: one name per frame, under which its results are stored.
         size: (H, W) of every frame.
-        fps: frames per second, for a video made from the results.
+        fps: mean frames per second, for a video made from the results.
         window: how many frames are kept; may be raised.
     """
 
@@ -140,10 +142,11 @@ class VideoFrames(LazyFrames):
             decoded, first = capture.read()
             if not decoded or first is None:
                 raise self._undecodable("not one frame of it can be decoded")
-            count = 1
+            times = [capture.get(cv2.CAP_PROP_POS_MSEC)]
             while capture.grab():
-                count += 1
+                times.append(capture.get(cv2.CAP_PROP_POS_MSEC))
                 capture.retrieve()
+        count = len(times)
         if any(NOT_CONVERTED in line for line in said):
             raise self._undecodable("it is interlaced, and this OpenCV cannot read such frames", "-vf yadif ")
         if math.isfinite(stated) and stated > count + 1:
@@ -154,9 +157,8 @@ class VideoFrames(LazyFrames):
         capture.release()
         if math.isfinite(stated) and stated > count + 1:
             self.promised = int(stated)
-        usable_fps = math.isfinite(fps) and 0 < fps <= 1000
         stems = [f"{i:05d}" for i in range(count)]
-        super().__init__([self.path], stems, first.shape[:2], float(fps) if usable_fps else DEFAULT_FPS)
+        super().__init__([self.path], stems, first.shape[:2], _rate(times, fps))
 
     def decode(self, index: int) -> np.ndarray:
         import cv2
@@ -306,6 +308,20 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
             writer.release()
         temporary.unlink(missing_ok=True)
     return count
+
+
+def _rate(times: Sequence[float], stated: float) -> float:
+    """Frames per second: as the header states them, but where the times of the frames, in ms, have another mean.
+
+    Browsers record WebM at 1000 frames a second by its header, which is but the resolution of its times, and screen
+    recorders state the rate of the screen, which only moving pictures have. AVI files may have times out of order.
+    """
+    usable = math.isfinite(stated) and 0 < stated <= 1000
+    if len(times) > 1 and all(before < after for before, after in zip(times, times[1:])):
+        mean = 1000 * (len(times) - 1) / (times[-1] - times[0])
+        if mean <= 1000 and not (usable and abs(mean / stated - 1) < TIMES_ROUNDED):
+            return mean
+    return float(stated) if usable else DEFAULT_FPS
 
 
 @contextmanager
