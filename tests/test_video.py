@@ -102,9 +102,12 @@ def test_the_rate_is_that_of_the_frames_where_the_header_has_another(tmp_path: P
     assert VideoFrames(path).fps == pytest.approx(25)
 
 
-def test_a_damaged_frame_is_no_end(clip: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("stated", [60, -9.2e18])
+def test_a_damaged_frame_is_no_end(clip: Path, stated: float, monkeypatch: pytest.MonkeyPatch):
     class Damaged:
-        """OpenCV on a file whose frame 2 is damaged: once it fails, and goes on after it."""
+        """OpenCV on a file whose frame 2 is damaged: once it fails, and goes on after it. A live recording states no
+        number of frames.
+        """
 
         def __init__(self, path: str) -> None:
             self.inner, self.at = cv2_capture(path), 0
@@ -113,13 +116,16 @@ def test_a_damaged_frame_is_no_end(clip: Path, monkeypatch: pytest.MonkeyPatch):
             self.at += 1
             return self.inner.grab() and self.at != 2
 
+        def get(self, prop: int) -> float:
+            return stated if prop == cv2.CAP_PROP_FRAME_COUNT else self.inner.get(prop)
+
         def __getattr__(self, name: str):
             return getattr(self.inner, name)
 
     cv2_capture = cv2.VideoCapture
     assert len(VideoFrames(clip)) > 5
     monkeypatch.setattr(cv2, "VideoCapture", Damaged)
-    with pytest.raises(UserError, match="frame 2 of .* is damaged(.|\n)*ffmpeg"):
+    with pytest.raises(UserError, match="frame 2 is damaged(.|\n)*ffmpeg"):
         VideoFrames(clip)
 
 

@@ -146,15 +146,15 @@ class VideoFrames(LazyFrames):
             while capture.grab():
                 times.append(capture.get(cv2.CAP_PROP_POS_MSEC))
                 capture.retrieve()
+            # The end of the file, or a damaged frame with good ones after it? OpenCV says the same of both, and some
+            # headers state no number of frames to tell by.
+            later = any(capture.grab() for _ in range(DAMAGED_AT_MOST))
+            capture.release()
         count = len(times)
         if any(NOT_CONVERTED in line for line in said):
             raise self._undecodable("it is interlaced, and this OpenCV cannot read such frames", "-vf yadif ")
-        if math.isfinite(stated) and stated > count + 1:
-            # The end of the file, or a damaged frame with good ones after it? OpenCV says the same of both.
-            later = any(capture.grab() for _ in range(min(DAMAGED_AT_MOST, int(stated) - count)))
-            if later:
-                raise self._undecodable(f"frame {count} of {stated:.0f} is damaged, and later ones are not")
-        capture.release()
+        if later:
+            raise self._undecodable(f"frame {count} is damaged, or the file is cut short there")
         if math.isfinite(stated) and stated > count + 1:
             self.promised = int(stated)
         stems = [f"{i:05d}" for i in range(count)]
