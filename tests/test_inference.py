@@ -617,7 +617,7 @@ def test_a_video_that_ends_too_early_is_told_once_by_all_tools(
     output = capsys.readouterr().out
     written = len(maps(tmp_path / "r"))
     assert 1 < written < 12 and output.count("warning: ") == 1
-    assert f"cut.avi: its header promises 12 frames, but only the first {written} can be decoded" in output
+    assert f"cut.avi: its header promises about 12 frames, and {written} can be decoded" in output
 
 
 def test_a_video_of_one_frame(data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -99,7 +99,9 @@ def test_the_rate_is_that_of_the_frames_where_the_header_has_another(tmp_path: P
     assert duration in data
     path.write_bytes(data.replace(duration, duration[:4] + (1_000_000).to_bytes(4, "big")))
     assert cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS) == 1000
-    assert VideoFrames(path).fps == pytest.approx(25)
+    frames = VideoFrames(path)
+    assert frames.fps == pytest.approx(25)
+    assert frames.promised is None  # 800 of them by that rate
 
 
 @pytest.mark.parametrize("stated", [60, -9.2e18])

@@ -115,7 +115,7 @@ class VideoFrames(LazyFrames):
     at the first frame, since seeking by frame number is not exact in many formats.
 
     Attributes:
-        promised: the number of frames that the header states, where fewer can be decoded; else None.
+        promised: about the number of frames that the header states, where fewer can be decoded; else None.
 
     Raises:
         UserError: no such file, an empty one, or one that cannot be decoded; the message holds an ffmpeg command.
@@ -155,10 +155,13 @@ class VideoFrames(LazyFrames):
             raise self._undecodable("it is interlaced, and this OpenCV cannot read such frames", "-vf yadif ")
         if later:
             raise self._undecodable(f"frame {count} is damaged, or the file is cut short there")
+        rate = _rate(times, fps)
+        if math.isfinite(stated) and fps > 0:
+            stated *= rate / fps  # most headers state a duration, of which OpenCV makes frames by the stated rate
         if math.isfinite(stated) and stated > count + 1:
-            self.promised = int(stated)
+            self.promised = round(stated)
         stems = [f"{i:05d}" for i in range(count)]
-        super().__init__([self.path], stems, first.shape[:2], _rate(times, fps))
+        super().__init__([self.path], stems, first.shape[:2], rate)
 
     def decode(self, index: int) -> np.ndarray:
         import cv2

@@ -57,8 +57,9 @@ def open_own(video: str | None, frames: str | None) -> OwnVideo:
         opened = VideoFrames(video)
         if opened.promised is not None:
             print(
-                f"warning: {video}: its header promises {opened.promised} frames, but only the first {len(opened)} can "
-                "be decoded; the file may be cut short",
+                f"warning: {video}: its header promises about {opened.promised} frames, and {len(opened)} can be "
+                "decoded. Where a player shows more, it is damaged or cut short: copy or record it again; else its "
+                "sound is longer than its pictures, or an editor hid some of them",
                 flush=True,
             )
         return OwnVideo(Path(video).stem, opened)
