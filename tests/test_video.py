@@ -255,6 +255,17 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path):
     np.testing.assert_array_equal(frames[-1], picture(10))
 
 
+def test_pictures_that_are_not_read_do_not_shorten_a_video(tmp_path: Path):
+    """A phone writes HEIC among JPEG files, and a camera a raw picture beside each of them."""
+    for t in range(3):
+        Image.fromarray(picture(t)).save(tmp_path / f"{t}.jpg")
+    (tmp_path / "1.DNG").write_bytes(b"the same picture")
+    assert len(open_folder(tmp_path)) == 3
+    (tmp_path / "3.HEIC").write_bytes(b"a fourth picture")
+    with pytest.raises(DataError, match="3.HEIC: pictures of this kind are not read; expected .jpg.*as PNG"):
+        open_folder(tmp_path)
+
+
 def test_folders_that_are_no_video(tmp_path: Path):
     with pytest.raises(DataError, match="no such folder"):
         open_folder(tmp_path / "nothing")

@@ -33,6 +33,8 @@ DAMAGED_AT_MOST = 250
 # What FFmpeg says where OpenCV 4.13 and 4.14 cannot turn an interlaced frame into RGB: they hand out what their memory
 # held before, and report success.
 NOT_CONVERTED = "interlaced to progressive"
+# Pictures that are not read, which phones and cameras write among JPEG files or in place of them.
+OTHER_PICTURES = (".heic", ".heif", ".avif", ".jxl", ".dng")
 
 
 class LazyFrames(Sequence[np.ndarray]):
@@ -226,7 +228,7 @@ def open_folder(path: str | os.PathLike[str]) -> FolderFrames:
     """The frames of a folder of images, ordered by the numbers in their names (2 before 10); see `FolderFrames`.
 
     Raises:
-        DataError: no such folder, no image in it, or two images of one stem.
+        DataError: no such folder, no image in it, one of a format that is not read, or two images of one stem.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -234,6 +236,13 @@ def open_folder(path: str | os.PathLike[str]) -> FolderFrames:
     paths = list_files(folder, FRAME_SUFFIXES)
     if not paths and list_folders(folder):
         raise DataError(f"{folder}: no frame in it, only folders; expected a folder of frames, so name one of these")
+    known = {path.stem for path in paths}
+    unread = [path for path in list_files(folder, OTHER_PICTURES) if path.stem not in known]
+    if unread:  # left out, they would shorten the video without a word
+        raise DataError(
+            f"{unread[0]}: pictures of this kind are not read; expected {', '.join(FRAME_SUFFIXES)}. Save all frames "
+            "of the video as PNG, or take away what is no frame"
+        )
     if not paths:
         raise DataError(f"{folder}: no frames in it; expected images ({', '.join(FRAME_SUFFIXES)})")
     by_stem(paths, folder.name, raise_problem)
