@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance
 from datasets.flow_colour import flows_to_images
 from datasets.transforms import (
     Augment,
+    Colours,
     apply,
     change_colours,
     draw,
@@ -172,6 +173,12 @@ def test_crops_seldom_lose_the_object() -> None:
     options = Augment(scale=(0.5, 0.7))
     kept = [augment(clip, (64, 96), options, np.random.default_rng(s))[:, 6].any().item() for s in range(60)]
     assert np.mean(kept) == 1
+    rows, columns = np.mgrid[10:30, 5:25]
+    points = np.stack([columns - 74.5, rows - 44.5]).reshape(2, -1)
+    for seed in range(150):
+        matrix, *_ = draw_view(mask, (64, 96), options, np.random.default_rng(seed))
+        places = np.linalg.solve(matrix[:, :2], points - matrix[:, 2:])
+        assert (np.abs(places) < 1).all(axis=0).mean() >= 0.5  # of its pixels
 
 
 def test_crops_go_all_over_the_source_where_the_object_stays_in_view() -> None:
@@ -248,6 +255,16 @@ def test_sharpness_below_one_smooths_and_above_sharpens() -> None:
         rng = np.random.default_rng(seed)
         spreads.append(float(change_colours(frames, draw_colours(options, rng)).std() / frames.std()))
     assert min(spreads) < 0.95 and max(spreads) > 1.05
+    flat = torch.full((2, 3, 5, 6), 90.0)  # up to its border
+    torch.testing.assert_close(change_colours(flat.clone(), Colours(1, 1, 1, 0.2)), flat)
+
+
+def test_contrast_turns_about_the_mean_of_all_frames() -> None:
+    """A frame that is darker than the others stays so, and by as much more."""
+    levels = torch.tensor([60.0, 100.0, 140.0])[:, None, None, None]
+    changed = change_colours(levels.expand(3, 3, 8, 12).clone(), Colours(1.1, 1.5, 1, None))
+    expected = 1.1 * (100 + 1.5 * (levels - 100))
+    torch.testing.assert_close(changed, expected.expand_as(changed), rtol=0, atol=1e-3)
 
 
 def test_resizing_for_validation_is_plain() -> None:
