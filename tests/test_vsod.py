@@ -157,6 +157,20 @@ def test_the_maximum_is_of_the_mean_curve():
     assert mean.mae == pytest.approx(0.1)
 
 
+def test_means_are_of_each_measure():
+    rng = np.random.default_rng(0)
+    numbers, curves = rng.random((2, 5)), rng.random((2, 2, 256))
+    mean = mean_scores([SaliencyScores(*row, *pair) for row, pair in zip(numbers, curves)])
+    found = [mean.mae, mean.s, mean.weighted_f, mean.adaptive_f, mean.adaptive_e]
+    np.testing.assert_allclose(found, numbers.mean(0))
+    np.testing.assert_allclose([mean.f_curve, mean.e_curve], curves.mean(0))
+    summary = mean.summary()
+    assert [summary[key] for key in ("MAE", "S", "wF", "adp_F", "adp_E")] == found
+    curves = curves.mean(0)
+    assert [summary["max_F"], summary["max_E"]] == pytest.approx(curves.max(1).tolist())
+    assert [summary["mean_F"], summary["mean_E"]] == pytest.approx(curves.mean(1).tolist())
+
+
 @pytest.fixture(scope="session")
 def sod(real_data) -> Path:
     folder = real_data / "known_answers" / "sod"
