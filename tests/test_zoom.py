@@ -39,6 +39,9 @@ def test_an_extent_is_that_of_what_was_found() -> None:
     np.testing.assert_allclose([left[1], right[1], top[1], bottom[1]], [0.99, 1, 0.98, 1])
     np.testing.assert_allclose([left[2], right[2], top[2], bottom[2]], [0.2, 0.8, 0.2, 0.6])
     assert np.isnan([left[3], right[3], top[3], bottom[3]]).all()
+    few = torch.zeros(2, 100, 150)  # less than a ten-thousandth of the frame is nothing found
+    few[0, 50, 70] = few[1, 50, 70] = few[1, 50, 71] = 1
+    assert extents(few).isnan().all(1).tolist() == [True, False]
 
 
 def followed(found: np.ndarray) -> np.ndarray:
