@@ -212,22 +212,27 @@ def test_clips_of_short_videos_have_a_label(tmp_path: Path, count: int, clip_len
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_short_videos_are_read_to_and_fro(tmp_path: Path, count: int) -> None:
     clips = VideoClips([counting_video(tmp_path, count)], 5, (24, 32), samples_per_epoch=12)
+    first = set()
     for i in range(12):
         found = numbers(clips[i])
+        first.add(found[0])
         assert len(found) == 5 and set(found) == set(range(count))
         assert set(np.abs(np.diff(found))) == ({0} if count == 1 else {1})
+    assert first == set(range(count))  # they begin at any frame
 
 
 def test_sparse_labels_are_marked_and_never_absent(tmp_path: Path) -> None:
     clips = VideoClips([counting_video(tmp_path, 20, labelled=[0, 19, 10])], 4, (24, 32), samples_per_epoch=60)
-    labelled = set()
+    labelled, places = set(), set()
     for i in range(60):
         item = clips[i]
         valid = [n for n, v in zip(numbers(item), item["valid"].tolist()) if v]
+        places |= {place for place, n in enumerate(numbers(item)) if n == 10}
         assert valid and set(valid) <= {0, 10, 19}
         labelled |= set(valid)
         assert torch.equal(item["masks"].amax(dim=(1, 2, 3)).bool(), item["valid"])
     assert labelled == {0, 10, 19}
+    assert places == set(range(4))  # not always at the clip's end, say, which has no frame after it
 
 
 def test_dropping_flow_or_frames(sequences: list[VideoSequence]) -> None:
@@ -329,7 +334,8 @@ def test_clips_finished_on_the_training_device_are_those_of_the_loader(
         for key in TENSORS:
             assert torch.equal(by_loader[key], by_device[key]), key
     floats = to_floats(batches[0][0])
-    assert torch.equal(floats["frames"], batches[0][0]["frames"] / 255) and floats["masks"].max() == 1
+    assert all(torch.equal(floats[key], batches[0][0][key] / 255) for key in ("frames", "flows"))
+    assert floats["masks"].max() == 1
     assert floats["valid"].dtype == torch.bool
 
 
