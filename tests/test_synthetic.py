@@ -22,7 +22,7 @@ from datasets.errors import DataError
 from datasets.rendering import _blur_along_flow, expose, flow_pictures, stir
 from datasets.scene_motion import Motion
 from datasets.scene_textures import object_share
-from datasets.scenes import SceneOptions, Sources, compose
+from datasets.scenes import SceneOptions, Sources, _camera, compose
 from datasets.sequences import read_dataset
 from datasets.stills import StillImage, read_stills
 from datasets.synthetic import SyntheticClips, make_clip, make_scene, write_dataset
@@ -244,6 +244,12 @@ def test_motion_blur_smears_along_the_motion() -> None:
     for frame, axis in ((0, 2), (1, 1)):
         mean = sum(torch.roll(frames[frame], step, axis) for step in (-1, 0, 1)) / 3
         torch.testing.assert_close(blurred[frame, :, 2:-2, 2:-2], mean[:, 2:-2, 2:-2], rtol=0, atol=1e-4)
+    sharp, exposed = (
+        expose(np.random.default_rng(0), frames.clone(), flow, replace(SceneOptions().clean(), motion_blur=p)).float()
+        for p in (0.0, 1.0)
+    )
+    for frame, axis in ((0, 2), (1, 1)):
+        assert exposed[frame].diff(dim=axis).abs().mean() < 0.8 * sharp[frame].diff(dim=axis).abs().mean()
 
 
 def test_light_changes_as_a_whole_and_noise_is_new_in_every_frame() -> None:
@@ -251,14 +257,19 @@ def test_light_changes_as_a_whole_and_noise_is_new_in_every_frame() -> None:
     off = SceneOptions().clean()
     flow = torch.zeros(4, 2, 40, 60)
     assert (expose(np.random.default_rng(0), grey.clone(), flow, off) == 128).all()
+    lights = []
     for seed in range(8):
         lit = expose(np.random.default_rng(seed), grey.clone(), flow, replace(off, light=1.0)).float()
         assert (lit == lit[:, :, :1, :1]).all()  # alike all over a frame
         assert 255 * 0.2 < lit.min() and lit.max() < 255 * 0.8
+        lights.append(lit[:, :, 0, 0])  # (T, 3)
         noisy = expose(np.random.default_rng(seed), grey.clone(), flow, replace(off, noise=1.0)).float()
         assert 0.5 < noisy.std() < 0.03 * 255 and abs(noisy.mean() - 128) < 1
         planes = noisy.flatten(0, 1).flatten(1)
         assert torch.corrcoef(planes).fill_diagonal_(0).abs().max() < 0.2
+    # From clip to clip, from frame to frame, and tinted.
+    for axis in range(3):
+        assert float(torch.stack(lights).std(axis).mean()) > 1
 
 
 def test_shapes_and_types() -> None:
@@ -414,6 +425,40 @@ def test_the_camera_follows_an_object_that_is_tracked() -> None:
         assert np.median(ratios) < 0.3 if tracked else 0.6 < np.median(ratios) < 1.5
 
 
+@pytest.mark.parametrize(("name", "foreground"), [
+    ("noise", [False, True]), ("second_object", [False, True, True]), ("occluder", [False, True, False]),
+])  # fmt: skip
+def test_what_is_in_a_scene(name: str, foreground: list[bool]) -> None:
+    options = replace(CLEAN, second_object=0.0, occluder=0.0)
+    for seed in range(3):
+        scene = make_scene(seed, 2, SIZE, options=replace(options, **{name: 1.0}))
+        assert [layer.foreground for layer in scene.layers] == foreground
+
+
+def test_how_camera_and_object_move() -> None:
+    options = replace(CLEAN, camera_static=0.0, object_static=0.0, object_parallax=0.0, second_object=0.0, occluder=0.0)
+
+    def motions(seed: int, **changes: float) -> tuple[Motion, Motion]:
+        layers = make_scene(seed, 6, SIZE, options=replace(options, **changes)).layers
+        return layers[0].motion, layers[1].motion
+
+    for seed in range(3):
+        still, moving = motions(seed, camera_static=1.0, deformation=0.0)
+        assert still.is_static() and moving.wave_x is moving.wave_y is None
+        turns = moving.matrices[:, :2, :2] / np.sqrt(np.linalg.det(moving.matrices[:, :2, :2]))[:, None, None]
+        assert np.ptp(turns, axis=0).max() > 1e-3 and np.ptp(np.linalg.det(moving.matrices)) > 1e-3
+        assert all(motions(seed, camera_static=1.0, deformation=1.0)[1].wave_x[0] != 0)
+        # Of a camera: perspective, rows that move by different amounts, a hand that is not steady.
+        flat, deep = (motions(seed, relief=p)[0] for p in (0.0, 1.0))
+        assert flat.wave_x is None and np.ptp(deep.wave_x[0]) > 0
+        assert (np.abs(flat.matrices[1:, 2, :2]) > 1e-7).all()
+        steady, shaken = (
+            _camera(np.random.default_rng(seed), 6, SIZE, replace(options, camera_shake=p), False)[1]
+            for p in (0.0, 1.0)
+        )
+        assert not (shaken - steady)[0].any() and (shaken - steady)[1:].all()
+
+
 # --- stills -----------------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +506,31 @@ def test_the_object_of_a_still_is_the_mask(duts: Path) -> None:
         red = (red[..., 0] - red[..., 1]) > 60
         mask = clip["masks"] > 0
         assert (red & mask).sum() / (red | mask).sum() > 0.9
+
+
+def test_backgrounds_and_distractors_are_of_other_stills(duts: Path) -> None:
+    own, *others = read_stills(duts)
+    for still in others:  # blue things on white
+        picture = np.where(np.asarray(Image.open(still.mask))[..., None] > 0, [30, 30, 220], [235, 235, 235])
+        Image.fromarray(picture.astype(np.uint8)).save(still.image, quality=95)
+    options = replace(CLEAN, second_object=0.0, occluder=0.0)
+
+    def shares(**changes: float) -> np.ndarray:
+        """Of the background: how much of it is white, and how much is blue; mean and maximum over some clips."""
+        found = []
+        for index in range(6):
+            changed = replace(options, **{"other_background": 0.0, "distractor": 0.0, **changes})
+            clips = SyntheticClips(others, 6, 1, SIZE, options=changed, defer=True)
+            clips._draw_still = lambda index: own
+            red, green, blue = clips[index]["raw"].layers[0].texture.numpy()
+            found.append([np.mean((red > 0.8) & (green > 0.8)), np.mean(blue > red + 0.4)])
+        return np.array([np.mean(found, axis=0), np.max(found, axis=0)])
+
+    assert not shares().any()
+    distractor = shares(distractor=1.0)
+    assert distractor[0, 1] > 0.005 and distractor[0, 0] < 0.05
+    other = shares(other_background=1.0)
+    assert other[0, 0] > 0.5 and other[1, 1] > 0.02  # with its own thing in some
 
 
 def test_a_natural_scene_is_the_still_under_a_moving_camera(duts: Path) -> None:
