@@ -21,7 +21,7 @@ from datasets import rendering
 from datasets.errors import DataError
 from datasets.rendering import _blur_along_flow, expose, flow_pictures, stir
 from datasets.scene_motion import Motion
-from datasets.scene_textures import object_share
+from datasets.scene_textures import fill_hole, object_share
 from datasets.scenes import SceneOptions, Sources, _camera, compose
 from datasets.sequences import read_dataset
 from datasets.stills import StillImage, read_stills
@@ -506,6 +506,25 @@ def test_the_object_of_a_still_is_the_mask(duts: Path) -> None:
         red = (red[..., 0] - red[..., 1]) > 60
         mask = clip["masks"] > 0
         assert (red & mask).sum() / (red | mask).sum() > 0.9
+
+
+def test_what_an_object_leaves_behind_is_like_its_surroundings() -> None:
+    """Neither its colours, which bleed over its edge, nor a smooth patch, which would tell where it was."""
+    hole = torch.zeros(60, 90, dtype=torch.bool)
+    hole[20:40, 30:60] = True
+    roughness = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        picture = torch.from_numpy(rng.uniform(0.2, 0.4, (3, 60, 90)).astype(np.float32))
+        picture[:, 18:42, 28:62] = 1.0
+        filled = fill_hole(rng, picture, hole)
+        outside = torch.ones_like(hole)
+        outside[17:43, 27:63] = False
+        torch.testing.assert_close(filled[:, outside], picture[:, outside])
+        assert filled.max() < 0.7
+        steps = filled.diff(dim=2).abs()
+        roughness.append(float(steps[:, 20:40, 30:59].mean() / steps[:, :15].mean()))
+    assert np.mean(roughness) > 0.5
 
 
 def test_backgrounds_and_distractors_are_of_other_stills(duts: Path) -> None:
