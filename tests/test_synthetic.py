@@ -448,6 +448,10 @@ def test_how_camera_and_object_move() -> None:
         turns = moving.matrices[:, :2, :2] / np.sqrt(np.linalg.det(moving.matrices[:, :2, :2]))[:, None, None]
         assert np.ptp(turns, axis=0).max() > 1e-3 and np.ptp(np.linalg.det(moving.matrices)) > 1e-3
         assert all(motions(seed, camera_static=1.0, deformation=1.0)[1].wave_x[0] != 0)
+        # A second object is there to move, whether or not the first does.
+        rest = {"camera_static": 1.0, "object_static": 1.0, "other_background": 0.0, "distractor": 0.0}
+        layers = make_scene(seed, 6, SIZE, options=replace(options, **rest, second_object=1.0)).layers
+        assert [layer.motion.is_static() for layer in layers] == [True, False, True]
         # Of a camera: perspective, rows that move by different amounts, a hand that is not steady.
         flat, deep = (motions(seed, relief=p)[0] for p in (0.0, 1.0))
         assert flat.wave_x is None and np.ptp(deep.wave_x[0]) > 0
