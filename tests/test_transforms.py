@@ -197,6 +197,35 @@ def test_crops_go_all_over_the_source_where_the_object_stays_in_view() -> None:
     assert np.abs(places).max() <= 1 + 1e-9
 
 
+def test_draws_are_from_the_ranges_asked_for() -> None:
+    options = Augment(
+        scale=(0.5, 0.9), aspect=(0.8, 1.2), flip=0.3, rotation=20, rotation_probability=0.3,
+        brightness=0.1, contrast=0.2, saturation=0.3, sharpness=0.4, sharpness_probability=0.6,
+    )  # fmt: skip
+    found: dict[str, list[float]] = {}
+    chances = np.zeros(3)
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        matrix, angle, flipped = draw_view(torch.zeros(1, 90, 150), (60, 80), options, rng)
+        colours = draw_colours(options, rng)
+        half_x, half_y = np.linalg.norm(matrix[:, :2], axis=0)
+        drawn = {"aspect": half_x / half_y / (80 / 60), **vars(colours)}
+        if angle:
+            drawn["rotation"] = math.degrees(angle)
+        else:  # of the largest that fits
+            drawn["scale"] = max(half_x / 75, half_y / 45)
+        chances += (angle != 0, flipped, colours.sharpness is not None)
+        for name, value in drawn.items():
+            found.setdefault(name, []).extend([] if value is None else [value])
+    ranges = {"scale": (0.5, 0.9), "aspect": (0.8, 1.2), "rotation": (-20, 20), "brightness": (0.9, 1.1),
+              "contrast": (0.8, 1.2), "saturation": (0.7, 1.3), "sharpness": (0.6, 1.4)}  # fmt: skip
+    assert found.keys() == ranges.keys()
+    for name, (low, high) in ranges.items():
+        room = 0.1 * (high - low)
+        assert low - 1e-9 <= min(found[name]) < low + room and high - room < max(found[name]) <= high + 1e-9, name
+    np.testing.assert_allclose(chances / 300, (0.3, 0.3, 0.6), atol=0.1)
+
+
 def test_a_sampled_view_is_what_a_plain_loop_finds() -> None:
     rng = np.random.default_rng(3)
     clip = torch.randint(0, 256, (1, 7, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
