@@ -329,6 +329,14 @@ def test_size_is_height_then_width_and_flow_is_in_its_pixels():
     np.testing.assert_allclose(np.median(half, (0, 1)), (4, 2), atol=0.3)
 
 
+def test_frames_are_shrunk_and_not_thinned_out():
+    """A pattern of single pixels is grey from afar; of pixels here and there, it would move where nothing does."""
+    fine = (np.indices((80, 120)).sum(0) % 2 * 255).astype(np.uint8)
+    ((_, *shrunk), *_) = frame_pairs([np.repeat(fine[..., None], 3, 2)] * 2, (40, 60))
+    for frame in shrunk:
+        assert frame.shape == (40, 60, 3) and np.abs(frame[2:-2, 2:-2].astype(int) - 127).max() < 10
+
+
 @pytest.mark.parametrize("size", [(64, 96), (20, 70), (5, 9), (1, 1)])
 def test_dis_finds_a_shift_and_takes_any_size(size):
     flow = dis_flow(texture(*size), texture(*size, shift=(3, -2)))
