@@ -180,6 +180,15 @@ def test_config_is_json_and_rebuilds_the_network(options: dict) -> None:
         assert torch.equal(again.eval()(frames, flows), net.eval()(frames, flows))
 
 
+def test_a_network_for_which_nothing_is_said_is_the_one_described() -> None:
+    """In README.md and in the files of its parts; another would be trained without a word, and fit the same weights."""
+    assert build_dbsnet("xxs").config == {
+        "variant": "xxs", "flavour": "reference", "width": 48, "hidden": 8, "dilations": [1, 2, 4], "depth": 2,
+        "window": 8, "pool": 2, "rounds": 2, "streams": ["appearance", "motion"], "dropout": 0.0,
+        "encoder": "mobilevit",
+    }  # fmt: skip
+
+
 def test_encoder_and_head_parameters_are_a_partition() -> None:
     net = small()
     encoder, head = list(net.encoder_parameters()), list(net.head_parameters())
