@@ -242,6 +242,9 @@ def test_a_sampled_view_is_what_a_plain_loop_finds() -> None:
             expected = (source[:, i, j] * (1 - a) + source[:, i, j + 1] * a) * (1 - b)
             expected += (source[:, i + 1, j] * (1 - a) + source[:, i + 1, j + 1] * a) * b
             np.testing.assert_allclose(sampled[:, row, column], expected, atol=0.05)
+    # Up to the source's edge, where a larger view looks beyond the centres of its last pixels: nothing turns dark.
+    whole = sample_view(torch.full((1, 7, 20, 30), 200).byte(), (40, 60), np.array([[15.0, 0, 0], [0, 10, 0]]))
+    torch.testing.assert_close(whole, torch.full_like(whole, 200))
 
 
 def test_colour_changes_touch_frames_only() -> None:
