@@ -22,12 +22,18 @@ class Images:
         what: one of them, for errors.
         turns: held while an image is asked for and copied: what decodes may have one position, and one buffer.
         pool: threads that ask for several images at once, in any order, and take no turns; None: one after the other.
+        show: is given each image that was asked for, with its number.
     """
 
     def __init__(
-        self, images: Sequence[np.ndarray], what: str, turns: threading.Lock, pool: Executor | None = None
+        self,
+        images: Sequence[np.ndarray],
+        what: str,
+        turns: threading.Lock,
+        pool: Executor | None = None,
+        show: Callable[[int, np.ndarray], None] | None = None,
     ) -> None:
-        self.images, self.what = images, what
+        self.images, self.what, self.show = images, what, show
         self.turns = nullcontext() if pool else turns
         self.map = pool.map if pool else map
         self.shape: tuple[int, ...] | None = None  # of the first that was asked for
@@ -60,6 +66,8 @@ class Images:
                     )
                 place = stacked[index - start].numpy()
                 np.copyto(place, image)
+            if self.show is not None:
+                self.show(index, place)
             if mirror is not None:
                 mirrored = mirror(place.copy())
                 if mirrored.shape != self.shape:

@@ -31,6 +31,7 @@ from models.frame_io import Images, checked_picture, hand_out, read_ahead
 from models.frame_store import FrameStore, Storage
 from models.optional_motion import NO_MOTION, join_both, weigh, weigh_batches
 from models.precision import AMP, autocast
+from models.smoothing import SmallFrames, smooth
 from models.video_propagation import propagate_store
 from models.windows import Window, batches_of_windows, refinement_windows, temporal_windows
 from models.zoom import FIRST, View, extents, follow, magnify, put_back
@@ -93,6 +94,8 @@ class Predictor:
         optional_motion: the same frames at rest, with flow images without motion, have a third of the say
             (`models.optional_motion`): a frame is encoded once, propagated and decoded twice. Not of the paper, and not
             with a network of one stream (ValueError).
+        smooth: let the frames before and after have a say, along the motion between them (`models.smoothing`). Not of
+            the paper, and it needs OpenCV. Results come 8 frames late.
         readers: threads that ask for images at once. More than one need `frames` and `flows` that several threads may
             ask in any order, and keep up with a GPU where images are decoded from files. Changes speed, not the result.
         on_encoded: called with a number of frames whenever so many have been encoded: a whole video is, once for each
@@ -113,7 +116,7 @@ class Predictor:
                  channels_last: bool = True, fold: bool = True, piece: int = 16,
                  store_dtype: torch.dtype = torch.float16, device_memory: int = 4 << 30,
                  host_memory: int = 1 << 30, cuda_graphs: bool = False, zoom: bool = False, consensus: bool = False,
-                 optional_motion: bool = False, readers: int = 1,
+                 optional_motion: bool = False, smooth: bool = False, readers: int = 1,
                  on_encoded: Callable[[int], None] | None = None) -> None:  # fmt: skip
         if amp not in AMP:
             raise ValueError(f"amp must be one of none, bf16 and fp16, got {amp!r}")
@@ -162,7 +165,7 @@ class Predictor:
         self.fold, self.piece, self.store_dtype = fold, piece, store_dtype
         self.device_memory, self.host_memory = device_memory, host_memory
         self.cuda_graphs, self.zoom, self.consensus = cuda_graphs, zoom, consensus
-        self.optional_motion = optional_motion
+        self.optional_motion, self.smooth = optional_motion, smooth
         self.readers, self.on_encoded = readers, on_encoded
         self._graphs = CudaGraphs(self.device)
         self._recorded: _Recorded | None = None
@@ -190,16 +193,22 @@ class Predictor:
         ]
         with self._alone(), ThreadPoolExecutor(self.readers) if self.readers > 1 else nullcontext() as pool:
             turns = threading.Lock()
-            images = Images(frames, "frame", turns, pool), Images(flows, "flow image", turns, pool)
+            small = SmallFrames(len(frames)) if self.smooth else None
+            images = (
+                Images(frames, "frame", turns, pool, small.show if small else None),
+                Images(flows, "flow image", turns, pool),
+            )
             net, run = self._prepared((own, *sizes))
             process = self._clips if self.clip_len else self._whole
             runs = [hand_out(process(Pass(size, flip, own, net, run, len(sizes)), *images)) for size, flip in sizes]
             try:
-                for index, results in enumerate(zip(*runs)):
-                    yield index, sum(results) / len(results) if len(results) > 1 else results[0]
+                joined = (sum(results) / len(results) if len(results) > 1 else results[0] for results in zip(*runs))
+                if small:
+                    joined = smooth(joined, small, 1 if self.device.type == "cpu" else 4)
+                yield from enumerate(joined)
             finally:
                 # Where one fails, the traceback would keep the others' memory and files for as long as it is kept.
-                for each in runs:
+                for each in (*runs, *([small] if small else [])):
                     each.close()
 
     @contextmanager

@@ -102,7 +102,7 @@ def test_memory_of_a_gpu_is_given_back_before_the_next_is_measured(monkeypatch: 
     monkeypatch.setattr(network, "run_video", lambda *_: done.append("video"))
     net = build_dbsnet("xxs", **SMALL)
     network.bench_video(net, CPU, (32, 64), length=2, amp="none", batch_size=2, repeats=1)
-    assert done[1:] == 3 * ["released", "video", "video"]  # with consensus, with zoom, the network alone
+    assert done[1:] == 4 * ["released", "video", "video"]  # with consensus, zoom, smoothing, the network alone
 
 
 def test_what_is_prepared_in_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_all_parts_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert results["network"][name]["frames_per_second"] > 0
     assert results["network"]["GMAC_per_frame"] > 0
     assert results["video"]["frames"] == 3
-    assert all(results["video"][way]["frames_per_second"] > 0 for way in ("consensus", "zoom"))
+    assert all(results["video"][way]["frames_per_second"] > 0 for way in ("consensus", "zoom", "smoothing"))
     stages = {"read", "flow", "network and resize", "write", "overlapped"}
     assert set(results["pipeline"]["frames_per_second"]) == stages
     assert sum(entry["share"] for entry in results["profile"]["operators"]) <= 1.001

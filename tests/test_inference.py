@@ -82,8 +82,10 @@ def maps(save_dir: Path, kind: str = "probability") -> dict[str, np.ndarray]:
 def expected(
     weights: Path, data: Path, *, frame_level: int | None = None, flow_level: int | None = None, **options: object
 ) -> dict[str, np.ndarray]:
-    """Maps straight from the predictor on decoded pictures, or on pictures of one grey level."""
-    predictor = Predictor(load_dbsnet(weights), size=(32, 64), **options)
+    """Maps straight from the predictor, as the tool asks for them, on decoded pictures, or pictures of one grey."""
+    seen = frame_level is None
+    usual = {"size": (32, 64), "consensus": seen and "clip_len" not in options, "smooth": seen}
+    predictor = Predictor(load_dbsnet(weights), **usual | options)
     found = {}
     for sequence in read_dataset("DAVIS-2016", data):
         frames = [load_frame(path) for path in sequence.frames]
@@ -125,7 +127,7 @@ def test_frames_vote_where_they_can_and_nobody_said_otherwise(
 ) -> None:
     root, weights = tmp_path / "data", weights_file(tmp_path / "w.safetensors", spread=2000)
     write_dataset(root, "DAVIS", videos=1, frames=12, size=SIZE, seed=3, validation=1)
-    voted, plain = expected(weights, root, consensus=True), expected(weights, root)
+    voted, plain = expected(weights, root), expected(weights, root, consensus=False)
     assert max(np.abs(voted[name].astype(int) - plain[name]).max() for name in voted) > 4
     for number, (words, wanted) in enumerate((
         ((), voted), (("--consensus",), voted), (("--no-consensus",), plain),
@@ -371,14 +373,10 @@ def test_upright_videos_are_not_squeezed_into_a_lying_size(weights: Path, tmp_pa
     write_dataset(tmp_path / "d", "DAVIS", videos=2, frames=2, size=SIZE[::-1], seed=2, validation=2)
     for words, size in (([], (64, 32)), (["--size", 32, 64], (32, 64))):
         call(weights, tmp_path / "r", "--data_dir", tmp_path / "d", *words)
-        predictor = Predictor(load_dbsnet(weights), size=size)
-        for sequence in read_dataset("DAVIS-2016", tmp_path / "d"):
-            frames = [load_frame(path) for path in sequence.frames]
-            flows = [load_flow_image(sequence.flow_path(stem)) for stem in sequence.stems]
-            for index, probability in predictor(frames, flows):
-                grey = maps(tmp_path / "r")[f"DAVIS-2016/{sequence.name}/{sequence.stems[index]}.png"]
-                assert grey.shape == SIZE[::-1]
-                assert np.abs(grey - np.floor(probability * 255 + 0.5)).max() <= 1
+        wanted = expected(weights, tmp_path / "d", size=size)
+        for name, grey in maps(tmp_path / "r").items():
+            assert grey.shape == SIZE[::-1]
+            assert np.abs(grey.astype(int) - wanted[name]).max() <= 1
 
 
 def test_the_record_is_of_the_maps_that_are_there(data: Path, weights: Path, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_size_that_nobody_gave_is_turned_for_upright_videos(
 
 
 def options(**changed: Any) -> SimpleNamespace:
-    default = dict.fromkeys(("size", "batch_size", "clip_len", "zoom", "consensus", "without", "flow_dir"))
+    default = dict.fromkeys(("size", "batch_size", "clip_len", "zoom", "consensus", "smooth", "without", "flow_dir"))
     return SimpleNamespace(
         **default
         | {
@@ -150,15 +150,17 @@ def test_what_maps_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     usual = segment.settings_from(options(), weights)
     assert usual == {
         **{"weights": "0123", "size": [32, 64], "clip_len": None, "flip": False, "scales": [1.0], "amp": "none"},
-        **{"without": None, "zoom": True, "consensus": True},
+        **{"without": None, "zoom": True, "consensus": True, "smooth": True},
     }
     assert segment.settings_from(options(batch_size=3), weights) == usual  # rounding alone
     # A closer look, and votes, need the whole video; without frames there is nothing to vote by.
     clips = segment.settings_from(options(clip_len=4), weights)
     assert not clips["zoom"] and not clips["consensus"]
-    assert not segment.settings_from(options(without="frames"), weights)["consensus"]
+    blind = segment.settings_from(options(without="frames"), weights)
+    assert not blind["consensus"] and not blind["smooth"]
     off = segment.settings_from(options(zoom=False, consensus=False), weights)
     assert not off["zoom"] and not off["consensus"]
+    assert segment.settings_from(options(smooth=False), weights) == usual | {"smooth": False}
     weighed = segment.settings_from(options(optional_motion=True), weights)
     assert weighed == usual | {"optional_motion": True}
     monkeypatch.chdir(tmp_path)
@@ -170,6 +172,7 @@ def test_what_maps_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"zoom": True, "clip_len": 4}, "--zoom and --clip_len 4"),
         ({"consensus": True, "clip_len": 4}, "--consensus and --clip_len 4"),
         ({"consensus": True, "without": "frames"}, "--consensus and --without frames"),
+        ({"smooth": True, "without": "frames"}, "--smooth and --without frames"),
         ({"optional_motion": True, "without": "frames"}, "--optional_motion and --without frames"),
         ({"optional_motion": True, "without": "flow"}, "--optional_motion and --without flow"),
     ):

@@ -112,9 +112,11 @@ def test_every_option_of_a_run_is_told_and_each_run_of_several() -> None:
 
     assert facts(A=MAKING)["test"] == "40×56, whole video"
     options = {"clip_len": 8, "flip": True, "scales": [1.0, 1.5], "amp": "bf16", "without": "flow"}
-    other = MAKING | options | {"zoom": True, "consensus": True, "optional_motion": True, "flow_dir": "/f"}
-    said = "40×56, clips of 8, flip, scales [1.0, 1.5], bf16, without flow, zoom, consensus of frames, optional motion"
-    said += ", flow of /f"
+    other = (
+        MAKING | options | {"zoom": True, "consensus": True, "smooth": True, "optional_motion": True, "flow_dir": "/f"}
+    )
+    said = "40×56, clips of 8, flip, scales [1.0, 1.5], bf16, without flow, zoom, consensus of frames, smoothed"
+    said += ", optional motion, flow of /f"
     assert facts(A=other)["test"] == said
     told = facts(A=MAKING, B=other)
     assert (told["A, test"], told["B, test"]) == ("40×56, whole video", said) and "test" not in told

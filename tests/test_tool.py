@@ -247,7 +247,7 @@ def test_the_page_tells_how_its_own_maps_were_made(results: Path, weights: Path,
     sha = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
     assert (
         facts["checkpoint"].startswith(f"SHA-256 {sha}…")
-        and facts["test"] == "32×64, whole video, consensus of frames, flow dis"
+        and facts["test"] == "32×64, whole video, consensus of frames, smoothed, flow dis"
     )
     assert "network" not in facts and "run" not in facts and "another.pt" not in page
     if (folder / "crf").is_dir():

@@ -216,6 +216,7 @@ def _run_rows(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> list
             + (f", without {settings['without']}" if settings.get("without") else "")
             + (", zoom" if settings.get("zoom") else "")
             + (", consensus of frames" if settings.get("consensus") else "")
+            + (", smoothed" if settings.get("smooth") else "")
             + (", optional motion" if settings.get("optional_motion") else "")
             + (f", flow of {settings['flow_dir']}" if settings.get("flow_dir") else "")
             + (f", flow {making['']['flow']}" if making[""].get("flow") else ""),

@@ -207,8 +207,8 @@ def bench_video(
 ) -> dict[str, Any]:
     """Whole videos through `Predictor`: uint8 pictures in host memory in, probability maps in host memory out.
 
-    The network alone, and what `tool.py --tools test` adds to it: with consensus where frames can vote, and with both
-    zoom and consensus.
+    The network alone, and what `tool.py --tools test` adds to it: consensus where frames can vote, that with zoom, and
+    that with smoothing.
     """
     votes = can_agree(net.streams)
 
@@ -225,6 +225,7 @@ def bench_video(
     if votes:
         others["consensus"] = measure(cuda_graphs=cuda_graphs, consensus=True)
     others["zoom"] = measure(cuda_graphs=cuda_graphs, consensus=votes, zoom=True)
+    others["smoothing"] = measure(cuda_graphs=cuda_graphs, consensus=votes, zoom=True, smooth=True)
     return {"frames": length, **measure(), **others}
 
 
@@ -237,8 +238,9 @@ def bench_long(
     Args:
         options: of `Predictor`, as `host_memory`.
     """
-    consensus = can_agree(net.streams)  # as `tool.py --tools test` does by default
-    predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, consensus=consensus, **options)
+    consensus = can_agree(net.streams)
+    usual = {"consensus": consensus, "smooth": True}  # as `tool.py --tools test` does by default
+    predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, **usual, **options)
     run_video(predictor, warm_up_frames(predictor, length), size)
     spilled = _watch_spill()
     parts = []

@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "whole videos, where the network sees their frames",
     )
     group.add_argument(
+        "--smooth",
+        action=argparse.BooleanOptionalAction,
+        help="let the frames before and after have a say on each frame's mask, along the motion between them, which is "
+        "not of the paper; default: yes, but with --without frames",
+    )
+    group.add_argument(
         "--optional_motion",
         action="store_true",
         help="give what the network finds in the same frames at rest a third of the say, for videos whose motion "
@@ -93,6 +99,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--consensus and {other}: give one of them; what votes is how the frames of the whole video look"
         )
+    if args.smooth and args.without == "frames":
+        raise UserError("--smooth and --without frames: give one of them; the motion is that between frames")
     if args.optional_motion and args.without in BLANKS:
         raise UserError(
             f"--optional_motion and --without {args.without}: give one of them; it weighs both streams against looks"
@@ -138,6 +146,7 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
         "without": args.without,
         "zoom": weights.zoom and not args.clip_len if args.zoom is None else args.zoom,
         "consensus": wants_consensus(args, weights),
+        "smooth": args.without != "frames" if args.smooth is None else args.smooth,
         **({"optional_motion": True} if args.optional_motion else {}),
         **({"flow_dir": str(Path(args.flow_dir).resolve())} if args.flow_dir else {}),
     }
@@ -206,7 +215,11 @@ def run(
         others = f", {total} of them here" if processes.world_size > 1 else ""
         sizes = dict.fromkeys("×".join(map(str, size_for(video, settings, args))) for video in todo)
         size = " and ".join(sizes) or "×".join(map(str, settings["size"]))
-        ours = {"zoom": "a closer look at the object", "consensus": "frames vote"}
+        ours = {
+            "zoom": "a closer look at the object",
+            "consensus": "frames vote",
+            "smooth": "smoothed along motion",
+        }
         on = [key for key in ours if settings[key]]
         more = f"; {', '.join(ours[key] for key in on)} ({' '.join(f'--no-{key}' for key in on)}: the network alone)"
         print(
@@ -226,6 +239,7 @@ def run(
         scales=args.scales,
         zoom=settings["zoom"],
         consensus=settings["consensus"],
+        smooth=settings["smooth"],
         optional_motion=args.optional_motion,
     )
     passes = (1 + settings["zoom"]) * (1 + args.flip) * len(args.scales)
