@@ -98,9 +98,8 @@ def test_each_frame_is_what_its_neighbours_make_of_it(length: int, size: tuple[i
     kept = maps.copy()
     result = smoothed(maps, frames)
     assert result.dtype == np.float32 and np.abs(result - maps).max() > 0.1
-    np.testing.assert_allclose(
-        result, by_hand(maps, frames), atol=0.01
-    )  # OpenCV interpolates in steps of a 32nd of a pixel
+    # OpenCV interpolates in steps of a 32nd of a pixel.
+    np.testing.assert_allclose(result, by_hand(maps, frames), atol=0.02)
     np.testing.assert_array_equal(maps, kept)
     np.testing.assert_array_equal(smoothed(maps, frames, threads=3), result)
 
