@@ -14,7 +14,7 @@ import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from numbers import Real
 from typing import NamedTuple
 
@@ -191,9 +191,12 @@ class Predictor:
             for scale in self.scales
             for flip in ([False, True] if self.flip else [False])
         ]
-        with self._alone(), ThreadPoolExecutor(self.readers) if self.readers > 1 else nullcontext() as pool:
+        with (
+            self._alone(),
+            ThreadPoolExecutor(self.readers) if self.readers > 1 else nullcontext() as pool,
+            closing(SmallFrames(len(frames))) if self.smooth else nullcontext() as small,
+        ):
             turns = threading.Lock()
-            small = SmallFrames(len(frames)) if self.smooth else None
             images = (
                 Images(frames, "frame", turns, pool, small.show if small else None),
                 Images(flows, "flow image", turns, pool),
@@ -208,7 +211,7 @@ class Predictor:
                 yield from enumerate(joined)
             finally:
                 # Where one fails, the traceback would keep the others' memory and files for as long as it is kept.
-                for each in (*runs, *([small] if small else [])):
+                for each in runs:
                     each.close()
 
     @contextmanager

@@ -8,6 +8,7 @@ small, and only how far logits move is enlarged.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections import deque
@@ -149,10 +150,15 @@ def _fetch(values: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """What another frame (h, w, …) has where the positions of this one are in it, by the motion (h, w, 2) there."""
     import cv2
 
-    height, width = motion.shape[:2]
+    places = _positions(*motion.shape[:2]) + motion
+    return cv2.remap(values, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+@functools.lru_cache(maxsize=1)  # asked for six times a frame
+def _positions(height: int, width: int) -> np.ndarray:
+    """Column and row of each position: (h, w, 2) float32."""
     rows, columns = np.mgrid[:height, :width].astype(np.float32)
-    x, y = columns + motion[..., 0], rows + motion[..., 1]
-    return cv2.remap(values, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.stack([columns, rows], -1)
 
 
 def _returns(there: np.ndarray, back: np.ndarray) -> np.ndarray:

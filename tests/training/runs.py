@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +42,9 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as caught:
         main.main(arguments)
     assert caught.value.code == 2
-    bars, start, message = capsys.readouterr().err.partition("error: ")  # of what was done before, a line for each
-    assert start and (not bars or bars.endswith("\n")) and "Traceback" not in bars + message
+    bar, start, message = capsys.readouterr().err.partition("error: ")
+    # Nothing comes before it, but bars of frames that were cached: finished, each on a line of its own.
+    assert start and re.fullmatch(r"((\rcache: ram:[^\r\n]*)+\n)*", bar) and "Traceback" not in message
     return start + message
 
 

@@ -130,13 +130,17 @@ def check_cache(config: TrainConfig, training: dict[str, list[VideoSequence]], p
     processes.wait()  # until all have looked, before the first begins to fill it
     if available is None or needed * here <= available:
         return
-    frames = sum(len(sequence) for sequences in training.values() for sequence in sequences)
+    frames = _count_frames(training)
     each = f" in each of {here} processes" if here > 1 else ""
     raise UserError(
         f"cache: ram takes {needed / 1e9:.1f} GB for {frames} frames{each}, and {available / 1e9:.1f} GB of memory are "
         "available on this machine; give --cache none, which reads the files of each clip, a smaller --size, or fewer "
         "--datasets"
     )
+
+
+def _count_frames(training: dict[str, list[VideoSequence]]) -> int:
+    return sum(len(sequence) for sequences in training.values() for sequence in sequences)
 
 
 def build_clips(
@@ -167,7 +171,7 @@ def build_clips(
         )
     augment, scene, defer = build_augment(config), build_scene(config), config.augment_on == "device"
     parts: list[tuple[ClipDataset, float]] = []
-    frames = sum(len(sequence) for sequences in training.values() for sequence in sequences)
+    frames = _count_frames(training)
     cached = config.cache == "ram" and frames > 0
     with progress_bar(total=frames, desc="cache: ram", unit="frame", disable=not (show and cached)) as bar:
         for name, weight in config.datasets.items():
