@@ -156,9 +156,10 @@ def train_step(
             if run.teacher is None:
                 logits, aux = run.model(batch["frames"], batch["flows"], return_aux=True)
             else:
-                logits, aux, path = run.model(batch["frames"], batch["flows"], return_path=True)
+                which = config.teacher_maps
+                logits, aux, maps = run.model(batch["frames"], batch["flows"], return_maps=which)
                 with torch.no_grad():
-                    *_, lesson = run.teacher(batch["frames"], batch["flows"], return_path=True)
+                    *_, lesson = run.teacher(batch["frames"], batch["flows"], return_maps=which)
         part_losses = segmentation_loss(
             logits,
             batch["masks"],
@@ -172,7 +173,7 @@ def train_step(
         objective = part_losses["total"] * (share * processes.world_size)
         shares = {name: value.detach() * share for name, value in part_losses.items()}
         if run.teacher is not None:
-            difference = distillation_loss(path, lesson)
+            difference = distillation_loss(maps, lesson)
             even = 1 / (len(parts) * processes.world_size)  # all parts have equally many frames
             objective = objective + difference * (config.teacher_weight * even * processes.world_size)
             shares["teacher"] = difference.detach() * even

@@ -24,6 +24,7 @@ from models.refinement import SpatioTemporalTransformer
 from models.timm_encoder import TimmEncoder, load_timm
 
 STREAMS = ("appearance", "motion")
+MAPS = ("decoder", "encoders")  # that a network can learn from another
 
 
 class DBSNet(nn.Module):
@@ -145,11 +146,14 @@ class DBSNet(nn.Module):
         return self.decoder.read(self.fuse(levels, skip))[0]
 
     def forward(
-        self, frames: Tensor, flows: Tensor, return_aux: bool = False, return_path: bool = False
+        self, frames: Tensor, flows: Tensor, return_aux: bool = False, return_maps: str | None = None
     ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits (B, T, 1, H, W); with `return_aux` also the list of logits at strides 8, 16, 32, each (B, T, 1, h,
-        w); with `return_path` these and the decoder's maps at strides 32, 16, 8, 4, each (B*T, d, h, w).
+        w); with `return_maps` these and the maps of one of `MAPS`: ``decoder``, its path at strides 32, 16, 8, 4, each
+        (B*T, d, h, w), or ``encoders``, what `encode` gives at strides 8, 16, 32, each (B*T, S*d, h, w), and 4.
         """
+        if return_maps is not None and return_maps not in MAPS:
+            raise ValueError(f"there are no maps {return_maps!r} to return; those are {', '.join(MAPS)}")
         if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape != flows.shape or not frames.shape[1]:
             raise ValueError(
                 "expected frames and flows of one shape (B, T, 3, H, W) with T >= 1, "
@@ -160,15 +164,18 @@ class DBSNet(nn.Module):
         b, t, _, height, width = frames.shape
         x, size = pad_to_multiple(frames.flatten(0, 1), self.multiple), (height, width)  # (B, T, …) -> (B*T, …)
         levels, skip = self.encode(x, pad_to_multiple(flows.flatten(0, 1), self.multiple))
+        encoded = [*levels, skip]
         for index, level in enumerate(levels):
             y = level.unflatten(0, (b, t))  # (B*T, S*d, h, w) -> (B, T, S*d, h, w)
             y = self.refine(index, self.propagation[index](y))
             levels[index] = y.flatten(0, 1)
         path = self.fuse(levels, skip)
-        logits, aux = self.decoder.read(path, return_aux=return_aux or return_path)
+        logits, aux = self.decoder.read(path, return_aux=return_aux or return_maps is not None)
         logits = upsample_logits(logits, x.shape[-2:], size).unflatten(0, (b, t))  # (B*T, 1, H, W) -> (B, T, 1, H, W)
         aux = [y.unflatten(0, (b, t)) for y in aux]
-        return (logits, aux, path) if return_path else (logits, aux) if return_aux else logits
+        if return_maps is not None:
+            return logits, aux, path if return_maps == "decoder" else encoded
+        return (logits, aux) if return_aux else logits
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of both backbones."""

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.co_dga import CoDGA
 from models.convlstm import DenseBiConvLSTM
@@ -167,22 +167,50 @@ def put_back(net: DBSNet, one: DBSNet) -> DBSNet:
 
     For a stream that was taken out by `keep_stream` and trained on alone, where `net` has parts that `add_stream` would
     have to begin anew. What reads the stream's maps is still that of `net`, which was trained for others, so the
-    result has to be trained on.
+    result has to be trained on. `one` may have an encoder of another kind, best one that has learned the maps of the
+    one it replaces (`main.py --teacher_maps encoders`); then what the skip reads of it comes from `one`, too.
 
     Raises:
-        ValueError: `one` has not one stream, `net` has no such stream, or their encoders or widths differ.
+        ValueError: `one` has not one stream, `net` has no such stream, or their variants or widths differ.
     """
     if len(one.streams) != 1 or one.streams[0] not in net.streams:
         raise ValueError(f"expected a network of one stream of {list(net.streams)}, got one of {list(one.streams)}")
     (stream,) = one.streams
     own = _prefixes(stream)
-    old, new = ({k: v for k, v in item.state_dict().items() if k.startswith(own)} for item in (net, one))
-    problem = describe_mismatch(*({key: value.shape for key, value in state.items()} for state in (old, new)))
+    names = {**net.encoder_names, **one.encoder_names}
+    both = build_dbsnet(**{**net.config, "encoder": names if len(set(names.values())) > 1 else names[stream]})
+    place, new = ({k: v for k, v in item.state_dict().items() if k.startswith(own)} for item in (both, one))
+    problem = describe_mismatch(*({key: value.shape for key, value in state.items()} for state in (place, new)))
     if problem:
         raise ValueError(f"the {stream} streams do not fit: {problem}")
-    both = build_dbsnet(**net.config)
-    both.load_state_dict({**net.state_dict(), **new})
+    rest = {key: value for key, value in net.state_dict().items() if not key.startswith(own)}
+    if names != net.encoder_names:
+        rest.update(_skip_of(net, one))
+    both.load_state_dict({**rest, **new})
     return both.to(next(net.parameters()).device).train(net.training)
+
+
+@torch.no_grad()
+def _skip_of(net: DBSNet, one: DBSNet) -> dict[str, Tensor]:
+    """Weights of `net`'s skip that give of the stream of `one` what the skip of `one` gives, and of the other stream
+    what they gave. Each skip is a 1x1 convolution and a batch norm with running statistics, so it is affine.
+    """
+    (stream,) = one.streams
+    scales, offsets = zip(*(_affine(skip.norm) for skip in (net.skip, one.skip)))
+    columns = net.skip.conv.weight.split([encoder.channels[0] for encoder in net.encoders.values()], 1)
+    shares = dict(zip(net.streams, columns))
+    # Where a channel's scale is 0 its batch norm hides whatever the convolution gives.
+    shares[stream] = one.skip.conv.weight * (scales[1] / torch.where(scales[0] == 0, 1, scales[0])).view(-1, 1, 1, 1)
+    return {
+        "skip.conv.weight": torch.cat([shares[name] for name in net.streams], 1),
+        "skip.norm.bias": net.skip.norm.bias + offsets[1] - offsets[0],
+    }
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a batch norm with its running statistics multiplies by and then adds, each (C,)."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - scale * norm.running_mean
 
 
 def _prefixes(stream: str) -> tuple[str, ...]:

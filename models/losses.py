@@ -89,8 +89,8 @@ def segmentation_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
     return {"total": bce + iou + aux_weight * auxiliary, "bce": bce, "iou": iou, "aux": auxiliary}
 
 
-def distillation_loss(path: Sequence[Tensor], teacher_path: Sequence[Tensor]) -> Tensor:
-    """Mean squared difference of a network's decoder maps from a teacher's, each relative to the teacher's variance.
+def distillation_loss(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference of a network's maps from a teacher's, each relative to the teacher's variance.
 
     1 is what the mean of the teacher's map would give, 0 a perfect copy. The variance is that of the clips given, so
     clips weigh a little otherwise where a step is divided otherwise. Of whole maps rather than of the mask: each
@@ -98,12 +98,12 @@ def distillation_loss(path: Sequence[Tensor], teacher_path: Sequence[Tensor]) ->
     networks have the same maps already); so are those of the border that a size is padded by.
 
     Args:
-        path, teacher_path: maps (N, C, h, w) from `DBSNet.forward(return_path=True)`; the teacher's take no gradient.
+        maps, teacher_maps: (N, C, h, w) from `DBSNet.forward(return_maps=…)`; the teacher's take no gradient.
     """
-    total = path[0].new_zeros((), dtype=torch.float32)
-    for own, theirs in zip(path, teacher_path, strict=True):
+    total = maps[0].new_zeros((), dtype=torch.float32)
+    for own, theirs in zip(maps, teacher_maps, strict=True):
         if own.shape != theirs.shape:
             raise ValueError(f"maps of network and teacher differ: {tuple(own.shape)} and {tuple(theirs.shape)}")
         theirs = theirs.detach().float()
         total = total + F.mse_loss(own.float(), theirs) / theirs.var((0, 2, 3), correction=0).mean().clamp(min=1e-6)
-    return total / len(path)
+    return total / len(maps)

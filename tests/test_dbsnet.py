@@ -101,12 +101,19 @@ def test_the_network_is_its_parts_in_the_order_of_the_abstract() -> None:
         for block, finer in zip(net.decoder.blocks[1:], (fused[1], fused[0], skip)):
             path.append(block(finer + nn.functional.interpolate(path[-1], scale_factor=2, mode="bilinear")))
         expected = nn.functional.interpolate(net.decoder.head(path[3]), scale_factor=4, mode="bilinear")
-        logits, aux, given = net(frames, flows, return_path=True)
+        logits, aux, given = net(frames, flows, return_maps="decoder")
         torch.testing.assert_close(logits[0], expected)
         for found, stride in zip(aux, (8, 16, 32), strict=True):  # each head on the map of the path at its stride
             (on,) = (x for x in path if x.shape[-1] == 96 // stride)
             torch.testing.assert_close(found[0], net.decoder.aux_heads[(8, 16, 32).index(stride)](on))
         for found, wanted in zip(given, path, strict=True):
+            torch.testing.assert_close(found, wanted)
+        *_, given = net(frames, flows, return_maps="encoders")
+        levels = [
+            torch.cat([net.laterals[s][level](maps[s][level + 1]) for s in ("appearance", "motion")], 1)
+            for level in range(3)
+        ]
+        for found, wanted in zip(given, [*levels, skip], strict=True):  # before propagation
             torch.testing.assert_close(found, wanted)
         # At stride 16 attention looks at 2 x 2 positions together, at 32, where a quarter as many are, at each.
         for stream in ("appearance", "motion"):

@@ -198,6 +198,40 @@ def test_a_stream_put_back_changes_that_stream_alone(plain: DBSNet, stream: str)
     assert left and all(torch.equal(value, whole.state_dict()[key]) for key, value in left.items())
 
 
+@pytest.mark.parametrize("streams", [STREAMS, STREAMS[::-1]])
+def test_a_stream_can_be_put_into_the_place_of_one_with_another_encoder(streams: tuple[str, ...]) -> None:
+    torch.manual_seed(4)
+    kinds = {"appearance": "tf_efficientnet_lite0", "motion": "mobilevit"}
+    whole = build_dbsnet("xxs", **TINY, **FULL, streams=list(streams), encoder=kinds).eval()
+    one = build_dbsnet("xxs", **TINY, dilations=[], depth=0, rounds=0, streams=["appearance"]).eval()
+    for net in (whole, one):
+        net.skip.norm.running_mean.normal_()
+        net.skip.norm.running_var.uniform_(0.5, 2)
+        with torch.no_grad():
+            net.skip.norm.weight.uniform_(-2, 2)
+            net.skip.norm.bias.normal_()
+    both = put_back(whole, one)
+    assert both.encoder_names == dict.fromkeys(streams, "mobilevit") and both.config["encoder"] == "mobilevit"
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        # Its stream gives what it gave where the other's maps are zero, ...
+        for found, expected in zip(keep_stream(both, "appearance").encode(x, x)[0], one.encode(x, x)[0], strict=True):
+            torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(keep_stream(both, "appearance").encode(x, x)[1], one.encode(x, x)[1])
+        # ... and the other adds to the skip what it added before.
+        added = []
+        for net in (whole, both):
+            silent = {s: [torch.zeros_like(y) for y in maps] for s, maps in net.encoder_maps(x, x).items()}
+            moving = {**silent, "motion": net.encoder_maps(x, x)["motion"]}
+            values = [net.skip.norm(net.skip.conv(torch.cat([maps[s][0] for s in net.streams], 1)))
+                      for maps in (moving, silent)]  # fmt: skip
+            added.append(values[0] - values[1])
+        torch.testing.assert_close(*added)
+    own = ("encoders.appearance", "laterals.appearance", "skip.")
+    left = {key: value for key, value in both.state_dict().items() if not key.startswith(own)}
+    assert left and all(torch.equal(value, whole.state_dict()[key]) for key, value in left.items())
+
+
 def test_streams_that_cannot_be_put_back_are_refused(plain: DBSNet) -> None:
     motion = keep_stream(plain, "motion")
     with pytest.raises(ValueError, match=r"one stream of \['appearance', 'motion'\], got one of \['appearance', 'mot"):

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stream_from",
         metavar="FILE",
-        help="write --checkpoint's network with the encoder and lateral convolutions of this one, which has one stream",
+        help="write --checkpoint's network with the encoder and lateral convolutions of this one, which has one stream "
+        "(and may have an encoder of another kind)",
     )
     group.add_argument(
         "--note",

@@ -106,6 +106,27 @@ def test_a_network_comes_nearer_to_its_teacher(tmp_path: Path, capsys: pytest.Ca
     assert "width 48, expected 16" in fails([*wider, "--teacher", str(teacher)], capsys)
 
 
+def test_one_stream_learns_what_it_is_in_a_teacher_of_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*TINY[: TINY.index("--network")], "--ema", "0", "--lr", "3e-3", "--teacher_maps", "encoders"]
+    options += ["--network", "width:8", "hidden:4", "dilations:[]", "depth:0", "rounds:0"]
+    teacher = str(tmp_path / "both" / "weights.safetensors")
+    assert main.main([*options, "--max_steps", "30", "--save_dir", str(tmp_path / "both")]) == 0
+    differences = {}
+    for name, weight in (("alone", "0"), ("taught", "10")):
+        words = [*options, "streams:[motion]", "--seed", "7", "--teacher", teacher, "--teacher_weight", weight]
+        assert main.main([*words, "--max_steps", "30", "--save_dir", str(tmp_path / name)]) == 0
+        differences[name] = [line["teacher"] for line in lines(tmp_path / name, "train")]
+    assert differences["taught"][0] == differences["alone"][0]  # one start, and the same data
+    assert np.mean(differences["taught"][-5:]) < 0.7 * np.mean(differences["alone"][-5:])
+    # The lesson is the stream as the teacher has it: taken out of the teacher itself, it has nothing to learn.
+    words = [*options, "streams:[motion]", "--finetune", teacher, "--keep_stream", "motion", "--teacher", teacher]
+    assert main.main([*words, "--bn", "frozen", "--max_steps", "1", "--save_dir", str(tmp_path / "itself")]) == 0
+    assert lines(tmp_path / "itself", "train")[0]["teacher"] == pytest.approx(0, abs=1e-6)
+    one = str(tmp_path / "taught" / "weights.safetensors")
+    words = [*options, "streams:[appearance]", "--teacher", one, "--save_dir", str(tmp_path / "other")]
+    assert "it has motion, expected appearance" in fails(words, capsys)
+
+
 def test_frames_without_a_label_are_lessons_like_all_others(
     finished: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from datasets.sequences import canonical_name
+from models.dbsnet import MAPS
 from utils.distributed import environment_number
 from utils.errors import CommandLine, UserError, nearest, unknown_argument
 
@@ -66,8 +67,14 @@ class TrainConfig:
     )
     teacher: str | None = _option(
         None,
-        "checkpoint of a network of the same width, whose decoder maps this one learns to have (distillation), also "
-        "those of frames without a label",
+        "checkpoint of a network of the same width, whose maps this one learns to have (distillation), also those of "
+        "frames without a label",
+    )
+    teacher_maps: str = _option(
+        "decoder",
+        "which maps: the decoder's, or what the encoders' lateral convolutions and the skip give, of the network's "
+        "streams alone",
+        choices=MAPS,
     )
     teacher_weight: float = _option(1.0, "weight of the difference from the teacher's maps", low=0, high=MOST_WEIGHT)
 

@@ -85,10 +85,11 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
 
 
 def load_teacher(config: TrainConfig, net: nn.Module, device: torch.device) -> nn.Module | None:
-    """The network that ``--teacher`` names, beside ``net`` and as it is; None without one.
+    """The network that ``--teacher`` names, beside ``net`` and as it is, or where ``--teacher_maps`` are those of the
+    encoders, ``net``'s stream of it; None without one.
 
     Raises:
-        CheckpointError: unreadable, or a network whose decoder has maps of another width.
+        CheckpointError: unreadable, or a network whose maps are of another width or of other streams.
     """
     if config.teacher is None:
         return None
@@ -98,6 +99,13 @@ def load_teacher(config: TrainConfig, net: nn.Module, device: torch.device) -> n
             raise CheckpointError(
                 f"{config.teacher} cannot teach this network: {key} {getattr(teacher, key)}, expected {value}"
             )
+    if config.teacher_maps == "encoders" and teacher.streams != net.streams:
+        if len(net.streams) > 1 or net.streams[0] not in teacher.streams:
+            raise CheckpointError(
+                f"{config.teacher} cannot teach this network's encoders: it has {' and '.join(teacher.streams)}, "
+                f"expected {' and '.join(net.streams)}"
+            )
+        teacher = keep_stream(teacher, net.streams[0])
     return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
 
 
