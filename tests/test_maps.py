@@ -76,6 +76,19 @@ def test_which_maps_are_kept(tmp_path: Path) -> None:
         assert not is_current(both, tmp_path, SETTINGS), kind
 
 
+@pytest.mark.parametrize("kind", ["binary", "probability"])
+def test_maps_that_a_machine_left_damaged_are_not_kept(kind: str, tmp_path: Path) -> None:
+    """The settings stand at the head of a map, and can be read where the rest is lost."""
+    both = write(tmp_path, "0", "1")
+    path = tmp_path / kind / "D" / "v" / "1.png"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:-30], whole[:-30] + bytes(30)):
+        path.write_bytes(damaged)
+        assert not is_current(both, tmp_path, SETTINGS)
+    path.write_bytes(whole)
+    assert is_current(both, tmp_path, SETTINGS)
+
+
 def test_maps_of_frames_that_are_gone_go_with_what_came_of_them_and_others_stay(tmp_path: Path) -> None:
     write(tmp_path, "0", "1", "2")
     for kind in ("crf", "probability", "binary"):

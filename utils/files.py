@@ -21,6 +21,8 @@ except ImportError:  # Windows
 
 import numpy as np
 
+PNG_END = b"IEND\xae\x42\x60\x82"  # the name of the last chunk, which is empty, and its checksum
+
 _UMASK = os.umask(0)  # which can only be read by setting it: here, before any thread could notice
 os.umask(_UMASK)
 
@@ -141,6 +143,18 @@ def write_png(
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(buffer, format="PNG", pnginfo=text, compress_level=compress_level)
     return write_bytes(path, buffer.getvalue())
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG is there and ends as one does. A machine that stops at once can leave a file that had been moved
+    into its place empty, cut short or with zeros for an end.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # not there, or shorter than that
+        return False
 
 
 def short_sha256(path: Path) -> str:

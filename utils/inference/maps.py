@@ -13,7 +13,7 @@ from PIL import Image
 
 from utils.crf import MAP
 from utils.evaluation.scoring import THRESHOLD
-from utils.files import write_png
+from utils.files import is_whole_png, write_png
 from utils.inference.videos import Video
 
 # Text field of the probability maps: what they were made with, so that a later run knows which of them it may keep.
@@ -49,14 +49,14 @@ def remove_others(video: Video, save_dir: Path) -> int:
 
 
 def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
-    """Whether all maps of a video are there and were made with these settings, the files of frames and flow
+    """Whether all maps of a video are there, whole, and were made with these settings, the files of frames and flow
     (`fingerprint`) among them, which say as much as what older maps do not hold.
     """
     implied = {key: settings[key] for key in ("frames", "flow") if key in settings}
 
     def current(stem: str) -> bool:
         path = video.probability(save_dir, stem)
-        made = made_with(path) if video.binary(save_dir, stem).is_file() and path.is_file() else None
+        made = made_with(path) if is_whole_png(video.binary(save_dir, stem)) and is_whole_png(path) else None
         return made is not None and implied | made == settings
 
     return all(current(stem) for stem in video.stems)
