@@ -389,6 +389,17 @@ def test_raw_flow_files(tmp_path: Path):
         read_raw_flow(tmp_path / "nothing.npz")
 
 
+def test_raw_flow_that_is_damaged_anywhere_is_refused(tmp_path: Path):
+    """A machine that stops at once leaves zeros where a file's blocks were not written yet."""
+    path = tmp_path / "a.npz"
+    write_raw_flow(path, np.random.default_rng(0).normal(0, 20, (24, 40, 2)).cumsum(0))
+    whole = path.read_bytes()
+    for start in range(0, len(whole) - 100, 20):  # from there on are the names and sizes once more
+        path.write_bytes(whole[:start] + bytes(100) + whole[start + 100 :])
+        with pytest.raises(DataError, match=r"a\.npz"):
+            read_raw_flow(path)
+
+
 @pytest.mark.parametrize("image_format", ["png", "jpg"])
 def test_images_are_the_flow_coloured_under_the_frames_stems(tmp_path: Path, image_format: str):
     sequence = make_sequence(tmp_path)

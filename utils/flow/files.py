@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ RECORD = "flow.json"
 SUPPLIED = "supplied"  # in it, the stems of the images that it does not tell of
 FRAME_BYTES = "frame_bytes"  # in it, the size of the file of each frame, in order: other frames need other flow
 RETRY = "--overwrite makes the flow again"
+_DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # what a damaged .npz raises, by where it is damaged
 # Readers take files of any case.
 _SPELLINGS = tuple(spelling for suffix in FLOW_SUFFIXES for spelling in (suffix, suffix.upper()))
 
@@ -116,7 +119,7 @@ def read_raw_flow(path: str | Path) -> np.ndarray:
             if data[:4] != b"PIEH" or len(data) != 12 + 8 * width * height:
                 raise ValueError("not a Middlebury .flo file, or cut short")
             flow = np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2).copy()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (*_DAMAGED, OSError, ValueError, KeyError, EOFError) as error:
         raise DataError(f"{path}: cannot be read as raw flow ({error})") from error
     if flow.ndim != 3 or flow.shape[2] != 2:
         raise DataError(f"{path}: expected flow of shape (H, W, 2), got {flow.shape}")
