@@ -355,6 +355,26 @@ def test_run_goes_on_where_it_stopped_and_redoes_what_is_out_of_date(tmp_path: P
 
 
 @needs_library
+def test_a_map_that_is_replaced_while_it_is_refined_is_refined_again(tmp_path: Path, monkeypatch):
+    """As by a `test` with other weights, which runs at the same time."""
+    sequence, results = make_results(tmp_path, count=1)
+    source = results / "probability" / "made" / "clip" / "00000.png"
+    other = 255 - example(24, 40)[1]
+
+    def refine_meanwhile(*what):
+        made = refine(*what)
+        Image.fromarray(other).save(source)
+        return made
+
+    monkeypatch.setattr(crf, "refine", refine_meanwhile)
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 1
+    monkeypatch.undo()
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 1
+    made = np.array(Image.open(results / "crf" / "made" / "clip" / "00000.png"))
+    np.testing.assert_array_equal(made, refine(example(24, 40)[0], other))
+
+
+@needs_library
 def test_looking_at_what_is_there_has_a_bar_and_comes_after_what_is_missing(tmp_path: Path, monkeypatch):
     """Both are read to their end for each frame: of a whole test set that is silence for a long while."""
     sequence, results = make_results(tmp_path)

@@ -294,9 +294,10 @@ def run_beside_test(
 
 def _refine_file(frame: Path | np.ndarray, source: Path, target: Path, settings: CrfSettings) -> None:
     image, name = (load_frame(frame), frame) if isinstance(frame, Path) else (frame, "its frame")
+    making = _making(source, settings)  # before the map is read: one that comes after it would vouch for this one's
     probability = load_probability(source)
     require_size(source, probability.shape, image.shape, name)
-    write_png(target, refine(image, probability, settings), (FIELD, _making(source, settings)))
+    write_png(target, refine(image, probability, settings), (FIELD, making))
 
 
 def _is_current(target: Path, source: Path, settings: CrfSettings) -> bool:
