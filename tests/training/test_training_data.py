@@ -195,6 +195,29 @@ def test_a_worker_that_the_system_ends_is_told(tmp_path: Path, repository: Path)
     assert "error: a loader process was ended from outside" in ended.stderr and "--workers" in ended.stderr
 
 
+KILLED_MEANWHILE = """
+import multiprocessing, os, sys
+import main
+step = main.train_step
+def killing(*arguments):
+    learned = step(*arguments)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, 9)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    return learned
+main.train_step = killing
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_what_was_learned_before_the_system_ends_a_worker_is_saved(tmp_path: Path, repository: Path) -> None:
+    words = [*TINY, "--workers", "1", "--save_dir", str(tmp_path), "--max_steps", "100", "--steps_per_epoch", "100"]
+    ended = run_script(KILLED_MEANWHILE, repository, *words)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "error: a loader process was ended from outside" in ended.stderr
+    assert 1 <= read(tmp_path)["step"] < 100
+
+
 def test_an_error_that_nobody_expects_in_a_worker_ends_the_run(tmp_path: Path, repository: Path) -> None:
     """With its traceback, and not with processes that wait for each other for ever."""
     ended = run_script(FAULT, repository, *TINY, "--workers", "2", "--save_dir", str(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,7 +118,9 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
     PyTorch would hand it on with the worker's traceback as its message.
     """
     try:
-        yield from loader
+        batches = iter(loader)
+        _raise_in_turn()
+        yield from batches
     except DataError as error:
         message = str(error).rstrip().rsplit(f"{DataError.__name__}: ", 1)[-1]
         raise DataError(message) from None
@@ -136,6 +139,16 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
             "(/dev/shm; docker's --shm-size), was not enough for it. Give fewer --workers (0: none) or --cache none; "
             "the same command goes on from the last checkpoint"
         ) from None
+
+
+def _raise_in_turn() -> None:
+    """Leaves it to the loader to find that a worker has ended, which takes it five seconds of waiting for a batch.
+
+    PyTorch's handler of SIGCHLD would raise it in the midst of whatever the process is at: of a step, whose run could
+    then not be saved, or of saving itself.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def stop_workers(loader: DataLoader) -> None:
