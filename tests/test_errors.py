@@ -142,6 +142,14 @@ def test_a_reader_that_has_gone_ends_the_program_without_a_traceback(repository:
     assert ended.stderr == "ended: nobody reads the output any more; the same command goes on from here\n"
 
 
+@pytest.mark.parametrize("pipe", ["2>&1 |", "2>&1 >/dev/null |"])
+def test_a_reader_of_warnings_that_has_gone_ends_it_likewise(pipe: str, repository: Path) -> None:
+    ended = run_within(
+        repository, "import sys; print('x' * 100000, file=sys.stderr)", f"{{}} {pipe} true; exit ${{{{PIPESTATUS[0]}}}}"
+    )
+    assert ended.returncode == 141
+
+
 def test_a_broken_pipe_of_another_kind_stays_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BrokenPipeError), exit_on_user_error():
         raise BrokenPipeError(errno.EPIPE, "that of a worker process")

@@ -119,9 +119,11 @@ def exit_on_user_error() -> Iterator[None]:
         finally:
             sys.stdout.flush()  # or Python would find out only at its end that the reader has gone
     except BrokenPipeError:
-        if not _unread(sys.stdout):
+        gone = [stream for stream in (sys.stdout, sys.stderr) if _unread(stream)]  # 2>&1 | head -1: both
+        if not gone:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at the end
+        for stream in gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is still written to them at the end
         print("ended: nobody reads the output any more; the same command goes on from here", file=sys.stderr)
         raise SystemExit(UNREAD) from None
     except OSError as error:
