@@ -19,6 +19,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import models.predictor
+import models.state_dicts
 import tool
 import utils.video
 from datasets.errors import DataError
@@ -331,6 +332,27 @@ def test_maps_of_other_flow_are_made_again_also_where_it_is_older(data: Path, we
     call(weights, tmp_path / "r", "--data_dir", root)
     after = maps(tmp_path / "r")
     assert {Path(name).parent.name for name in before if (before[name] != after[name]).any()} == {"video-001"}
+
+
+def test_maps_of_weights_that_were_replaced_while_they_were_read_are_made_again(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As training does each time that it has found better ones."""
+    path = Path(shutil.copy(weights, tmp_path / "w.safetensors"))
+    read = models.state_dicts.read_checkpoint
+
+    def replaced(file: Path) -> dict:
+        content = read(file)
+        weights_file(path, seed=1)
+        return content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.state_dicts, "read_checkpoint", replaced)
+        call(path, tmp_path / "r", "--data_dir", data, "--sequences", "video-000")
+    call(path, tmp_path / "r", "--data_dir", data, "--sequences", "video-000")
+    call(path, tmp_path / "new", "--data_dir", data, "--sequences", "video-000")
+    after, new = maps(tmp_path / "r"), maps(tmp_path / "new")
+    assert after.keys() == new.keys() and all(np.array_equal(after[name], new[name]) for name in new)
 
 
 def test_a_mixture_of_maps_is_not_scored(

@@ -89,10 +89,12 @@ def load_weights(given: str | Path | None) -> Weights:
     from models.weights import network_of
 
     path = find_checkpoint(given)
+    # Before it is read, since training may replace it meanwhile: maps of the old would pass for those of the new.
+    sha256 = short_sha256(path) if path.is_file() else ""
     content = read_checkpoint(path)
     net = network_of(content, path)
     notes, size = _notes_of(content, path)
-    return Weights(net, path, short_sha256(path), notes, size)
+    return Weights(net, path, sha256, notes, size)
 
 
 def _notes_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, str], tuple[int, int] | None]:
