@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,17 @@ def test_a_log_that_there_is_no_room_for_is_named(tmp_path: Path) -> None:
         log.record("train", {"step": 1, "loss": 0.5})
     assert caught.value.filename == str(tmp_path / "events.out.tfevents")
     assert lines(tmp_path) == [{"kind": "train", "step": 1, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("left", [b'{"kind": "train", "st', bytes(40), b"\xff\xfe\x80"])
+def test_a_log_goes_on_whatever_a_machine_left_at_its_end(left: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    entries = [json.dumps({"kind": "train", "step": step}).encode() + b"\n" for step in (1, 2, 3)]
+    path.write_bytes(b"".join(entries) + left)
+    log = RunLog(tmp_path, step=2, total=5, tensorboard=False)
+    log.open()
+    log.close()
+    assert path.read_bytes() == b"".join(entries[:2])
 
 
 @pytest.mark.slow

@@ -47,7 +47,8 @@ class RunLog:
         folder, step = self.path.parent, self._first
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+            text = self.path.read_text(encoding="utf-8", errors="replace")  # what a machine left is not always text
+            lines = [line for line in text.splitlines() if _step(line) <= step]
             write_text(self.path, "".join(line + "\n" for line in lines))
         if self._tensorboard:
             try:
