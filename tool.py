@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -454,6 +455,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         from utils.stopping import INTERRUPTED, Terminated
 
+        if __name__ == "__main__":
+            # All that is left is to wait for processes that have been told to end: Ctrl-C again would not hasten it,
+            # and Python would tell of it by tracebacks.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         terminated = isinstance(stop, Terminated)
         following = stop.args[0] if stop.args else "the same command goes on from here"
         print(f"{'ended by SIGTERM' if terminated else 'interrupted'}; {following}", file=sys.stderr)

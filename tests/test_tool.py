@@ -797,6 +797,24 @@ def test_ctrl_c_while_it_starts_is_no_traceback(
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
+IMPATIENT = """
+import atexit, os, runpy, signal, sys
+import utils.errors
+def interrupted():
+    raise KeyboardInterrupt
+utils.errors.exit_on_user_error = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ["tool.py"]
+runpy.run_path("tool.py", run_name="__main__")
+"""
+
+
+def test_ctrl_c_again_while_it_ends_is_no_traceback(repository: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", IMPATIENT], cwd=repository, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted; the same command goes on from here\n")
+
+
 def test_who_was_making_all_again_is_told_that_it_would_begin_anew(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
