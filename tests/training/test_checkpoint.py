@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,17 @@ def test_a_checkpoint_reads_back(tmp_path: Path) -> None:
     assert back["step"] == 7
     assert torch.equal(back["model"]["weight"], torch.arange(3.0))
     assert [item.name for item in path.parent.iterdir()] == ["last.pt"]  # no temporary file is left
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, read_checkpoint])
+def test_a_checkpoint_of_a_gpu_is_read_to_the_cpu(
+    read: Callable[[Path], dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")  # as a GPU's tensors have it
+        path = save_checkpoint(tmp_path / "last.pt", content())
+    weight = read(path)["model"]["weight"]
+    assert weight.device.type == "cpu" and torch.equal(weight, torch.arange(3.0))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,15 +84,18 @@ def test_the_average_of_weights_is_the_formula() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     average = WeightAverage(net, decay=0.5)
-    expected = net[0].weight.detach().clone()
+    own = {key: value for key, value in net.state_dict().items() if value.is_floating_point()}
+    assert "1.running_var" in own  # statistics are averaged with the weights that they belong to
+    expected = {key: value.clone() for key, value in own.items()}
     for step in range(1, 6):
-        with torch.no_grad():
-            net[0].weight.normal_()
+        for value in own.values():
+            value.normal_()
         net[1].num_batches_tracked += 1
         average.update(net, step)
         decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * net[0].weight.detach()
-    assert torch.allclose(average.net[0].weight, expected, atol=1e-6)
+        expected = {key: decay * expected[key] + (1 - decay) * value for key, value in own.items()}
+    for key, value in expected.items():
+        torch.testing.assert_close(average.net.state_dict()[key], value, rtol=0, atol=1e-6)
     assert average.net[1].num_batches_tracked == 5  # whole numbers are copied, not averaged
     assert not average.net.training and not any(parameter.requires_grad for parameter in average.net.parameters())
 
