@@ -146,11 +146,12 @@ def test_an_unknown_kind_of_batch_norm_is_not_left_out() -> None:
 
 
 def test_processes_share_the_clips_of_each_step() -> None:
-    def order(rank: int, world_size: int, batch: int, accumulate: int = 1, first_step: int = 0) -> list[list]:
+    def order(rank: int, world_size: int, batch: int, accumulate: int = 1, first_step: int = 0, epoch: int = 2,
+              seed: int = 3) -> list[list]:  # fmt: skip
         sampler = ClipOrder(
-            batch=batch, accumulate=accumulate, steps=5, rank=rank, world_size=world_size, seed=3
+            batch=batch, accumulate=accumulate, steps=5, rank=rank, world_size=world_size, seed=seed
         )  # fmt: skip
-        sampler.epoch, sampler.first_step = 2, first_step
+        sampler.epoch, sampler.first_step = epoch, first_step
         batches = list(sampler)
         assert len(batches) == len(sampler)
         return batches
@@ -164,6 +165,8 @@ def test_processes_share_the_clips_of_each_step() -> None:
     for step, one in enumerate(alone):
         assert one == [parts[rank][2 * step + part][0] for part in range(2) for rank in range(2)]
     assert order(0, 1, 4, first_step=3) == alone[3:]
+    # Another epoch has another order, and so has a run of another seed.
+    assert order(0, 1, 4, epoch=3) != alone and order(0, 1, 4, seed=4) != alone
 
 
 @pytest.fixture(scope="module")
