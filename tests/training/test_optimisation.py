@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import torch
 import main
 from models import build_dbsnet
 from tests.training.runs import OPTIONS, TINY, fails, lines, read, seeded_network
+from utils.distributed import Processes
+from utils.errors import UserError
 from utils.training.config import TrainConfig
+from utils.training.optimisation import check_statistics, step_size, step_sizes
 
 
 def test_accumulated_batches_equal_one_batch(tmp_path: Path) -> None:
@@ -38,6 +42,27 @@ def test_a_batch_norm_of_one_value_is_refused_before_training(
     assert "32x32" in fails([*small, str(tmp_path / "a"), *"--size 64 64 --multi_scale 1 0.5".split()], capsys)
     for number, words in enumerate(("--bn frozen", "--size 32 64", "--batch_size 2", "--clip_len 2")):
         assert main.main([*small, str(tmp_path / f"b{number}"), *words.split()]) == 0
+
+
+def test_values_of_a_batch_norm_are_counted_over_processes_that_share_them_and_with_the_padding() -> None:
+    def refused(bn: str, world_size: int, multiple: int = 32) -> bool:
+        config = TrainConfig(size=(32, 32), clip_len=1, batch_size=1, bn=bn)
+        try:
+            check_statistics(config, Processes(0, world_size, torch.device("cpu")), multiple)
+        except UserError:
+            return True
+        return False
+
+    assert refused("local", 1) and refused("sync", 1) and refused("local", 2)
+    assert not refused("sync", 2) and not refused("frozen", 1)
+    assert not refused("local", 1, multiple=64)  # padded to 64 x 64 pixels, four positions at stride 32
+
+
+def test_sizes_of_steps_have_a_position_at_least_and_come_by_the_seed() -> None:
+    config = TrainConfig(size=(32, 96), multi_scale=[0.1, 0.5, 1])
+    assert step_sizes(config) == [(32, 32), (32, 64), (32, 96)]
+    drawn = [[step_size(dataclasses.replace(config, seed=seed), step) for step in range(20)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_warm_up_that_is_longer_than_the_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
