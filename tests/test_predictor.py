@@ -479,8 +479,11 @@ def test_the_default_device_is_the_users(net: DBSNet, video: tuple, options: dic
 
 def test_amp_stays_close(net: DBSNet, video: tuple) -> None:
     frames, flows = video[0][:3], video[1][:3]
-    result = collect(Predictor(net, amp="bf16")(frames, flows))
-    assert np.abs(result - whole(net, frames, flows)).mean() < 0.02
+    for fold in (True, False):
+        result = collect(Predictor(net, amp="bf16", fold=fold)(frames, flows))
+        difference = np.abs(result - collect(Predictor(net, fold=fold)(frames, flows))).mean()
+        assert 1e-4 < difference < 0.02  # eight bits do not give what 24 do
+        assert np.abs(result - whole(net, frames, flows)).mean() < 0.02
 
 
 MEMORY = """
@@ -574,22 +577,31 @@ def test_what_graphs_work_in_is_not_free_for_features(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1600, 10000))
     storage = Storage(1, torch.device("cuda", 0), torch.float16, 1 << 30, 1 << 30)
     assert storage.places[0][1] == (1600 + 400) // 4
+    # Without a number it is the current one; and the host's limit is its own.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert Storage(1, gpu, torch.float16, 1 << 30, 70).places == [(gpu, (1600 + 5000) // 4), (cpu, 70)]
+    assert Storage(1, gpu, torch.float16, 1000, 70).places == [(gpu, 1000), (cpu, 70)]
 
 
 def test_passes_share_the_memory_for_features(net: DBSNet, video: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Storage] = []
+    asked: list[tuple[int, int]] = []
 
     class Watched(Storage):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
             made.append(self)
+            asked.append(arguments[3:])
 
     monkeypatch.setattr(models.predictor, "Storage", Watched)
     for options, passes in (({}, 1), ({"flip": True, "scales": (1.0, 0.5)}, 4)):
         made.clear()
-        results = Predictor(net, host_memory=1 << 20, **options)(video[0][:2], video[1][:2])
+        asked.clear()
+        results = Predictor(net, device_memory=1 << 22, host_memory=1 << 20, **options)(video[0][:2], video[1][:2])
         next(results)
         assert [[limit for _, limit in storage.places] for storage in made] == [[(1 << 20) // passes]] * passes
+        assert asked == [((1 << 22) // passes, (1 << 20) // passes)] * passes
         results.close()
 
 
