@@ -13,7 +13,7 @@ import datasets.images
 import models.predictor
 from datasets.flow_colour import flow_to_image
 from models import DBSNet, Predictor
-from models.optional_motion import NO_MOTION
+from models.optional_motion import NO_MOTION, weigh
 from tests.test_predictor import as_clip, collect, exact, make_net, make_video
 
 SIZE = (64, 96)
@@ -59,6 +59,11 @@ def test_both_have_their_say(net: DBSNet, length: int, options: dict[str, Any]) 
     np.testing.assert_allclose(result, sigmoid(weighed(moving, resting)), atol=2e-5)
     for alone in (moving, resting):  # neither of the two decides alone
         assert np.abs(result - sigmoid(alone)).max() > 0.01
+
+
+def test_logits_in_half_precision_lose_nothing_more() -> None:
+    moving, resting = torch.randn(2, 3, 1, 4, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch.testing.assert_close(weigh(moving, resting), (2 * moving.float() + resting.float()) / 3)  # in float32
 
 
 def test_in_clips(net: DBSNet) -> None:
