@@ -92,6 +92,14 @@ def test_folding_is_the_formula(bias: bool) -> None:
         torch.testing.assert_close(fold_batch_norm(block)(x), y * y.sigmoid(), rtol=1e-10, atol=1e-12)
 
 
+def test_folding_rounds_the_result_alone() -> None:
+    block = stir(ConvNormAct(16, 16, 3))
+    folded, exact = fold_batch_norm(block), fold_batch_norm(copy.deepcopy(block).double())
+    assert folded.conv.weight.dtype == torch.float32
+    assert torch.equal(folded.conv.weight, exact.conv.weight.float())
+    assert torch.equal(folded.conv.bias, exact.conv.bias.float())
+
+
 def test_a_lone_batch_norm_is_not_passed_over() -> None:
     with pytest.raises(ValueError, match="stand alone: 1"):
         fold_batch_norm(nn.Sequential(ConvNormAct(3, 4), nn.BatchNorm2d(4)))
@@ -229,6 +237,12 @@ def test_bf16(net: DBSNet, clip: tuple[torch.Tensor, torch.Tensor], expected: to
 
 
 def test_lower_weights_are_those_of_autocast(net: DBSNet, clip: tuple[torch.Tensor, torch.Tensor]) -> None:
+    net = copy.deepcopy(net)
+    norms = [module for module in net.modules() if isinstance(module, nn.LayerNorm)]
+    for norm in norms:  # ones and zeros would stay what they are
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    assert norms
     lower = copy.deepcopy(net)
     lower_weights(lower, torch.bfloat16)
     assert lower.decoder.head.weight.dtype == torch.bfloat16
