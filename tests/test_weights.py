@@ -169,10 +169,12 @@ def test_training_checkpoints_prefer_the_averaged_weights(net: DBSNet, tmp_path:
     torch.save(checkpoint(net), tmp_path / "a.pt")
     torch.save(checkpoint(net, ema=averaged), tmp_path / "b.pt")
     torch.save(checkpoint(net, ema={f"module._orig_mod.{k}": v for k, v in averaged.items()}), tmp_path / "c.pt")
+    torch.save(checkpoint(net, ema={f"_orig_mod.module.{k}": v for k, v in averaged.items()}), tmp_path / "d.pt")
     assert torch.equal(load_dbsnet(tmp_path / "a.pt").state_dict()[key], net.state_dict()[key])
     assert torch.equal(load_dbsnet(tmp_path / "b.pt").state_dict()[key], averaged[key])
     assert torch.equal(load_dbsnet(tmp_path / "c.pt").state_dict()[key], averaged[key])
     assert torch.equal(read_state(tmp_path / "c.pt")[key], averaged[key])
+    assert torch.equal(read_state(tmp_path / "d.pt")[key], averaged[key])
 
 
 def test_a_loaded_network_gives_the_same_masks(net: DBSNet, tmp_path: Path) -> None:
@@ -181,6 +183,12 @@ def test_a_loaded_network_gives_the_same_masks(net: DBSNet, tmp_path: Path) -> N
     with torch.inference_mode():
         assert torch.equal(load_dbsnet(tmp_path / "w.safetensors")(x, x), net.eval()(x, x))
     net.train()
+
+
+def test_a_network_is_loaded_onto_the_device_that_is_asked_for(net: DBSNet, tmp_path: Path) -> None:
+    save_weights(tmp_path / "w.safetensors", net)
+    loaded = load_dbsnet(tmp_path / "w.safetensors", "meta")  # stands for a GPU
+    assert {value.device.type for value in loaded.state_dict().values()} == {"meta"}
 
 
 def test_weights_of_another_network_are_counted_and_named(net: DBSNet, tmp_path: Path) -> None:
