@@ -297,6 +297,11 @@ def test_files_that_are_no_mobilevit(tmp_path: Path) -> None:
         load_pretrained(net, tmp_path / "absent.pth")
 
 
+def test_a_backbone_has_the_dropout_asked_for() -> None:
+    net = build_backbone("mobilevit_xxs", dropout=0.3)
+    assert {module.p for module in net.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+
+
 def test_load_backbones_fills_both_streams(tmp_path: Path) -> None:
     state, ours = make_state("cvnets", "xxs")
     net = build_dbsnet("xxs")
