@@ -252,7 +252,8 @@ def test_the_published_weights_find_a_disc_in_both_looks(repository: Path, monke
     assert (found & masks).sum() / (found | masks).sum() > 0.9
 
 
-def test_the_features_of_the_first_look_make_room(net: DBSNet, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, {"consensus": True}, {"optional_motion": True}])
+def test_the_features_of_the_first_look_make_room(net: DBSNet, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     def most(zoom: bool) -> int:
         used: list[int] = []
 
@@ -263,7 +264,7 @@ def test_the_features_of_the_first_look_make_room(net: DBSNet, monkeypatch: pyte
                 return store
 
         monkeypatch.setattr(models.predictor, "Storage", Watched)
-        collect(Predictor(net, zoom=zoom)(*make_video(9, SIZE)))
+        collect(Predictor(net, zoom=zoom, **options)(*make_video(9, SIZE)))
         return max(used)
 
     logits = 9 * 2 * (SMALL[0] // 4) * (SMALL[1] // 4)
