@@ -232,6 +232,13 @@ def test_a_stream_can_be_put_into_the_place_of_one_with_another_encoder(streams:
     assert left and all(torch.equal(value, whole.state_dict()[key]) for key, value in left.items())
 
 
+def test_a_network_in_training_stays_in_it(plain: DBSNet) -> None:
+    whole = grow(copy.deepcopy(plain).train(), **FULL)
+    motion, appearance = (keep_stream(whole, stream) for stream in ("motion", "appearance"))
+    made = whole, motion, put_back(whole, motion), take_out(whole, "refinement"), add_stream(motion, appearance)
+    assert all(net.training for net in made)
+
+
 def test_streams_that_cannot_be_put_back_are_refused(plain: DBSNet) -> None:
     motion = keep_stream(plain, "motion")
     with pytest.raises(ValueError, match=r"one stream of \['appearance', 'motion'\], got one of \['appearance', 'mot"):
