@@ -16,11 +16,13 @@ from safetensors import safe_open
 
 import main
 from models import load_dbsnet
-from tests.training.runs import TINY, equal, fails, lines, read
+from tests.training.runs import TINY, equal, fails, lines, read, seeded_network
 from utils import stopping
+from utils.distributed import Processes
 from utils.errors import UserError
 from utils.files import FolderLock
 from utils.training import resuming
+from utils.training.checkpoint import load_checkpoint
 from utils.training.config import TrainConfig
 
 
@@ -56,6 +58,7 @@ def test_going_on_with_an_older_run_tells_what_is_new(
 ) -> None:
     checkpoint = read(finished)
     del checkpoint["config"]["rotation_flow"]  # its colours of flow did not turn
+    del checkpoint["config"]["freeze_stride"], checkpoint["pending_validation"]  # nor had it these
     torch.save(checkpoint, tmp_path / "last.pt")
     arguments = [*TINY, "--save_dir", str(tmp_path), "--max_steps", "5"]
     assert main.main(arguments) == 0
@@ -187,6 +190,9 @@ def test_resume_none_starts_anew_and_keeps_the_old_run(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 1
     new, old = (read(folder)["model"] for folder in (tmp_path, tmp_path / "previous-1"))
     assert any(not torch.equal(new[name], old[name]) for name in new)
+    second = (tmp_path / "last.pt").read_bytes()
+    assert main.main([*arguments, "--resume", "none", "--seed", "6"]) == 0
+    assert [(tmp_path / f"previous-{n}" / "last.pt").read_bytes() for n in (1, 2)] == [first, second]
 
 
 def test_a_call_that_is_refused_leaves_the_folder_as_it_was(
@@ -315,6 +321,46 @@ def test_a_run_that_cannot_go_on_says_why(finished: Path, tmp_path: Path, capsys
     torch.save(checkpoint, tmp_path / "other.pt")
     message = fails([*TINY, "--save_dir", str(tmp_path / "x"), "--resume", str(tmp_path / "other.pt")], capsys)
     assert "other.pt: its configuration does not describe a network of this version (rounds" in message
+
+
+def test_what_a_run_began_with_stays_on_record(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "weights.safetensors"
+    checkpoint = read(finished)
+    checkpoint["config"].update(finetune=str(weights), keep_stream="motion")
+    torch.save(checkpoint, tmp_path / "last.pt")
+    monkeypatch.chdir(tmp_path)
+    for asked in (None, str(weights), weights.name):  # not said again, or from another folder
+        config = TrainConfig(save_dir=str(tmp_path), finetune=asked)
+        assert main.find_checkpoint(config, main.start_processes("cpu"))["step"] == 4
+        assert (config.finetune, config.keep_stream) == (str(weights), "motion")
+
+
+def test_a_folder_that_one_machine_alone_sees_is_refused(finished: Path, tmp_path: Path) -> None:
+    class Elsewhere(Processes):
+        """Of two, the other of which is on a machine with a folder of its own."""
+
+        def gather(self, value: bool) -> list[bool]:
+            return [value, not value]
+
+    for folder in (finished, tmp_path):
+        with pytest.raises(UserError, match="last.pt is there for some processes only"):
+            main.find_checkpoint(TrainConfig(save_dir=str(folder)), Elsewhere(0, 2, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("enabled", "scale"), [(True, 128.0), (False, 65536.0)])
+def test_the_scale_of_fp16_goes_on_where_there_was_one(enabled: bool, scale: float, tmp_path: Path) -> None:
+    def run_with(scaler: torch.amp.GradScaler) -> main.Run:
+        config, net = TrainConfig(save_dir=str(tmp_path)), seeded_network()
+        return main.Run(
+            config=config, processes=main.start_processes("cpu"), net=net, model=net, average=None,
+            optimizer=main.build_optimizer(config, net), scaler=scaler, log=None, stop=None, validation=[],
+            steps_per_epoch=3, total_steps=4,
+        )  # fmt: skip
+
+    resuming.save(run_with(torch.amp.GradScaler("cpu", init_scale=128.0, enabled=enabled)))
+    run = run_with(torch.amp.GradScaler("cpu"))
+    resuming.restore(run, load_checkpoint(tmp_path / "last.pt"))
+    assert run.scaler.get_scale() == scale
 
 
 def test_a_resumed_run_takes_the_momentum_asked_for(tmp_path: Path) -> None:
