@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ from datasets.scenes import SceneOptions
 from datasets.synthetic import write_dataset
 from datasets.transforms import Augment
 from tests.training.runs import TINY, equal, fails, read, run_script
+from utils.errors import UserError
 from utils.training import data as training_data
 from utils.training.config import parse_args
 from utils.training.data import build_augment, build_clips, build_scene, build_sequences
+from utils.training.loading import read_batches
 
 
 def test_the_loader_workers_change_nothing(finished: Path, tmp_path: Path) -> None:
@@ -216,6 +220,26 @@ def test_what_was_learned_before_the_system_ends_a_worker_is_saved(tmp_path: Pat
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "error: a loader process was ended from outside" in ended.stderr
     assert 1 <= read(tmp_path)["step"] < 100
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (OSError(errno.ENOSPC, "No space left on device"), "/dev/shm"),  # what PyTorch's shared memory says has no name
+    (OSError(errno.ENOSPC, "No space left on device", "cache.png"), None),
+    (OSError(errno.EIO, "Input/output error"), None),
+    (RuntimeError("a fault of ours"), None),
+])  # fmt: skip
+def test_shared_memory_that_is_full_is_told_and_no_other_error_is_taken_for_it(
+    error: Exception, message: str | None
+) -> None:
+    def batches() -> Iterator[dict]:
+        yield {}
+        raise error
+
+    reading = read_batches(batches())
+    assert next(reading) == {}
+    with pytest.raises(UserError if message else type(error), match=message) as caught:
+        next(reading)
+    assert (caught.value is error) == (message is None)
 
 
 def test_an_error_that_nobody_expects_in_a_worker_ends_the_run(tmp_path: Path, repository: Path) -> None:
