@@ -27,6 +27,7 @@ from models.consensus import correct
 from models.cuda_graphs import CudaGraphs
 from models.dbsnet import DBSNet
 from models.refinement import time_encoding
+from tests.test_predictor import make_net as make_lively_net
 from tests.test_speed_paths import make_net, predict, video
 
 made: Counter = Counter()  # recordings and replays of the emulation
@@ -241,6 +242,16 @@ def test_what_changed_is_recorded_anew(how: str, emulated: Counter) -> None:
     after = run(predictor, 27)
     check_same(after, predict(net, 27, **options, **FINE))
     assert np.abs(after - before).max() > 1e-4
+
+
+@pytest.mark.parametrize("option", ["consensus", "optional_motion"])
+def test_what_is_asked_for_between_two_videos_is_recorded_anew(option: str, emulated: Counter) -> None:
+    net, predictor = make_lively_net(), with_graphs(make_lively_net(), **FINE)
+    before = run(predictor, 27)
+    setattr(predictor, option, True)
+    after = run(predictor, 27)
+    check_same(after, predict(net, 27, **{option: True}, **FINE), 2e-5)
+    assert np.abs(after - before).max() > 0.01
 
 
 def test_it_needs_a_gpu() -> None:
