@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from datasets.flow_colour import flow_to_image
 from models import CheckpointError, DBSNet, build_dbsnet, load_dbsnet, save_weights
 from models.state_dicts import read_state
+from models.weights import average_into
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,18 @@ def test_training_checkpoints_prefer_the_averaged_weights(net: DBSNet, tmp_path:
     assert torch.equal(load_dbsnet(tmp_path / "c.pt").state_dict()[key], averaged[key])
     assert torch.equal(read_state(tmp_path / "c.pt")[key], averaged[key])
     assert torch.equal(read_state(tmp_path / "d.pt")[key], averaged[key])
+
+
+def test_the_mean_of_networks_has_the_mean_of_their_statistics(net: DBSNet) -> None:
+    nets = [copy.deepcopy(net) for _ in range(3)]
+    for number, each in enumerate(nets):
+        for value in each.state_dict().values():
+            value += number**2
+    average_into(nets[0], nets[1:])
+    for key, value in net.state_dict().items():
+        mean, other = (each.state_dict()[key] for each in nets[:2])
+        torch.testing.assert_close(mean, value + 5 / 3 if value.is_floating_point() else value, rtol=0, atol=1e-5)
+        assert torch.equal(other, value + 1)
 
 
 def test_a_loaded_network_gives_the_same_masks(net: DBSNet, tmp_path: Path) -> None:
