@@ -34,6 +34,9 @@ def test_scores_of_another_validation_are_not_compared(
     assert main.main([*arguments, "--max_steps", "6", "--val_sequences", names[1]]) == 0
     assert "J 0.9000 at step 3, was of another validation (val_sequences)" in capsys.readouterr().out
     assert read(tmp_path, "best.pt")["best"] == {"J": 0.2, "step": 6}
+    older = read(tmp_path)
+    del older["config"]["val_frames"]  # an option that it did not have is not another validation
+    torch.save(older, tmp_path / "last.pt")
     assert main.main([*arguments, "--max_steps", "9", "--val_sequences", names[1]]) == 0  # the same validation
     assert read(tmp_path)["best"] == {"J": 0.2, "step": 6}
     # Without validation the last weights are the ones to test with, not those that were the best for the rest of time.
