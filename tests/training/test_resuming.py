@@ -24,6 +24,7 @@ from utils.files import FolderLock
 from utils.training import resuming
 from utils.training.checkpoint import load_checkpoint
 from utils.training.config import TrainConfig
+from utils.training.run import Run
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(
@@ -445,6 +446,22 @@ def test_the_first_signal_is_acknowledged(
     assert main.main([*TINY, "--save_dir", str(tmp_path)]) == 130
     told = capfd.readouterr()
     assert told.err.startswith("SIGINT: the run stops after this step") and "stopped at step 1 of 4" in told.out
+
+
+def test_what_was_learned_outlives_a_folder_that_is_removed_meanwhile(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = main.train_step
+
+    def removed(run: Run, *arguments):
+        if run.step == 1:
+            shutil.rmtree(run.folder)
+        return step(run, *arguments)
+
+    monkeypatch.setattr(main, "train_step", removed)
+    assert main.main([*TINY, "--save_dir", str(tmp_path / "run")]) == 0
+    equal(read(tmp_path / "run")["model"], read(finished)["model"])
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3, 4]
 
 
 def test_processes_that_a_killed_launcher_leaves_behind_stop(

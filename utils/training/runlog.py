@@ -79,6 +79,7 @@ class RunLog:
         if not self.active:
             return
         line = json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # as all else that is written does, if somebody removed it
         with self._named(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
         if self._board is not None:
