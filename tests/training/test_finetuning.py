@@ -11,7 +11,10 @@ import torch
 
 import main
 from models import build_dbsnet, load_dbsnet, losses, save_weights
+from models.dbsnet import MAPS
 from tests.training.runs import OPTIONS, TINY, equal, fails, lines, read
+from utils.training.config import TrainConfig
+from utils.training.network import load_teacher
 
 
 def test_finetune_starts_from_the_weights(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +126,11 @@ def test_one_stream_learns_what_it_is_in_a_teacher_of_both(tmp_path: Path, capsy
     assert main.main([*words, "--bn", "frozen", "--max_steps", "1", "--save_dir", str(tmp_path / "itself")]) == 0
     assert lines(tmp_path / "itself", "train")[0]["teacher"] == pytest.approx(0, abs=1e-6)
     one = str(tmp_path / "taught" / "weights.safetensors")
+    for maps in MAPS:  # and is where the network is, without gradients
+        config = TrainConfig(teacher=teacher, teacher_maps=maps)
+        lesson = load_teacher(config, load_dbsnet(one), torch.device("meta"))
+        assert lesson.streams == (("appearance", "motion") if maps == "decoder" else ("motion",))
+        assert not lesson.training and all(x.is_meta and not x.requires_grad for x in lesson.parameters())
     words = [*options, "streams:[appearance]", "--teacher", one, "--save_dir", str(tmp_path / "other")]
     assert "it has motion, expected appearance" in fails(words, capsys)
 

@@ -93,7 +93,7 @@ def load_teacher(config: TrainConfig, net: nn.Module, device: torch.device) -> n
     """
     if config.teacher is None:
         return None
-    teacher = load_dbsnet(config.teacher, device).requires_grad_(False)
+    teacher = load_dbsnet(config.teacher)
     for key, value in (("width", net.width), ("multiple", net.multiple)):
         if getattr(teacher, key) != value:
             raise CheckpointError(
@@ -106,6 +106,7 @@ def load_teacher(config: TrainConfig, net: nn.Module, device: torch.device) -> n
                 f"expected {' and '.join(net.streams)}"
             )
         teacher = keep_stream(teacher, net.streams[0])
+    teacher = teacher.requires_grad_(False).to(device)
     return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
 
 
