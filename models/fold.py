@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.mobilevit import ConvNormAct
 from models.timm_encoder import TimmEncoder
@@ -75,12 +75,17 @@ def lower_weights(net: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
+def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a batch norm in evaluation mode multiplies by and then adds, per channel: each (C,), in double precision."""
+    factor = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return factor, norm.bias.double() - norm.running_mean.double() * factor
+
+
 def _fold_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Gives the convolution the batch norm's part."""
     # In double precision, so that only the folded weight is rounded.
-    factor = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    factor, bias = affine(norm)
     weight = conv.weight.double() * factor[:, None, None, None]  # (C_out, C_in/groups, k, k)
-    bias = norm.bias.double() - norm.running_mean.double() * factor
     if conv.bias is not None:
         bias = bias + conv.bias.double() * factor
     # Keeps the weight's memory format, channels-last or not.

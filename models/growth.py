@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.co_dga import CoDGA
 from models.convlstm import DenseBiConvLSTM
 from models.dbsnet import STREAMS, DBSNet, build_dbsnet
+from models.fold import affine
 from models.refinement import RefinementLayer
 from models.state_dicts import describe_mismatch
 
@@ -118,8 +119,7 @@ def add_stream(net: DBSNet, other: DBSNet) -> DBSNet:
         words = ", ".join(f"{key} {net.config[key]} and {other.config[key]}" for key in differing)
         raise ValueError(f"the two do not fit together: {words}")
     names = {**net.encoder_names, **other.encoder_names}
-    encoder = names if len(set(names.values())) > 1 else names[net.streams[0]]
-    both = build_dbsnet(**{**net.config, "streams": list(STREAMS), "encoder": encoder})
+    both = build_dbsnet(**{**net.config, "streams": list(STREAMS), "encoder": _encoder_option(names)})
     old, added = net.state_dict(), other.state_dict()
     theirs = _prefixes(other.streams[0])
     state = {}
@@ -178,7 +178,7 @@ def put_back(net: DBSNet, one: DBSNet) -> DBSNet:
     (stream,) = one.streams
     own = _prefixes(stream)
     names = {**net.encoder_names, **one.encoder_names}
-    both = build_dbsnet(**{**net.config, "encoder": names if len(set(names.values())) > 1 else names[stream]})
+    both = build_dbsnet(**{**net.config, "encoder": _encoder_option(names)})
     place, new = ({k: v for k, v in item.state_dict().items() if k.startswith(own)} for item in (both, one))
     problem = describe_mismatch(*({key: value.shape for key, value in state.items()} for state in (place, new)))
     if problem:
@@ -196,7 +196,7 @@ def _skip_of(net: DBSNet, one: DBSNet) -> dict[str, Tensor]:
     what they gave. Each skip is a 1x1 convolution and a batch norm with running statistics, so it is affine.
     """
     (stream,) = one.streams
-    scales, offsets = zip(*(_affine(skip.norm) for skip in (net.skip, one.skip)))
+    scales, offsets = zip(*(affine(skip.norm) for skip in (net.skip, one.skip)))
     columns = net.skip.conv.weight.split([encoder.channels[0] for encoder in net.encoders.values()], 1)
     shares = dict(zip(net.streams, columns))
     # Where a channel's scale is 0 its batch norm hides whatever the convolution gives.
@@ -207,10 +207,10 @@ def _skip_of(net: DBSNet, one: DBSNet) -> dict[str, Tensor]:
     }
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a batch norm with its running statistics multiplies by and then adds, each (C,)."""
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return scale, norm.bias - scale * norm.running_mean
+def _encoder_option(names: dict[str, str]) -> str | dict[str, str]:
+    """The encoders of each stream as `DBSNet` takes them: one name where they are of one kind."""
+    kinds = set(names.values())
+    return names if len(kinds) > 1 else kinds.pop()
 
 
 def _prefixes(stream: str) -> tuple[str, ...]:
