@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.video import WINDOW, FolderFrames, VideoFrames, _said_by_ffmpeg, open_folder, write_video
 
 cv2 = pytest.importorskip("cv2")
+av = pytest.importorskip("av")
 
 
 def picture(t: int, size: tuple[int, int] = (48, 64)) -> np.ndarray:
@@ -306,11 +307,32 @@ def test_what_is_written_can_be_read(tmp_path: Path, size: tuple[int, int]):
     assert [p.name for p in path.parent.iterdir()] == ["made.mp4"]
 
 
-def test_a_rate_that_mpeg4_has_no_ticks_for_is_rounded(tmp_path: Path):
+def test_the_rate_is_written_as_it_is(tmp_path: Path):
+    """Also the mean of a slow-motion video, and that of a time lapse."""
     frames = [np.full((32, 64, 3), 20 * t, np.uint8) for t in range(5)]
-    for rate, written in ((238.526, 239), (119.88, 119.88), (29.97, 29.97)):
+    for rate in (238.526, 119.88, 29.97, 0.5, 1000):
         assert write_video(tmp_path / "v.mp4", frames, rate) == 5
-        assert VideoFrames(tmp_path / "v.mp4").fps == pytest.approx(written, abs=0.01)
+        assert VideoFrames(tmp_path / "v.mp4").fps == pytest.approx(rate, rel=1e-4)
+
+
+def test_browsers_show_what_is_written(tmp_path: Path):
+    """H.264, 4:2:0 of 8 bits, its index in front, so that it plays while it loads, and the colours that it says."""
+    path = tmp_path / "made.mp4"
+    colours = [(255, 120, 0), (0, 80, 255), (40, 200, 40)]
+    write_video(path, [np.full((720, 1280, 3), colour, np.uint8) for colour in colours])
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        for frame, colour in zip(file.decode(stream), colours, strict=True):
+            assert (frame.colorspace, frame.color_range) == (1, 1)  # BT.709, 16 to 235
+            y, u, v = (float(np.median(plane)) for plane in np.split(frame.to_ndarray().ravel(), [-460_800, -230_400]))
+            # ITU-R BT.709, section 3 and 4: from luma and colour differences back to red, green, blue.
+            luma, blue, red = (y - 16) / 219, (u - 128) / 224 * 1.8556, (v - 128) / 224 * 1.5748
+            r, b = luma + red, luma + blue
+            g = (luma - 0.2126 * r - 0.0722 * b) / 0.7152
+            np.testing.assert_allclose([255 * c for c in (r, g, b)], colour, atol=3)
 
 
 def test_names_as_long_as_they_may_be(tmp_path: Path):
@@ -350,28 +372,26 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing_behind(tmp_path: Path, mon
 
 
 def test_a_full_disk_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """OpenCV writes on without a word; the index, which comes last, is missing then."""
-    path, written = tmp_path / "made.mp4", []
-    writer = cv2.VideoWriter
-
-    class Full:
-        def __init__(self, name: str, *options: object) -> None:
-            self.inner = writer(name, *options)
-            written.append(Path(name))
-
-        def release(self) -> None:
-            self.inner.release()
-            if written[-1].is_file():
-                written[-1].write_bytes(written[-1].read_bytes()[:1500])
-
-        def __getattr__(self, name: str):
-            return getattr(self.inner, name)
-
-    monkeypatch.setattr(cv2, "VideoWriter", Full)
+    path = tmp_path / "made.mp4"
     path.write_bytes(b"older")
-    with pytest.raises(UserError, match="made.mp4.*disk full"):
+    opened = av.open
+
+    def full(name: str, *args: object, **options: object) -> object:
+        os.unlink(name)
+        os.symlink("/dev/full", name)
+        return opened(name, *args, **options)
+
+    monkeypatch.setattr(av, "open", full)
+    with pytest.raises(OSError, match="No space left.*made.mp4"):
         write_video(path, (picture(t) for t in range(40)))
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pyav_without_h264_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("utils.video.CODEC", "libx265_of_no_build")
+    with pytest.raises(UserError, match="made.mp4: this PyAV cannot write H.264.*pip install av"):
+        write_video(tmp_path / "made.mp4", [picture(0)])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_videos_that_cannot_be_written(tmp_path: Path):
@@ -385,4 +405,6 @@ def test_videos_that_cannot_be_written(tmp_path: Path):
         write_video(tmp_path / "a.mp4", [picture(0), picture(0, (48, 66))])
     with pytest.raises(ValueError, match="frame 0: expected uint8"):
         write_video(tmp_path / "a.mp4", [picture(0) / 255])
+    with pytest.raises(UserError, match="a.mp4: frames of 16386 x 8; H.264 takes 16384"):
+        write_video(tmp_path / "a.mp4", [np.zeros((8, 16386, 3), np.uint8)])
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,8 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +30,40 @@ os.umask(_UMASK)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Writes ``data`` to ``path`` atomically and returns the path; parent folders are made.
-
-    The temporary file lies in the same folder, since ``os.replace`` is atomic only within one file system. An
-    interrupted write leaves the old file as it was.
-    """
+    """Writes ``data`` to ``path`` atomically and returns the path; parent folders are made."""
     path = Path(path)
-    try:
-        _write(path, data)
-    except OSError as error:
-        if error.errno is not None and (error.filename is None or Path(error.filename).suffix == ".tmp"):
-            # What a full disk refuses has no name, and that of the temporary file tells nobody anything.
-            error.filename = str(path)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
     return path
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".tmp")
+@contextmanager
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """A temporary file, empty, that takes the place of ``path`` at the end; parent folders are made.
+
+    It lies in the same folder, since ``os.replace`` is atomic only within one file system. An error, or an
+    interruption, leaves the old file as it was. What the system refuses is said of ``path``: a full disk gives no name,
+    and that of the temporary file tells nobody anything.
+
+    Args:
+        suffix: of the temporary file, for programs that go by it.
+    """
+    prefix = temporary_prefix(path)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        # mkstemp makes files that only the owner may read; a result should have the permissions of any other file.
-        os.chmod(temporary, 0o666 & ~_UMASK)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
+        temporary = Path(name)
+        try:
+            os.close(handle)
+            yield temporary
+            # mkstemp makes files that only the owner may read; a result should have the permissions of any other file.
+            os.chmod(temporary, 0o666 & ~_UMASK)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or Path(error.filename).name.startswith(prefix)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from datasets.errors import DataError
 from datasets.images import load_frame
 from datasets.video_sequence import FRAME_SUFFIXES, by_stem, list_files, list_folders, raise_problem
 from utils.errors import UserError
-from utils.files import temporary_prefix
+from utils.files import replacing
 
 # Frames kept decoded. Callers go through a video in batches, and flow looks one frame ahead or behind.
 WINDOW = 16
 DEFAULT_FPS = 25.0
+# H.264, which all players show; OpenCV has no encoder of it.
+CODEC = "libx264"
+LONGEST_SIDE = 16384  # that it takes
 # Times are in whole milliseconds in some formats: a mean rate that is this near to the stated one is the same.
 TIMES_ROUNDED = 0.02
 # Frames in a row that may be damaged before what follows them is not looked for.
@@ -250,76 +254,69 @@ def open_folder(path: str | os.PathLike[str]) -> FolderFrames:
 
 
 def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps: float = DEFAULT_FPS) -> int:
-    """Writes frames, (H, W, 3) uint8 RGB of one size, as an MPEG-4 file, and returns their number.
+    """Writes frames, (H, W, 3) uint8 RGB of one size, as an H.264 file (4:2:0), and returns their number.
 
-    The file appears only when it is complete. An odd height or width gets one more row or column, a copy of the last
-    one, because the codec knows only even sizes and would cut the last one off. A rate that the codec's clock (65,535
-    ticks a second at most) has no ticks for, such as the mean of a slow-motion video, is rounded to a whole number.
+    That is what browsers and all other players show; the file says which colours it has (BT.709), so that they agree on
+    them, and has its index in front. It appears only when it is complete. An odd height or width gets one more row or
+    column, a copy of the last one, because 4:2:0 knows only even sizes.
 
     Raises:
-        UserError: no frames, a file name that does not end in .mp4, or an OpenCV that cannot write MPEG-4.
+        UserError: no frames, larger ones than H.264 takes, a file name that does not end in .mp4, or a PyAV that cannot
+            write H.264.
+        OSError: a place where nothing can be written, or a full disk.
         ValueError: a frame of another shape or dtype.
     """
-    import cv2
-
     path = Path(path)
     if path.suffix.lower() != ".mp4":
-        raise UserError(f"{path}: videos are written as MPEG-4; expected a name ending in .mp4")
+        raise UserError(f"{path}: videos are written as H.264 in MP4; expected a name ending in .mp4")
     if not (math.isfinite(fps) and fps > 0):
         raise UserError(f"{path}: {fps} frames per second; expected a number above 0")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".mp4")
-    except OSError as error:
-        error.filename = str(path)  # that of the temporary file tells nobody anything
-        raise
-    temporary, writer, shape, count = Path(name), None, None, 0
-    try:
-        os.close(handle)
-        # OpenCV makes the file itself, with the permissions that a new file has; mkstemp would leave it to its owner
-        # alone.
-        temporary.unlink()
+    with replacing(path, suffix=".mp4") as temporary:
+        return _encode(path, temporary, frames, fps)
+
+
+def _encode(path: Path, temporary: Path, frames: Iterable[np.ndarray], fps: float) -> int:
+    """`write_video` into a temporary file."""
+    import av
+
+    shape, count = None, 0
+    with av.open(str(temporary), "w", options={"movflags": "faststart"}) as file:
         for frame in frames:
             frame = np.asarray(frame)
             if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
                 raise ValueError(f"{path}: frame {count}: expected uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
-            if writer is None:
+            if shape is None:
                 shape = frame.shape
-                height, width = (side + side % 2 for side in shape[:2])
-                code = cv2.VideoWriter_fourcc(*"mp4v")
-                for rate in (fps, max(1, round(fps))):
-                    writer = cv2.VideoWriter(str(temporary), code, float(rate), (width, height))
-                    if writer.isOpened():
-                        break
-                else:
-                    raise UserError(f"{path}: this OpenCV cannot write MPEG-4 of size {width} x {height}")
+                stream = _h264(file, path, shape, fps)
             if frame.shape != shape:
                 raise ValueError(f"{path}: frame {count} has shape {frame.shape}, the first one {shape}")
-            bottom, right = shape[0] % 2, shape[1] % 2
-            if bottom or right:
-                frame = np.pad(frame, ((0, bottom), (0, right), (0, 0)), mode="edge")
-            writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+            frame = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            file.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
             count += 1
-        if writer is None:
+        if shape is None:
             raise UserError(f"{path}: there are no frames to write")
-        writer.release()
-        writer = None
-        # OpenCV does not say so when the disk is full; the file has no index then.
-        written = cv2.VideoCapture(str(temporary))
-        whole = written.isOpened() and written.get(cv2.CAP_PROP_FRAME_COUNT) == count
-        written.release()
-        if not whole:
-            raise UserError(f"{path}: OpenCV did not write all of the video; is the disk full? Make room there")
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            error.filename = str(path)
-            raise
-    finally:
-        if writer is not None:
-            writer.release()
-        temporary.unlink(missing_ok=True)
+        file.mux(stream.encode())
     return count
+
+
+def _h264(file: Any, path: Path, shape: tuple[int, int, int], fps: float) -> Any:  # PyAV's container and stream
+    """A stream of H.264 in an MP4 file, for frames of this shape, made even."""
+    import av
+
+    if max(shape) > LONGEST_SIDE:
+        raise UserError(f"{path}: frames of {_size(shape[:2])}; H.264 takes {LONGEST_SIDE} pixels a side at most")
+    try:
+        stream = file.add_stream(CODEC, rate=max(Fraction(fps).limit_denominator(65535), Fraction(1, 65535)))
+    except av.codec.codec.UnknownCodecError as error:
+        raise UserError(f"{path}: this PyAV cannot write H.264 ({CODEC}); install that of `pip install av`") from error
+    stream.height, stream.width = (side + side % 2 for side in shape[:2])
+    stream.pix_fmt = "yuv420p"
+    stream.options = {"preset": "veryfast", "crf": "18"}  # near what the eye can tell
+    context = stream.codec_context
+    context.color_range = 1  # 16 to 235
+    context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+    return stream
 
 
 def _rate(times: Sequence[float], stated: float) -> float:

@@ -109,6 +109,8 @@ def run_own(
     if not processes.is_main:
         segment.run(args, [], processes, weights)
         return
+    import av  # noqa: F401  # for the overlay: where it is missing, this is to be said before the long part
+
     save_dir = Path(args.save_dir)
     flows = None
     if segment.needs_flow(args, weights):
