@@ -8,11 +8,11 @@
     # one process
     python main.py --data_dir data --datasets DAVIS-2016 --variant xxs --size 192 320
 
-Options come from configs/stage1.yaml (configs/finetune.yaml with --finetune, or the file given by --config), then
-from the flags below. Their defaults hold where the file says nothing; a flag takes the place of all that the file says
-of it, of a whole mapping too. The run's folder, --save_dir, gets config.yaml, log.jsonl, last.pt (to resume), best.pt
-(best J on val_sequences), weights.safetensors (weights only, for tool.py --checkpoint) and panels (pictures). The same
-command again goes on from last.pt.
+Options come from configs/stage1.yaml (configs/finetune.yaml with --finetune, or the file given by --config). A flag
+below replaces the file's value of that option, also the whole of a mapping. An option in neither has its default.
+The run's folder, --save_dir, gets config.yaml, log.jsonl, last.pt (to resume), best.pt (best J on val_sequences),
+weights.safetensors (weights only, for tool.py --checkpoint) and panels (pictures). The same command again continues
+from last.pt.
 """
 
 from __future__ import annotations

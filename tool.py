@@ -9,7 +9,7 @@
 
 Several tools run in the order given. Without --datasets: all of DAVIS-2016, FBMS, DAVSOD and MCL that --data_dir has.
 Results: <save_dir>/probability, crf and binary/<dataset>/<video>/<frame>.png, evaluation.json and report.html.
-A video of your own has no <dataset> there, its flow in <save_dir>/flow, and an overlay video in <save_dir>/overlay.
+For a video of your own these paths have no <dataset>; its flow is in <save_dir>/flow, an overlay in <save_dir>/overlay.
 Exit codes: 0; 1 where check finds problems; 2 for an error; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
@@ -62,7 +62,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="weights: .pt or .safetensors of a training run, or published ones. Default of test: "
         f"{PUBLISHED_WEIGHTS.parent.name}/{PUBLISHED_WEIGHTS.name} where it is there; export needs one",
     )
-    parser.add_argument("--save_dir", default="results", metavar="DIR", help="of all results; default: %(default)s")
+    parser.add_argument(
+        "--save_dir", default="results", metavar="DIR", help="folder of all results; default: %(default)s"
+    )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA if there is one")
 
     data = parser.add_argument_group("data")
@@ -70,20 +72,25 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--flow_dir",
         metavar="DIR",
-        help="flow lies, or is to be made, in DIR/<data set>/… and not beside the data, which may be read-only or have "
-        "flow of another kind; default: beside the data",
+        help="read and make flow in DIR/<data set>/… instead of beside the data, which may be read-only or have flow "
+        "of another kind; default: beside the data",
     )
     data.add_argument(
-        "--datasets", nargs="+", metavar="NAME", help=f"default: those of {', '.join(DEFAULT_DATASETS)} that are there"
+        "--datasets",
+        nargs="+",
+        metavar="NAME",
+        help=f"data sets to use; default: those of {', '.join(DEFAULT_DATASETS)} that are there",
     )
-    data.add_argument("--split", metavar="NAME", help="default: val (check: train and val, as far as they are there)")
+    data.add_argument(
+        "--split", metavar="NAME", help="split to use; default: val (check: train and val, as far as they are there)"
+    )
     data.add_argument("--sequences", nargs="+", metavar="NAME", help="only these videos; default: all")
     data.add_argument(
         "--num_frames",
         type=int,
         default=5,
         metavar="N",
-        help="of YouTube-VOS's train split every N-th frame (flow: all); default: 5",
+        help="use every N-th frame of YouTube-VOS's train split (flow: all frames); default: 5",
     )
     data.add_argument("--video", metavar="FILE", help="a video of your own, instead of data sets (flow, test, crf)")
     data.add_argument("--frames", metavar="DIR", help="a folder of frames of your own (flow, test, crf)")
@@ -94,10 +101,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="of its input; default: the checkpoint's, or 384 640 (bench: --bench_sizes)",
+        help="size of the network's input; default: the checkpoint's, or 384 640 (bench: --bench_sizes)",
     )
     network.add_argument("--batch_size", type=int, metavar="N", help="frames at once; default: 4 on a CPU, 16 on a GPU")
-    network.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: full precision")
+    network.add_argument(
+        "--amp", choices=("none", "bf16", "fp16"), default="none", help="mixed precision; default: none"
+    )
     network.add_argument(
         "--cuda_graphs",
         action=argparse.BooleanOptionalAction,

@@ -52,7 +52,7 @@ SCENES = SceneOptions(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``demo``; ``--overwrite`` and ``--device`` are shared ones."""
     group = parser.add_argument_group("demo")
-    group.add_argument("--demo_dir", default="demo", metavar="DIR", help="everything it makes; default: %(default)s")
+    group.add_argument("--demo_dir", default="demo", metavar="DIR", help="folder of all it makes; default: %(default)s")
     group.add_argument("--demo_scratch", action="store_true", help="train from random weights in any case")
     group.add_argument(
         "--demo_steps",

@@ -73,18 +73,19 @@ PLACES = {
     errno.EFBIG: NO_ROOM,
     errno.EACCES: FORBIDDEN,
     errno.EPERM: FORBIDDEN,
-    errno.EROFS: "flow is kept beside its data set, where --flow_dir gives it no other place, and results in "
-    "--save_dir; both have to be places to write to",
+    errno.EROFS: "flow is kept beside its data set unless --flow_dir gives it another place, and results in "
+    "--save_dir; both places have to be writable",
     errno.ENOTDIR: IN_THE_WAY,
     errno.EEXIST: IN_THE_WAY,
     errno.EISDIR: "a folder lies where a file is expected; give the name of a file",
-    errno.ENAMETOOLONG: "results are called as the video and its frames are, with a few letters more; rename these",
+    errno.ENAMETOOLONG: "names of results are those of the video and its frames with a few letters more; "
+    "rename these to something shorter",
 }
 """Refusals of the system that are the user's to mend, and what to do."""
 
 TEMPORARY = (
-    ". What is there for a while are the features of a long video, in tool.py's test and main.py's validation (TMPDIR "
-    "says where; --clip_len N of test needs none)"
+    ". The features of a long video are kept there for a while, by tool.py's test and main.py's validation (TMPDIR "
+    "sets another place; with --clip_len N test needs none)"
 )
 
 MEMORY = (

@@ -43,40 +43,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "bench",
         "weights are random unless --checkpoint is given; speed is the same\n"
-        "part pipeline takes the frames of the first video of --datasets, without it drawn ones",
+        "part pipeline takes the frames of the first video of --datasets; without --datasets it draws frames",
     )
     group.add_argument(
         "--bench_parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART",
-        help=f"of {', '.join(PARTS)}; default: {' '.join(DEFAULT_PARTS)}",
+        help=f"one or several of {', '.join(PARTS)}; default: {' '.join(DEFAULT_PARTS)}",
     )  # fmt: skip
     group.add_argument(
         "--bench_variants", nargs="+", choices=("s", "xs", "xxs"), default=VARIANTS, metavar="V",
-        help="without --checkpoint; default: s xxs",
+        help="networks to measure without --checkpoint; default: s xxs",
     )  # fmt: skip
     group.add_argument(
         "--bench_sizes", nargs="+", type=_size, default=SIZES, metavar="HxW",
-        help="without --size; default: 384x640 480x864",
+        help="input sizes to measure without --size; default: 384x640 480x864",
     )  # fmt: skip
     group.add_argument("--bench_clip", type=int, default=8, metavar="N", help="frames of a clip; default: 8")
     group.add_argument(
         "--bench_frames", type=int, default=2000, metavar="N",
-        help="frames of the video of part long, compared with one of a tenth; default: 2000",
+        help="part long: frames of its video, which is compared with one of a tenth of them; default: 2000",
     )  # fmt: skip
     group.add_argument(
         "--bench_device_memory", type=int, metavar="MiB",
-        help="of kept features on a GPU before host memory, part long; default: 4096",
+        help="part long: features to keep on a GPU before host memory is used; default: 4096",
     )  # fmt: skip
     group.add_argument(
-        "--bench_host_memory", type=int, metavar="MiB", help="of kept features before a file, part long; default: 1024"
-    )
+        "--bench_host_memory", type=int, metavar="MiB",
+        help="part long: features to keep in host memory before a file is used; default: 1024",
+    )  # fmt: skip
     group.add_argument(
-        "--bench_video_frames", type=int, default=32, metavar="N", help="frames of video and pipeline; default: 32"
-    )
+        "--bench_video_frames", type=int, default=32, metavar="N",
+        help="parts video and pipeline: frames of the video; default: 32",
+    )  # fmt: skip
     group.add_argument("--bench_crf", action="store_true", help="part pipeline with the CRF")
-    group.add_argument("--bench_repeats", type=int, default=5, metavar="N", help="default: 5")
-    group.add_argument("--bench_threads", type=int, metavar="N", help="of PyTorch; default: its own choice")
-    group.add_argument("--bench_processes", type=int, default=1, metavar="N", help="part training: gloo processes too")
-    group.add_argument("--bench_json", metavar="FILE", help="default: SAVE_DIR/benchmark.json")
+    group.add_argument("--bench_repeats", type=int, default=5, metavar="N", help="how often to time each; default: 5")
+    group.add_argument("--bench_threads", type=int, metavar="N", help="threads of PyTorch; default: its own choice")
+    group.add_argument(
+        "--bench_processes", type=int, default=1, metavar="N", help="part training: time N gloo processes as well"
+    )
+    group.add_argument("--bench_json", metavar="FILE", help="file to write; default: SAVE_DIR/benchmark.json")
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -69,18 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out frames without foreground in the ground truth. Default: no",
     )
     group.add_argument(
-        "--resize", action="store_true", help="bring maps of another size to that of the ground truth (never written)"
+        "--resize",
+        action="store_true",
+        help="scale maps of another size to that of the ground truth (files stay as they are)",
     )
     group.add_argument(
         "--published",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="rows of published figures in the comparison. Default: those of the same sequences by the usual rule",
+        help="add published figures to the comparison. Default: only those of the same sequences by the usual rule",
     )
     group.add_argument(
         "--table_dir",
         default=None,
-        help="where the comparison goes, and what belongs to folders that are not ours. Default: --save_dir",
+        help="folder of the comparison, and of the figures of folders that are not ours. Default: --save_dir",
     )
 
 

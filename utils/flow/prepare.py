@@ -192,7 +192,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--flow_iters", type=int, default=20, help="updates of RAFT; default: %(default)s")
     group.add_argument("--flow_batch", type=int, default=4, help="pairs RAFT takes at once; default: %(default)s")
-    group.add_argument("--flow_format", choices=FORMATS, default="png", help="of the flow images; default: %(default)s")
+    group.add_argument(
+        "--flow_format", choices=FORMATS, default="png", help="format of the flow images; default: %(default)s"
+    )
     group.add_argument(
         "--flow_raw",
         nargs="?",

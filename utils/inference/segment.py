@@ -54,26 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--zoom",
         action=argparse.BooleanOptionalAction,
-        help="look twice, first at two thirds of --size, then at --size at the part of each frame where the object is, "
-        "which is not of the paper; default: for whole videos, where the checkpoint says that it gains by it",
+        help="look twice: at whole frames at two thirds of --size, then at --size at the part of each frame where the "
+        "object is; not part of the paper; default: for whole videos, if the checkpoint asks for it",
     )
     group.add_argument(
         "--consensus",
         action=argparse.BooleanOptionalAction,
-        help="let what looks alike in other frames vote on each frame's mask, which is not of the paper; default: for "
-        "whole videos, where the network sees their frames",
+        help="let positions of other frames that look alike vote on each frame's mask; not part of the paper; default: "
+        "for whole videos, if the network has an appearance stream (and not with --without frames)",
     )
     group.add_argument(
         "--smooth",
         action=argparse.BooleanOptionalAction,
-        help="let the frames before and after have a say on each frame's mask, along the motion between them, which is "
-        "not of the paper; default: yes, but with --without frames",
+        help="move each frame's mask towards those of the frames before and after, along the motion between them; not "
+        "part of the paper; default: yes, except with --without frames",
     )
     group.add_argument(
         "--optional_motion",
         action="store_true",
-        help="give what the network finds in the same frames at rest a third of the say, for videos whose motion "
-        "misleads; not of the paper",
+        help="run the network also on the same frames without motion, and give that result a third of the weight, for "
+        "videos whose motion misleads; not part of the paper",
     )
     group.add_argument(
         "--without",

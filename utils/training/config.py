@@ -59,21 +59,23 @@ class TrainConfig:
     finetune: str | None = _option(None, "start from the weights of this checkpoint (.pt or .safetensors), step 0")
     keep_stream: str | None = _option(
         None,
-        "of --finetune's network of both streams keep this one, without propagation, refinement and graph attention",
+        "keep only this stream of --finetune's network, without propagation, refinement and graph attention",
         choices=("appearance", "motion"),
     )
     add_stream: str | None = _option(
-        None, "checkpoint of the other stream, alone or beside the one, which joins --finetune's network of one stream"
+        None,
+        "checkpoint from which the other stream is added to --finetune's network of one stream; it may hold that "
+        "stream alone or both",
     )
     teacher: str | None = _option(
         None,
-        "checkpoint of a network of the same width, whose maps this one learns to have (distillation), also those of "
+        "checkpoint of a network of the same width, whose maps are learned besides the masks (distillation), also on "
         "frames without a label",
     )
     teacher_maps: str = _option(
         "decoder",
-        "which maps: the decoder's, or what the encoders' lateral convolutions and the skip give, of the network's "
-        "streams alone",
+        "which maps: the decoder's, or those that the encoders give through their lateral convolutions and the skip "
+        "(of the streams that the network has)",
         choices=MAPS,
     )
     teacher_weight: float = _option(1.0, "weight of the difference from the teacher's maps", low=0, high=MOST_WEIGHT)
@@ -100,8 +102,8 @@ class TrainConfig:
     )
     samples_per_epoch: int = _option(
         0,
-        "clips of an epoch, all processes together; 0: labelled frames of videos / clip_len, one for each still, 1000 "
-        "that are procedural",
+        "clips of an epoch, all processes together; 0: (labelled frames / clip_len) clips of videos, one for each "
+        "still, 1000 procedural ones",
         low=0,
     )
     cache: str = _option(
@@ -165,10 +167,10 @@ class TrainConfig:
         choices=(0, 4, 8, 16, 32),
     )  # fmt: skip
     optimizer: str = _option("adamw", "optimiser", choices=("adamw", "sgd"))
-    momentum: float = _option(0.9, "of sgd", low=0, high=1)
+    momentum: float = _option(0.9, "momentum of sgd", low=0, high=1)
     weight_decay: float = _option(1e-2, "not applied to norms, biases and other 1-d parameters", low=0, high=MOST_DECAY)
     schedule: str = _option("cosine", "learning rate over the steps", choices=("cosine", "step", "constant"))
-    step_epochs: int = _option(10, "of the step schedule: epochs between two drops by 10", low=1)
+    step_epochs: int = _option(10, "step schedule: epochs between two drops by 10", low=1)
     warmup_steps: int = _option(100, "steps of linear warm-up", low=0)
     grad_clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     aux_weight: float = _option(0.4, "weight of the auxiliary heads' loss", low=0, high=MOST_WEIGHT)
@@ -185,15 +187,13 @@ class TrainConfig:
     amp: str = _option("none", "mixed precision", choices=("none", "bf16", "fp16"))
     channels_last: bool = _option(False, "channels-last memory format")
     compile: bool = _option(False, "torch.compile the network")
-    seed: int = _option(0, "of weights, data order and augmentation", low=0, high=MOST_SEED)
+    seed: int = _option(0, "seed of weights, data order and augmentation", low=0, high=MOST_SEED)
     deterministic: bool = _option(False, "deterministic kernels wherever PyTorch has them")
 
     # Run
     save_dir: str = _option("runs/stage1", "folder of checkpoints and logs")
     resume: str = _option("auto", "auto: the last checkpoint of save_dir if there is one; none: start anew; or a path")
-    save_every: int = _option(
-        0, "steps between two writings of last.pt, beside those at the end of each epoch; 0: those alone", low=0
-    )
+    save_every: int = _option(0, "also write last.pt every so many steps; 0: only at the end of each epoch", low=0)
     log_every: int = _option(20, "steps between two lines of the log", low=1)
     tensorboard: bool = _option(True, "write TensorBoard scalars and pictures")
     panels_every: int = _option(500, "steps between two pictures of frame, flow, mask and prediction; 0: none", low=0)
