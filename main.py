@@ -26,6 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import utils  # noqa: F401 - before the packages of requirements.txt, as it says which of them is missing
+from utils.stopping import INTERRUPTED, StopRequest, end_by_ctrl_c
+
+if __name__ == "__main__":
+    end_by_ctrl_c(at_once=True)  # importing PyTorch takes seconds, in which people think better of it
 
 # isort: split
 import numpy as np
@@ -41,7 +45,6 @@ from models.precision import AMP, autocast
 from utils.distributed import Processes, run_as_program, set_batch_norm, start_processes, stop_processes, train_mode
 from utils.errors import UserError, exit_on_user_error
 from utils.files import FolderLock, write_text
-from utils.stopping import INTERRUPTED, StopRequest
 from utils.training.config import TrainConfig, parse_args
 from utils.training.data import build_clips, build_sequences, check_cache
 from utils.training.ema import WeightAverage
@@ -460,8 +463,8 @@ def finish(run: Run, finished: bool, had_work: bool) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     with exit_on_user_error():
-        config, local_rank = parse_args(arguments, __doc__ or "")
         try:
+            config, local_rank = parse_args(arguments, __doc__ or "")
             code = train(config, start_processes(config.device, local_rank))
         except KeyboardInterrupt:
             print("interrupted at once; what was not in last.pt yet is lost", file=sys.stderr)
@@ -473,4 +476,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_by_ctrl_c(at_once=False)
     run_as_program(main)

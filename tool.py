@@ -477,8 +477,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_tools(arguments: Sequence[str] | None) -> int:
     from utils.distributed import start_processes, stop_processes
     from utils.parallel import end_workers
-    from utils.stopping import sigterm_raises
+    from utils.stopping import end_by_ctrl_c, sigterm_raises
 
+    end_by_ctrl_c(at_once=False)
     args = parse_args(arguments)
     processes = start_processes(args.device, args.local_rank)
     try:
@@ -499,4 +500,7 @@ def _run_tools(arguments: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
+    from utils.stopping import end_by_ctrl_c
+
+    end_by_ctrl_c(at_once=True)  # until NumPy and PyTorch have been imported
     sys.exit(main())

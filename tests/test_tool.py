@@ -33,6 +33,7 @@ from utils.evaluation.reading import Scores
 from utils.flow.files import FlowFiles
 from utils.inference.weights import load_weights
 from utils.report import describe_encoders
+from utils.stopping import end_by_ctrl_c
 
 FRAMES = 5
 
@@ -795,6 +796,41 @@ def test_ctrl_c_while_it_starts_is_no_traceback(
     monkeypatch.setattr(tool, where, interrupted)
     assert call("--tools", "export", "--checkpoint", weights, "--output", "w.safetensors") == 130
     assert "the same command goes on from here" in capsys.readouterr().err
+
+
+# As NumPy does with what interrupts its import.
+INTERRUPTED_IMPORT = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000): pass
+except KeyboardInterrupt as error:
+    raise ImportError("you should not try to import torch from its source directory") from error
+"""
+
+
+@pytest.mark.parametrize("program", ["main.py", "tool.py"])
+def test_ctrl_c_while_a_program_imports_what_it_needs_is_a_word(program: str, tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "torch.py").write_text(INTERRUPTED_IMPORT)
+    ended = subprocess.run(
+        [sys.executable, program, "--help"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_that_a_shell_has_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for at_once in (True, False):
+            end_by_ctrl_c(at_once=at_once)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 IMPATIENT = """

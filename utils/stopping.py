@@ -76,6 +76,25 @@ class StopRequest:
         return self.cause is not None or time.monotonic() >= self.deadline
 
 
+def end_by_ctrl_c(*, at_once: bool) -> None:
+    """Has Ctrl-C end the program on the spot, by a word, or raise KeyboardInterrupt as ever; ignored, it stays so.
+
+    At once is for the seconds in which a program imports what it needs and has nothing to lose: NumPy makes an
+    ImportError of many lines out of a KeyboardInterrupt, or forgets it.
+    """
+    before, after = signal.default_int_handler, _end_at_once
+    if not at_once:
+        before, after = after, before
+    if signal.getsignal(signal.SIGINT) is before:
+        signal.signal(signal.SIGINT, after)
+
+
+def _end_at_once(*_: object) -> NoReturn:
+    with suppress(OSError):  # a closed stderr
+        os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, the stop of SLURM, ``timeout`` and ``docker stop``, raised as Ctrl-C raises `KeyboardInterrupt`."""
 
