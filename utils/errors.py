@@ -57,10 +57,13 @@ def number_of(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def refuse_folder(option: str, path: str | None, what: str = "a file") -> None:
-    """Raises UserError where an option for what is to be written is the name of a folder."""
-    if path and os.path.isdir(path):
-        raise UserError(f"--{option} {path}: a folder; expected the name of {what} to write")
+def check_output(option: str, path: str | None, suffix: str) -> None:
+    """Raises UserError where an option for a file to write, if given, names a folder or a file of another kind, which
+    would be written over.
+    """
+    if path is not None and (os.path.isdir(path) or os.path.splitext(path)[1] != suffix):
+        found = "a folder; " if os.path.isdir(path) else ""
+        raise UserError(f"--{option} {path}: {found}expected the name of a {suffix} file to write")
 
 
 NO_ROOM = "make room there, or give another place; the same command then goes on where it stopped"

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.errors import UserError, refuse_folder
+from utils.errors import UserError, check_output
 
 if TYPE_CHECKING:
     from models.dbsnet import DBSNet
@@ -79,8 +79,7 @@ def check(args: argparse.Namespace) -> None:
 
     if not args.checkpoint:
         raise UserError("--tools export: give --checkpoint FILE, the training checkpoint (best.pt or last.pt)")
-    if not args.output or Path(args.output).suffix != ".safetensors":
-        raise UserError(f"--output {args.output or ''}: expected the name of a .safetensors file to write")
+    check_output("output", args.output or "", ".safetensors")
     if args.without and args.without not in PARTS:
         raise UserError(f"--without {args.without}: export can leave out {', '.join(PARTS)}")
     for option, paths in (("average", args.average), ("stream_from", [args.stream_from] if args.stream_from else [])):
@@ -88,7 +87,6 @@ def check(args: argparse.Namespace) -> None:
             check_file(option, path)
             _refuse_own_source(args.output, option, path)
     _refuse_own_source(args.output, "checkpoint", args.checkpoint)
-    refuse_folder("output", args.output)
     check_size(args.size)
     check_zoom("--note", parse_notes(args.note))
 

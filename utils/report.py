@@ -22,7 +22,7 @@ from PIL import Image
 
 from datasets.images import load_flow_image, load_frame, load_mask
 from datasets.sequences import VideoSequence
-from utils.errors import UserError, number_of, refuse_folder
+from utils.errors import UserError, check_output, number_of
 from utils.evaluation.reading import Scores, read_making, read_rows, read_scores, read_written, tells_of
 from utils.evaluation.result_maps import KINDS, is_own
 from utils.evaluation.scoring import THRESHOLD, read_map, resized_map
@@ -40,7 +40,7 @@ EXAMPLES = 2  # sequences shown from either end
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``report``; the folder is ``--save_dir``."""
     group = parser.add_argument_group("report")
-    group.add_argument("--report", metavar="FILE", help="the page to write; default: report.html in --save_dir")
+    group.add_argument("--report", metavar="FILE", help="the page to write, .html; default: report.html in --save_dir")
     group.add_argument(
         "--log", metavar="FILE", help="log.jsonl of the training run, for its curves; default: beside the checkpoint"
     )
@@ -50,11 +50,11 @@ def check(args: argparse.Namespace) -> None:
     """Refuses what `run` would refuse before it looks at scores, for whoever has much to do before.
 
     Raises:
-        UserError: ``--log`` is not there, or ``--report`` is a folder.
+        UserError: ``--log`` is not there, or ``--report`` is no name of a page.
     """
     if args.log and not Path(args.log).is_file():
         raise UserError(f"--log {args.log}: no such file; expected the log.jsonl of a training run")
-    refuse_folder("report", args.report, "the page")
+    check_output("report", args.report, ".html")
 
 
 def run(args: argparse.Namespace, sequences_by_dataset: Mapping[str, Sequence[VideoSequence]]) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.crf import import_densecrf
-from utils.errors import UserError, refuse_folder
+from utils.errors import UserError, check_output
 from utils.files import write_json
 from utils.inference.weights import check_size
 from utils.parallel import count_of_workers
@@ -109,7 +109,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("bench_threads", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: expected 1 or more")
-    refuse_folder("bench_json", args.bench_json)
+    check_output("bench_json", args.bench_json, ".json")
     check_size(args.size)
     for name, unset, other in (("bench_sizes", SIZES, "size"), ("bench_variants", VARIANTS, "checkpoint")):
         if getattr(args, name) is not unset and getattr(args, other):
