@@ -801,6 +801,14 @@ def test_ctrl_c_while_it_starts_is_no_traceback(
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
+def test_the_help_names_the_splits_that_data_sets_have(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call("--help")
+    split = re.search(r"--split NAME .*?(?=\n  --)", capsys.readouterr().out, re.DOTALL)[0]
+    for name in ("train", "val", "trainval", "test", "test-dev", "test-challenge", "validation"):
+        assert re.search(rf"(?<![\w-]){name}(?![\w-])", re.sub(r"-\n +", "-", split)), name
+
+
 # As NumPy does with what interrupts its import.
 INTERRUPTED_IMPORT = """
 import os, signal

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from datasets.scenes import SceneOptions
+from models import build_dbsnet
 from utils.errors import UserError
 from utils.training.config import CONFIGS, TrainConfig, load_config, parse_args
+from utils.training.data import build_scene
 
 
 def write(folder: Path, text: str) -> Path:
@@ -219,3 +223,15 @@ def test_every_option_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) ->
     for item in dataclasses.fields(TrainConfig):
         assert f"--{item.name}" in text
         assert item.metadata["help"].split()[0] in text
+
+
+def test_the_keys_of_mappings_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    network, scene = (re.search(rf"\n  --{name} .*?(?=\n  --)", text, re.DOTALL)[0] for name in ("network", "scene"))
+    for key in build_dbsnet("xxs").config:
+        assert (key in re.findall(r"\w+", network)) == (key not in ("variant", "flavour"))
+    given = {"camera_static": 0.1, "natural": 0.2, "flow_errors": 0.3}
+    assert given.keys() <= set(re.findall(r"\w+", scene)) and "camera_speed" not in scene
+    assert build_scene(load_config(None, {"scene": given})) == SceneOptions(**given)

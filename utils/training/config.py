@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import math
 import os
 import re
@@ -20,8 +21,9 @@ from typing import Any
 
 import yaml
 
+from datasets.scenes import SceneOptions
 from datasets.sequences import canonical_name
-from models.dbsnet import MAPS
+from models.dbsnet import MAPS, DBSNet
 from utils.distributed import environment_number
 from utils.errors import CommandLine, UserError, nearest, unknown_argument
 
@@ -31,6 +33,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MOST_LR, MOST_FACTOR, MOST_DECAY, MOST_WEIGHT = 1e30, 1e3, 1e3, 1e6
 MOST_WHOLE = 10**9  # of whole numbers without a limit of their own: beyond it there are only slips
 MOST_SEED = 2**63 - 1  # of PyTorch's generators
+
+# Keys of the options network (variant and flavour are options of their own) and scene (probabilities alone).
+NETWORK_KEYS = tuple(key for key in inspect.signature(DBSNet).parameters if key not in ("variant", "flavour"))
+SCENE_KEYS = tuple(item.name for item in dataclasses.fields(SceneOptions) if item.type == "float")
 
 
 def _option(
@@ -54,7 +60,9 @@ class TrainConfig:
         "which MobileViT: the paper's (cvnets, timm) or that of wilile26811249/MobileViT; their weights do not mix",
         choices=("reference", "wilile"),
     )
-    network: dict[str, Any] = _option({}, "other arguments of build_dbsnet, as key:value")
+    network: dict[str, Any] = _option(
+        {}, f"other arguments of build_dbsnet, as key:value, with key one of {', '.join(NETWORK_KEYS)}"
+    )
     pretrained: str | None = _option(None, "public checkpoint of the encoders (MobileViT: wilile, cvnets or timm)")
     finetune: str | None = _option(None, "start from the weights of this checkpoint (.pt or .safetensors), step 0")
     keep_stream: str | None = _option(
@@ -90,7 +98,7 @@ class TrainConfig:
     )
     scene: dict[str, float] = _option(
         {},
-        "what happens in synthetic clips, as key:value; probabilities of datasets.scenes.SceneOptions",
+        "what happens in synthetic clips, as key:probability, with key one of " + ", ".join(SCENE_KEYS),
         low=0,
         high=1,
     )

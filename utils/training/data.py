@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips, cache_bytes
@@ -16,7 +15,7 @@ from utils.distributed import Processes, environment_number
 from utils.errors import UserError, nearest
 from utils.memory import available_memory
 from utils.progress import progress_bar
-from utils.training.config import TrainConfig
+from utils.training.config import SCENE_KEYS, TrainConfig
 
 MOST_CLIPS = 10**8  # of an epoch, whose order is a list of as many numbers in every process
 
@@ -201,10 +200,9 @@ def build_clips(
 
 def build_scene(config: TrainConfig) -> SceneOptions:
     """The scenes of synthetic clips; raises UserError for a key that is no probability of `SceneOptions`."""
-    known = [item.name for item in dataclasses.fields(SceneOptions) if item.type == "float"]
     for key in config.scene:
-        if key not in known:
-            raise UserError(f"scene: unknown key {key!r}; {nearest(key, known)}")
+        if key not in SCENE_KEYS:
+            raise UserError(f"scene: unknown key {key!r}; {nearest(key, SCENE_KEYS)}")
     return SceneOptions(**config.scene)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,12 @@ import torch
 from torch import nn
 
 from models import build_dbsnet, load_dbsnet
-from models.dbsnet import STREAMS, DBSNet
+from models.dbsnet import STREAMS
 from models.errors import CheckpointError
 from models.growth import ABSENT, add_stream, grow, is_growth, keep_stream
 from models.state_dicts import load_state
 from utils.errors import UserError, nearest
-from utils.training.config import TrainConfig
+from utils.training.config import NETWORK_KEYS, TrainConfig
 
 
 def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.Module:
@@ -27,12 +26,11 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
         CheckpointError: weights of another network, or an unreadable file.
         UserError: an option of ``network`` that `DBSNet` does not have, or a value that it does not take.
     """
-    known = inspect.signature(DBSNet).parameters
     for key in config.network:
-        if key not in known:  # also where a checkpoint says what to build, and nothing else would look at it
-            raise UserError(f"network: unknown key {key!r}; {nearest(key, known)}")
         if key in ("variant", "flavour"):
             raise UserError(f"network: {key} is an option of its own; give --{key} {config.network[key]}")
+        if key not in NETWORK_KEYS:  # also where a checkpoint says what to build, and nothing else would look at it
+            raise UserError(f"network: unknown key {key!r}; {nearest(key, NETWORK_KEYS)}")
     torch.manual_seed(config.seed)
     asked = {"variant": config.variant, "flavour": config.flavour, **config.network}
     if checkpoint is not None:
