@@ -235,12 +235,20 @@ def test_ones_own_video_is_of_its_frames_and_flow_and_a_refined_overlay_of_older
             super().__init__([np.zeros((1, 8, 3), np.uint8)] * 2)
             self.files = tuple(map(Path, files))
 
+    def segment_stub(args: Any, videos: list[Video], processes: Any, weights: Any, written: Any) -> int:
+        seen.extend(videos)
+        for stem in Frames.stems[:made]:
+            written(Path("v", f"{stem}.png"))
+        if killed:
+            raise KeyboardInterrupt
+        return made
+
     seen: list[Video] = []
-    flows, made = Frames("flow/0.png", "flow/1.png"), 2
+    flows, made, killed = Frames("flow/0.png", "flow/1.png"), 2, False
     monkeypatch.setattr(own_video, "run_own_flow", lambda *_: flows)
     monkeypatch.setattr(own_video, "write_overlay", lambda own, save_dir, kind, path: path)
     monkeypatch.setattr(segment, "needs_flow", lambda args, weights: args.without != "flow")
-    monkeypatch.setattr(segment, "run", lambda args, videos, *_: seen.extend(videos) or made)
+    monkeypatch.setattr(segment, "run", segment_stub)
     refined = tmp_path / "overlay" / "v_crf.mp4"
     refined.parent.mkdir()
 
@@ -259,6 +267,10 @@ def test_ones_own_video_is_of_its_frames_and_flow_and_a_refined_overlay_of_older
     # Readers of several passes are a clip apart: the decoder would begin anew for each.
     assert run(clip_len=3).frames.window == 4 + 3
     assert run(clip_len=3, flip=True).frames.window == run(clip_len=3, scales=[1.0, 1.5]).frames.window == 4 + 6
+    made, killed = 2, True  # the next call finds these maps made, and makes none
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not refined.exists()
 
 
 def test_sources_are_frames_and_flow() -> None:

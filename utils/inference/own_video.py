@@ -132,8 +132,14 @@ def run_own(
     others = remove_others(video, save_dir)
     if others:
         print(f"test: maps of {number_of(others, 'frame')} removed, which {own.name} no longer has", flush=True)
-    if segment.run(args, [video], processes, weights, written):
-        refined_overlay(own, save_dir).unlink(missing_ok=True)  # as the refined maps that it shows
+
+    def renewed(place: Path) -> None:
+        # With the first map, as the refined maps that it shows: this call may be ended before the last.
+        refined_overlay(own, save_dir).unlink(missing_ok=True)
+        if written is not None:
+            written(place)
+
+    segment.run(args, [video], processes, weights, renewed)
     path = write_overlay(own, save_dir, "probability", save_dir / "overlay" / f"{own.name}.mp4")
     print(f"masks: {save_dir / 'binary' / own.name}\noverlay: {path}", flush=True)
 
