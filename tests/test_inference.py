@@ -623,6 +623,27 @@ def test_the_crf_of_ones_own_video(data: Path, weights: Path, tmp_path: Path, wo
         assert count_frames(tmp_path / folder / "overlay" / "clip_crf.mp4") == FRAMES
 
 
+def test_maps_of_another_video_of_the_same_name_are_not_refined_by_this_one(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cv2")
+    pytest.importorskip("pydensecrf.densecrf")
+    source = film(data, tmp_path).path
+    words = ["--save_dir", tmp_path / "r", "--video", source, "--workers", 1]
+    crf = [str(word) for word in ("--tools", "crf", *words)]
+    call(weights, tmp_path / "r", *words)
+    assert tool.main(crf) == 0
+    os.utime(source)  # as a copy has another time
+    assert tool.main(crf) == 0
+    write_video(source, [np.zeros((*SIZE, 3), np.uint8)] * FRAMES, fps=10)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        tool.main(crf)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "maps of another video than clip is now" in said and "--tools test crf" in said
+    call(weights, tmp_path / "r", *words, "--tools", "test", "crf", "--overwrite")
+
+
 def test_a_video_that_ends_too_early_is_told_once_by_all_tools(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

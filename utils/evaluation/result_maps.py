@@ -19,7 +19,7 @@ from utils.errors import UserError, number_of
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.scoring import FrameJob
 from utils.inference.maps import FIELD as TEST_FIELD
-from utils.inference.maps import fingerprint, made_with, of_run
+from utils.inference.maps import are_of_others, made_with, of_run
 
 KINDS = ("binary", "crf", "probability")
 
@@ -164,15 +164,11 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
 
 def made_of_others(unit: Unit) -> list[str]:
     """The videos whose maps, of our own, were made of other frames than there are now, by names and sizes of files."""
-    others = []
-    for sequence in unit.sequences if is_own(unit.results) and not unit.label else ():  # the CRF's are of these
-        folder = unit.results / "probability" / unit.dataset / sequence.name
-        now = ("", fingerprint(sequence.frames, times=False))
-        # Each of them: a run that was stopped has made the first ones anew and left the others.
-        makings = (made_with(folder / f"{stem}.png", TEST_FIELD) or {} for stem in sequence.stems)
-        if any(made.get("frames", "") not in now for made in makings):
-            others.append(f"{unit.dataset}/{sequence.name}")
-    return others
+    if unit.label or not is_own(unit.results):  # the CRF's are of these
+        return []
+    folder = unit.results / "probability" / unit.dataset
+    others = (s.name for s in unit.sequences if are_of_others(folder / s.name, s.stems, s.frames))
+    return [f"{unit.dataset}/{name}" for name in others]
 
 
 def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]]) -> None:

@@ -62,6 +62,14 @@ def is_current(video: Video, save_dir: Path, settings: dict[str, Any]) -> bool:
     return all(current(stem) for stem in video.stems)
 
 
+def are_of_others(folder: Path, stems: Sequence[str], frames: Sequence[Path]) -> bool:
+    """Whether probability maps in a folder were made of other frames than these files, by their names and sizes; older
+    maps do not tell. Each is looked at: a run that was stopped has made the first ones anew and left the others.
+    """
+    now = fingerprint(frames, times=False)
+    return any((made_with(folder / f"{stem}.png") or {}).get("frames", now) != now for stem in stems)
+
+
 def fingerprint(paths: Sequence[Path], times: bool = True) -> str:
     """Of files, by their names, sizes and times: another file under the same name gives another, older or newer.
     Without times, copies have the same.

@@ -12,7 +12,7 @@ from datasets.video_sequence import FRAME_SUFFIXES
 from utils import crf
 from utils.errors import UserError, number_of
 from utils.inference import segment
-from utils.inference.maps import remove_others
+from utils.inference.maps import are_of_others, remove_others
 from utils.inference.videos import READERS, SharedFrames, Video
 from utils.inference.weights import Weights
 from utils.progress import progress_bar
@@ -128,6 +128,7 @@ def run_own(
         flows=pictures[1] if flows is not None else None,
         readers=READERS if all(each.in_files for each in pictures) else 1,
         sources=(*own.frames.files, *(() if flows is None else flows.files)),
+        frame_files=own.frames.files,
     )
     others = remove_others(video, save_dir)
     if others:
@@ -148,9 +149,15 @@ def run_own_crf(args: argparse.Namespace, own: OwnVideo) -> None:
     """``--tools crf`` on a user's video: the refined maps, and an overlay video of them.
 
     Raises:
-        As `utils.crf.run`.
+        As `utils.crf.run`; UserError also for maps of another video.
     """
     save_dir = Path(args.save_dir)
+    maps = save_dir / "probability" / own.place
+    if are_of_others(maps, own.frames.stems, own.frames.files):
+        raise UserError(
+            f"{maps}: maps of another video than {own.name} is now (by the sizes of its files); --tools test crf "
+            "--overwrite makes those of this one, another --save_dir keeps them beside each other"
+        )
     crf.run(args, [own.for_crf()], save_dir)
     path = write_overlay(own, save_dir, "crf", refined_overlay(own, save_dir))
     print(f"after the CRF: {save_dir / 'crf' / own.name}\noverlay: {path}", flush=True)

@@ -162,8 +162,9 @@ def size_for(video: Video, settings: dict[str, Any], args: argparse.Namespace) -
 
 
 def settings_of(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The settings for one video: its size, and which files it is of, all of which are there. Of one of a data set, for
-    `eval`, its frames as copies have them, too, and how its flow was made: scores of two kinds mean nothing together.
+    """The settings for one video: its size, and which files it is of, all of which are there; for `eval` and the CRF
+    its frames as copies have them, too. Of one of a data set also how its flow was made: scores of two kinds mean
+    nothing together.
     """
     own = {"size": size_for(video, settings, args), "sources": fingerprint(video.sources)}
     if video.frame_files:

@@ -56,7 +56,7 @@ class Video:
     sources: tuple[Path, ...] = ()  # files of frames and flow: the maps of other ones are made anew
     wait: Callable[[], None] | None = None  # returns when its flow, which is still being made, is all there
     flow_dir: Path | None = None  # of a data set's video that is segmented with flow
-    frame_files: tuple[Path, ...] = ()  # of a data set's video, of frames alone
+    frame_files: tuple[Path, ...] = ()  # of frames alone
 
     def probability(self, save_dir: Path, stem: str) -> Path:
         return save_dir / "probability" / self.place / f"{stem}.png"
