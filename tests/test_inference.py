@@ -370,6 +370,11 @@ def test_a_mixture_of_maps_is_not_scored(
         tool.main(score)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "flip False and True" in said and "--tools test again" in said
+    assert "eval: what made them" in said  # a bar: each map is opened
+    # Nor where the folder within is given as that of another method.
+    with pytest.raises(SystemExit) as ended:
+        tool.main([*score, "--results", str(tmp_path / "r" / "probability")])
+    assert ended.value.code == 2 and "flip False and True" in capsys.readouterr().err
     assert tool.main([*score, "--sequences", "video-001"]) == 0
     call(weights, tmp_path / "r", *words, "--flip")
     assert tool.main(score) == 0

@@ -89,6 +89,14 @@ def test_maps_that_a_machine_left_damaged_are_not_kept(kind: str, tmp_path: Path
     assert is_current(both, tmp_path, SETTINGS)
 
 
+def test_an_image_of_others_that_is_too_large_to_be_opened_does_not_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (30, 20)).save(tmp_path / "map.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert made_with(tmp_path / "map.png") is None
+
+
 def test_maps_of_frames_that_are_gone_go_with_what_came_of_them_and_others_stay(tmp_path: Path) -> None:
     write(tmp_path, "0", "1", "2")
     for kind in ("crf", "probability", "binary"):

@@ -48,7 +48,7 @@ def evaluate(units: Sequence[Unit], workers: int | None = None, progress: bool =
     Raises `DataError` naming the sequence, frame or file that is missing, unreadable or of another size.
     """
     for unit in units:
-        unit.jobs = find_jobs(unit)
+        unit.jobs = find_jobs(unit, progress)
     count = sum(len(jobs) for unit in units for jobs in unit.jobs.values())
     workers = count_of_workers(workers)
     if count < min(WORTH_PROCESSES[measures] for unit in units for measures in unit.protocols):

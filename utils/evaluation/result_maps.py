@@ -20,6 +20,7 @@ from utils.evaluation.protocol import Protocol
 from utils.evaluation.scoring import FrameJob
 from utils.inference.maps import FIELD as TEST_FIELD
 from utils.inference.maps import are_of_others, made_with, of_run
+from utils.progress import progress_bar
 
 KINDS = ("binary", "crf", "probability")
 
@@ -107,7 +108,7 @@ def _root_of(results: Path, dataset: str) -> Path:
     return called[0] if called else results
 
 
-def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
+def find_jobs(unit: Unit, progress: bool = False) -> dict[str, list[FrameJob]]:
     """The work on each sequence; everything that is missing is found here, before any of it starts."""
     problems: dict[str, list[str]] = {}  # by sequence
     jobs: dict[str, list[FrameJob]] = {}
@@ -157,8 +158,7 @@ def find_jobs(unit: Unit) -> dict[str, list[FrameJob]]:
         raise DataError(
             "maps are missing:\n" + "\n".join(dict.fromkeys(line for part in shown for line in part)) + more + advice
         )
-    if is_own(unit.results):
-        _require_one_making(unit, jobs)
+    _require_one_making(unit, jobs, progress)
     return jobs
 
 
@@ -171,16 +171,16 @@ def made_of_others(unit: Unit) -> list[str]:
     return [f"{unit.dataset}/{name}" for name in others]
 
 
-def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]]) -> None:
-    """Our own maps of one row must be of one network with the same options, and of one CRF.
+def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]], progress: bool) -> None:
+    """Our own maps of one row, wherever they are, must be of one network with the same options, and of one CRF.
 
     A run that was stopped leaves those of the run before it in place, and their scores together mean nothing.
     """
-    found = [
-        (f"{name}/{frame.stem}", dict(_making(unit, name, frame.stem)))
-        for name, frames in jobs.items()
-        for frame in frames
-    ]
+    all_frames = [(name, frame) for name, frames in jobs.items() for frame in frames]
+    # Each map is opened, which takes minutes for a hundred thousand.
+    look = progress_bar(all_frames, desc="eval: what made them", unit="frame", leave=False, disable=not progress)
+    own = is_own(unit.results)
+    found = [(f"{name}/{frame.stem}", dict(_making(unit, name, frame, own))) for name, frame in look]
     if any("flow" not in making for _, making in found):  # older maps do not tell
         for _, making in found:
             making.pop("flow", None)
@@ -200,13 +200,17 @@ def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]]) -> None:
     )
 
 
-def _making(unit: Unit, sequence: str, stem: str) -> Iterator[tuple[str, Any]]:
-    """What `test` and the CRF wrote into their maps of a frame about how they were made."""
-    place = Path(unit.dataset, sequence, f"{stem}.png")
-    yield from of_run(made_with(unit.results / "probability" / place, TEST_FIELD) or {}).items()
-    if unit.folders.get("uvos", Path()).parent.name == "crf":
-        for key, value in of_run(made_with(unit.results / "crf" / place, CRF_FIELD) or {}).items():
-            yield f"crf {key}", value
+def _making(unit: Unit, sequence: str, frame: FrameJob, own: bool) -> Iterator[tuple[str, Any]]:
+    """What `test` and the CRF wrote into their maps of a frame about how they were made.
+
+    Args:
+        own: whether the probability map lies beside the one that is scored, which does not tell all then.
+    """
+    scored = frame.uvos or frame.vsod
+    grey = unit.results / "probability" / unit.dataset / sequence / f"{frame.stem}.png" if own else scored
+    yield from of_run(made_with(grey, TEST_FIELD) or {}).items()
+    for key, value in of_run(made_with(scored, CRF_FIELD) or {}).items():
+        yield f"crf {key}", value
 
 
 def _list_maps(folder: Path) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasets.images import DECODING_ERRORS
 from utils.crf import MAP
 from utils.evaluation.scoring import THRESHOLD
 from utils.files import is_whole_png, write_png
@@ -87,7 +88,7 @@ def made_with(path: Path, field: str = FIELD) -> dict[str, Any] | None:
     try:
         with Image.open(path) as image:
             return json.loads(image.info[field])
-    except (OSError, SyntaxError, ValueError, KeyError):
+    except (*DECODING_ERRORS, KeyError):
         return None
 
 
