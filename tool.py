@@ -84,8 +84,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--split",
         metavar="NAME",
-        help="split to use: val, train, trainval or test (YouTube-VOS: its own; else val); of DAVIS-2017 also test-dev and "
-        "test-challenge, of DAVSOD validation; default: val (check: train and val, as far as they are there)",
+        help="split to use: val, train, trainval or test (YouTube-VOS: its own; else val); of DAVIS-2017 also test-dev "
+        "and test-challenge, of DAVSOD validation; default: val (check: train and val, as far as they are there)",
     )
     data.add_argument("--sequences", nargs="+", metavar="NAME", help="only these videos; default: all")
     data.add_argument(
