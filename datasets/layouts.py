@@ -26,6 +26,7 @@ DAVIS_2016 = {
     ).split(),
 }
 _LIST_FOLDERS = ("2016", "480p")  # of ImageSets, for DAVIS-2016
+_OWN_LIST_FOLDERS = (*_LIST_FOLDERS, "2017", ".")  # for a set of another name
 
 
 def read_list(path: Path, report: Report) -> dict[str, list[str]]:
@@ -142,11 +143,26 @@ def has_davis_2016(root: Path) -> bool:
     return bool(list_folders(root / "JPEGImages"))
 
 
+def read_davis_lists(root: Path, split: str, report: Report, dataset: str, num_frames: int) -> list[VideoSequence]:
+    """A set of any name in DAVIS's form, by `<split>.txt` in `ImageSets/2016`, `480p`, `2017` or `ImageSets` itself.
+
+    The first of these folders that has a list is taken. Objects are merged. Flow: as in DAVIS-2016.
+    """
+    folders = tuple(name for name in _OWN_LIST_FOLDERS if _has_lists(root / "ImageSets" / name))
+    lists = _lists(root, folders, parts_of(split, SPLITS, dataset), report) or []
+    return _davis_sequences(root, dataset, lists, report)
+
+
 def has_davis_lists(root: Path) -> bool:
     """Whether a folder is a tree of DAVIS's form with lists of its own, and not with those of another form: SegTrack v2
     has ImageSets too.
     """
-    return has_davis_2016(root) and any((root / "ImageSets" / name).is_dir() for name in _LIST_FOLDERS)
+    return has_davis_2016(root) and any(_has_lists(root / "ImageSets" / name) for name in _OWN_LIST_FOLDERS)
+
+
+def _has_lists(folder: Path) -> bool:
+    """Whether a folder holds the list of a split."""
+    return any((folder / f"{part}.txt").is_file() for part in ("train", "val"))
 
 
 def has_davis_2017(root: Path) -> bool:

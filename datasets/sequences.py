@@ -125,7 +125,7 @@ _ANY_LAYOUTS = (
     _authors("nonzero"),
     _Layout(
         layouts.has_davis_lists,
-        layouts.read_davis_2016,
+        layouts.read_davis_lists,
         "JPEGImages/480p/<sequence>/* with ImageSets/2016/<split>.txt",
     ),
     _VIDEOS,

@@ -834,3 +834,17 @@ def test_messages_say_what_to_do(tmp_path):
         with pytest.raises(DataError) as caught:
             read_dataset(name, tmp_path)
         assert str(tmp_path) in str(caught.value) and re.search("expected|no folder", str(caught.value))
+
+
+@pytest.mark.parametrize("folder", ["2016", "480p", "2017", "."])
+def test_lists_of_an_own_set_in_the_form_of_davis(tmp_path, folder):
+    """Passed over, they would have all videos scored as those of val, the trained ones too."""
+    root = davis(tmp_path / "Mine", ["cat", "dog", "elk"])
+    write(root / "ImageSets" / folder / "train.txt", ["cat", "elk"])
+    write(root / "ImageSets" / folder / "val.txt", ["dog"])
+    assert named(read_dataset("Mine", tmp_path)) == ["dog"]
+    assert named(read_dataset("Mine", tmp_path, "train")) == ["cat", "elk"]
+    assert named(read_dataset("Mine", tmp_path, "trainval")) == ["cat", "elk", "dog"]
+    (root / "ImageSets" / folder / "val.txt").unlink()
+    with pytest.raises(DataError, match=r"val\.txt: no such list; .* has train\.txt"):
+        read_dataset("Mine", tmp_path)
