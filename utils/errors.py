@@ -24,6 +24,10 @@ class UserError(ValueError):
     """
 
 
+ONLY_IN_CHECKOUT = "which a checkout has and what pip install . copies has not (pip install -e . leaves it in use)"
+"""Said of weights and configurations that are not there."""
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser whose errors are lines like all others (`UserError`), without 60 lines of usage above them."""
 

@@ -12,6 +12,8 @@ import yaml
 from datasets.scenes import SceneOptions
 from models import build_dbsnet
 from utils.errors import UserError
+from utils.inference import weights
+from utils.training import config as config_module
 from utils.training.config import CONFIGS, TrainConfig, load_config, parse_args
 from utils.training.data import build_scene
 
@@ -235,3 +237,17 @@ def test_the_keys_of_mappings_are_in_the_help(capsys: pytest.CaptureFixture[str]
     given = {"camera_static": 0.1, "natural": 0.2, "flow_errors": 0.3}
     assert given.keys() <= set(re.findall(r"\w+", scene)) and "camera_speed" not in scene
     assert build_scene(load_config(None, {"scene": given})) == SceneOptions(**given)
+
+
+def test_a_missing_file_is_told_with_the_place_of_those_that_are_there(tmp_path: Path, monkeypatch) -> None:
+    """From another folder `configs/demo.yaml` is no file, and to hear that the project has it helps nobody."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"{config_module.CONFIGS.parent} has configs/")):
+        parse_args(["--config", "configs/demo.yaml"])
+    monkeypatch.setattr(config_module, "CONFIGS", tmp_path / "site-packages" / "configs")
+    for words in ([], ["--config", "configs/demo.yaml"]):
+        with pytest.raises(UserError, match=r"no such file; there is no .*site-packages.*pip install -e"):
+            parse_args(words)
+    monkeypatch.setattr(weights, "PUBLISHED_WEIGHTS", tmp_path / "site-packages" / "weights" / "w.safetensors")
+    with pytest.raises(UserError, match=r"no weights: there is no .*site-packages.*pip install -e"):
+        weights.find_checkpoint(None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import UserError
+from utils.errors import ONLY_IN_CHECKOUT, UserError
 from utils.files import short_sha256
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def find_checkpoint(given: str | Path | None) -> Path:
     if PUBLISHED_WEIGHTS.is_file():
         return PUBLISHED_WEIGHTS
     raise UserError(
-        f"no weights: this checkout has no {PUBLISHED_WEIGHTS.parent.name}/{PUBLISHED_WEIGHTS.name}. Give --checkpoint "
+        f"no weights: there is no {PUBLISHED_WEIGHTS}, {ONLY_IN_CHECKOUT}. Give --checkpoint "
         "FILE (last.pt, best.pt or weights.safetensors of a training run), or train first: python main.py …; "
         "python tool.py --tools demo needs no weights"
     )

@@ -25,7 +25,7 @@ from datasets.scenes import SceneOptions
 from datasets.sequences import canonical_name
 from models.dbsnet import MAPS, DBSNet
 from utils.distributed import environment_number
-from utils.errors import CommandLine, UserError, nearest, unknown_argument
+from utils.errors import ONLY_IN_CHECKOUT, CommandLine, UserError, nearest, unknown_argument
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -472,7 +472,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         names = ", ".join(sorted(f"configs/{item.name}" for item in CONFIGS.glob("*.yaml")))
-        raise UserError(f"{path}: no such file; the project has {names}") from None
+        there = (
+            f"{CONFIGS.parent} has {names}"
+            if names
+            else f"there is no {CONFIGS}, {ONLY_IN_CHECKOUT}; give --config FILE"
+        )
+        raise UserError(f"{path}: no such file; {there}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not, a number of 5000 digits
