@@ -146,9 +146,9 @@ def has_davis_2016(root: Path) -> bool:
 def read_davis_lists(root: Path, split: str, report: Report, dataset: str, num_frames: int) -> list[VideoSequence]:
     """A set of any name in DAVIS's form, by `<split>.txt` in `ImageSets/2016`, `480p`, `2017` or `ImageSets` itself.
 
-    The first of these folders that has a list is taken. Objects are merged. Flow: as in DAVIS-2016.
+    The first of these folders that has lists is taken. Objects are merged. Flow: as in DAVIS-2016.
     """
-    folders = tuple(name for name in _OWN_LIST_FOLDERS if _has_lists(root / "ImageSets" / name))
+    folders = tuple(name for name in _OWN_LIST_FOLDERS if _has_lists(root, name))
     lists = _lists(root, folders, parts_of(split, SPLITS, dataset), report) or []
     return _davis_sequences(root, dataset, lists, report)
 
@@ -157,11 +157,14 @@ def has_davis_lists(root: Path) -> bool:
     """Whether a folder is a tree of DAVIS's form with lists of its own, and not with those of another form: SegTrack v2
     has ImageSets too.
     """
-    return has_davis_2016(root) and any(_has_lists(root / "ImageSets" / name) for name in _OWN_LIST_FOLDERS)
+    return has_davis_2016(root) and any(_has_lists(root, name) for name in _OWN_LIST_FOLDERS)
 
 
-def _has_lists(folder: Path) -> bool:
-    """Whether a folder holds the list of a split."""
+def _has_lists(root: Path, name: str) -> bool:
+    """Whether this folder of ImageSets is for the lists of splits: by its name, whatever it holds, or by a list."""
+    folder = root / "ImageSets" / name
+    if name in _LIST_FOLDERS:
+        return folder.is_dir()
     return any((folder / f"{part}.txt").is_file() for part in ("train", "val"))
 
 

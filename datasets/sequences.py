@@ -126,7 +126,7 @@ _ANY_LAYOUTS = (
     _Layout(
         layouts.has_davis_lists,
         layouts.read_davis_lists,
-        "JPEGImages/480p/<sequence>/* with ImageSets/2016/<split>.txt",
+        "JPEGImages/480p/<sequence>/* with ImageSets/2016/<split>.txt or ImageSets/<split>.txt",
     ),
     _VIDEOS,
 )

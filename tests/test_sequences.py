@@ -848,3 +848,16 @@ def test_lists_of_an_own_set_in_the_form_of_davis(tmp_path, folder):
     (root / "ImageSets" / folder / "val.txt").unlink()
     with pytest.raises(DataError, match=r"val\.txt: no such list; .* has train\.txt"):
         read_dataset("Mine", tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["2016", "480p"])
+def test_lists_of_other_splits_are_not_passed_over(tmp_path, folder):
+    root = davis(tmp_path / "Mine", ["cat", "dog"])
+    for kind in ("JPEGImages", "Annotations"):  # videos lie directly in them, as in a set that is read without lists
+        for name in ("cat", "dog"):
+            (root / kind / "480p" / name).rename(root / kind / name)
+        (root / kind / "480p").rmdir()
+    assert named(read_dataset("Mine", tmp_path)) == ["cat", "dog"]
+    write(root / "ImageSets" / folder / "test.txt", ["cat"])
+    with pytest.raises(DataError, match=r"val\.txt: no such list; .* has test\.txt"):
+        read_dataset("Mine", tmp_path)
