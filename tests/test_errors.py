@@ -51,11 +51,12 @@ def test_what_fills_the_temporary_folder_is_told(place: str | None, capsys: pyte
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, mode: str) -> object:
-        os.close(descriptor)
-        return open("/dev/full", mode, buffering=0)
+    def full(dir: Path, prefix: str, suffix: str = "") -> tuple[int, str]:
+        name = str(dir / f"{prefix}begun{suffix}")
+        os.symlink("/dev/full", name)
+        return os.open(name, os.O_WRONLY), name
 
-    monkeypatch.setattr(os, "fdopen", full)
+    monkeypatch.setattr(tempfile, "mkstemp", full)
     for write in (lambda path: write_text(path, "words"), lambda path: save_weights(path, build_dbsnet("xxs"))):
         with pytest.raises(OSError) as caught:
             write(tmp_path / "file")
