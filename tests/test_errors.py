@@ -183,11 +183,11 @@ def test_where_the_requirements_are_not_installed_a_line_says_so(program: str, r
 
 
 def test_only_a_package_that_is_missing_altogether_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, exit_on_user_error():
-        raise ModuleNotFoundError("No module named 'cv2'", name="cv2")
-    assert caught.value.code == 2
-    line = "error: opencv-python-headless is not installed; pip install -r requirements.txt\n"
-    assert capsys.readouterr().err == line
+    for name, package in (("cv2", "opencv-python-headless"), ("av", "av")):
+        with pytest.raises(SystemExit) as caught, exit_on_user_error():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == f"error: {package} is not installed; pip install -r requirements.txt\n"
     for defect in (ModuleNotFoundError("x", name="torch.nowhere"), ImportError("broken", name="cv2")):
         with pytest.raises(ImportError) as caught, exit_on_user_error():
             raise defect

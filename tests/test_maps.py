@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -279,6 +280,21 @@ def test_ones_own_video_is_of_its_frames_and_flow_and_a_refined_overlay_of_older
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not refined.exists()
+
+
+def test_without_pyav_it_is_told_before_maps_are_made_that_no_overlay_can_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    for module in (segment, own_video.crf):
+        monkeypatch.setattr(module, "run", lambda *_: pytest.fail("maps are made"))
+    monkeypatch.setattr(segment, "needs_flow", lambda *_: False)
+    args = options(save_dir=tmp_path)
+    own = OwnVideo("v", SimpleNamespace(stems=("0",), files=(Path("clip.mp4"),)))
+    with pytest.raises(ModuleNotFoundError, match="av"):
+        own_video.run_own(args, own, SimpleNamespace(is_main=True, device="cpu"), None)
+    with pytest.raises(ModuleNotFoundError, match="av"):
+        own_video.run_own_crf(args, own)
 
 
 def test_sources_are_frames_and_flow() -> None:

@@ -10,6 +10,7 @@ PACKAGES = {
     "tqdm": "tqdm",
     "yaml": "pyyaml",
     "cv2": "opencv-python-headless",
+    "av": "av",
     "scipy": "scipy",
     "safetensors": "safetensors",
     "torchvision": "torchvision",

@@ -151,12 +151,14 @@ def run_own_crf(args: argparse.Namespace, own: OwnVideo) -> None:
     Raises:
         As `utils.crf.run`; UserError also for maps of another video.
     """
+    import av  # noqa: F401  # as in `run_own`
+
     save_dir = Path(args.save_dir)
     maps = save_dir / "probability" / own.place
     if are_of_others(maps, own.frames.stems, own.frames.files):
         raise UserError(
-            f"{maps}: maps of another video than {own.name} is now (by the sizes of its files); --tools test crf "
-            "--overwrite makes those of this one, another --save_dir keeps them beside each other"
+            f"{maps}: maps of another video than {own.name} is now (by the names and sizes of its files); --tools test "
+            "crf --overwrite makes those of this one, another --save_dir keeps them beside each other"
         )
     crf.run(args, [own.for_crf()], save_dir)
     path = write_overlay(own, save_dir, "crf", refined_overlay(own, save_dir))
