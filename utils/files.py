@@ -48,7 +48,7 @@ def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     Args:
         suffix: of the temporary file, for programs that go by it.
     """
-    prefix = temporary_prefix(path)
+    prefix = _temporary_prefix(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
@@ -67,7 +67,7 @@ def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
         raise
 
 
-def temporary_prefix(path: Path) -> str:
+def _temporary_prefix(path: Path) -> str:
     """How the name of a temporary file for this path begins: file systems count a name's bytes, 255 at most."""
     return f".{os.fsencode(path.name)[:64].decode(errors='ignore')}."
 
@@ -111,7 +111,7 @@ class FolderLock:
 
 def remove_temporaries(path: Path) -> None:
     """Removes what killed writers of ``path`` have left beside it. For who knows that nobody writes it now."""
-    left = re.compile(re.escape(temporary_prefix(path)) + r"[a-z0-9_]{8}(\.tmp)?")  # as mkstemp names them
+    left = re.compile(re.escape(_temporary_prefix(path)) + r"[a-z0-9_]{8}(\.tmp)?")  # as mkstemp names them
     for file in path.parent.iterdir():
         if left.fullmatch(file.name):
             file.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Pictures to look at: a mask over its frame, a captioned grid for TensorBoard and the report, an overlay video.
 
-Images are uint8 RGB. Only numpy and Pillow are needed, and OpenCV for `overlay_video`.
+Images are uint8 RGB. Only numpy and Pillow are needed, and PyAV for `overlay_video`.
 """
 
 from __future__ import annotations
