@@ -834,6 +834,50 @@ def test_ctrl_c_while_a_program_imports_what_it_needs_is_a_word(program: str, tm
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
+# What is run by each program once all has been imported, in whose place the way that Ctrl-C goes is told.
+BEGUN = """
+import runpy, signal, sys
+import utils.distributed
+def told(*_):
+    sys.exit(str(signal.getsignal(signal.SIGINT)))
+utils.distributed.run_as_program = utils.distributed.start_processes = told
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("words", [["main.py"], ["tool.py", "--tools", "check"]])
+def test_ctrl_c_raises_as_ever_once_all_is_imported(words: list[str], repository: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", BEGUN, *words], cwd=repository, capture_output=True, text=True)
+    assert ended.stderr == f"{signal.default_int_handler}\n"
+
+
+# As from a script, a notebook or a server.
+CALLED = """
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import main, tool
+def run(program):
+    try:
+        program.main(["--help"])
+    except SystemExit as end:
+        codes.append(end.code)
+codes = []
+for program in (main, tool):
+    run(program)
+    thread = threading.Thread(target=run, args=[program])
+    thread.start()
+    thread.join()
+sys.exit(f"{codes} {signal.getsignal(signal.SIGINT)}")
+"""
+
+
+def test_ctrl_c_stays_that_of_who_calls_the_programs(repository: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", CALLED], cwd=repository, capture_output=True, text=True)
+    assert ended.stderr == f"[0, 0, 0, 0] {signal.default_int_handler}\n"
+
+
 def test_ctrl_c_that_a_shell_has_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
