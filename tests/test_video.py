@@ -325,6 +325,7 @@ def test_browsers_show_what_is_written(tmp_path: Path):
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert stream.codec_context.color_primaries == stream.codec_context.color_trc == 1  # BT.709
         for frame, colour in zip(file.decode(stream), colours, strict=True):
             assert (frame.colorspace, frame.color_range) == (1, 1)  # BT.709, 16 to 235
             y, u, v = (float(np.median(plane)) for plane in np.split(frame.to_ndarray().ravel(), [-460_800, -230_400]))
@@ -408,3 +409,4 @@ def test_videos_that_cannot_be_written(tmp_path: Path):
     with pytest.raises(UserError, match="a.mp4: frames of 16386 x 8; H.264 takes 16384"):
         write_video(tmp_path / "a.mp4", [np.zeros((8, 16386, 3), np.uint8)])
     assert list(tmp_path.iterdir()) == []
+    assert write_video(tmp_path / "a.mp4", [np.zeros((8, 16384, 3), np.uint8)]) == 1
