@@ -313,6 +313,12 @@ def test_the_rate_is_written_as_it_is(tmp_path: Path):
     for rate in (238.526, 119.88, 29.97, 0.5, 1000):
         assert write_video(tmp_path / "v.mp4", frames, rate) == 5
         assert VideoFrames(tmp_path / "v.mp4").fps == pytest.approx(rate, rel=1e-4)
+    assert write_video(tmp_path / "v.mp4", frames, 1e-6) == 5  # slower than can be said
+
+
+def test_the_row_and_column_that_make_a_size_even_are_no_border(tmp_path: Path):
+    write_video(tmp_path / "v.mp4", [np.full((47, 63, 3), 200, np.uint8)])
+    np.testing.assert_allclose(VideoFrames(tmp_path / "v.mp4")[0], np.full((48, 64, 3), 200), atol=3)
 
 
 def test_browsers_show_what_is_written(tmp_path: Path):
