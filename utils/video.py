@@ -30,6 +30,7 @@ DEFAULT_FPS = 25.0
 # H.264, which all players show; OpenCV has no encoder of it.
 CODEC = "libx264"
 LONGEST_SIDE = 16384  # that it takes
+SLOWEST = Fraction(1, 10_000)  # frames a second: MP4 counts time in 32 bits, and H.264 orders frames anew
 # Times are in whole milliseconds in some formats: a mean rate that is this near to the stated one is the same.
 TIMES_ROUNDED = 0.02
 # Frames in a row that may be damaged before what follows them is not looked for.
@@ -258,7 +259,7 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
 
     That is what browsers and all other players show; the file says which colours it has (BT.709), so that they agree on
     them, and has its index in front. It appears only when it is complete. An odd height or width gets one more row or
-    column, a copy of the last one, because 4:2:0 knows only even sizes.
+    column, a copy of the last one, because 4:2:0 knows only even sizes. A rate below `SLOWEST` is written as that.
 
     Raises:
         UserError: no frames, larger ones than H.264 takes, a file name that does not end in .mp4, or a PyAV that cannot
@@ -307,7 +308,7 @@ def _h264(file: Any, path: Path, shape: tuple[int, int, int], fps: float) -> Any
     if max(shape) > LONGEST_SIDE:
         raise UserError(f"{path}: frames of {_size(shape[:2])}; H.264 takes {LONGEST_SIDE} pixels a side at most")
     try:
-        stream = file.add_stream(CODEC, rate=max(Fraction(fps).limit_denominator(65535), Fraction(1, 65535)))
+        stream = file.add_stream(CODEC, rate=max(Fraction(fps).limit_denominator(65535), SLOWEST))
     except av.codec.codec.UnknownCodecError as error:
         raise UserError(f"{path}: this PyAV cannot write H.264 ({CODEC}); install that of `pip install av`") from error
     stream.height, stream.width = (side + side % 2 for side in shape[:2])
