@@ -836,10 +836,15 @@ def test_messages_say_what_to_do(tmp_path):
         assert str(tmp_path) in str(caught.value) and re.search("expected|no folder", str(caught.value))
 
 
-@pytest.mark.parametrize("folder", ["2016", "480p", "2017", "."])
+LIST_FOLDERS = ["2016", "480p", "2017", "."]
+
+
+@pytest.mark.parametrize("folder", LIST_FOLDERS)
 def test_lists_of_an_own_set_in_the_form_of_davis(tmp_path, folder):
     """Passed over, they would have all videos scored as those of val, the trained ones too."""
     root = davis(tmp_path / "Mine", ["cat", "dog", "elk"])
+    for later in LIST_FOLDERS[LIST_FOLDERS.index(folder) + 1 :]:
+        write(root / "ImageSets" / later / "val.txt", ["elk"])
     write(root / "ImageSets" / folder / "train.txt", ["cat", "elk"])
     write(root / "ImageSets" / folder / "val.txt", ["dog"])
     assert named(read_dataset("Mine", tmp_path)) == ["dog"]
