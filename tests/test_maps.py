@@ -253,6 +253,7 @@ def test_ones_own_video_is_of_its_frames_and_flow_and_a_refined_overlay_of_older
         return made
 
     seen: list[Video] = []
+    told: list[Path] = []
     flows, made, killed = Frames("flow/0.png", "flow/1.png"), 2, False
     monkeypatch.setattr(own_video, "run_own_flow", lambda *_: flows)
     monkeypatch.setattr(own_video, "write_overlay", lambda own, save_dir, kind, path: path)
@@ -265,11 +266,11 @@ def test_ones_own_video_is_of_its_frames_and_flow_and_a_refined_overlay_of_older
         refined.touch()
         own = OwnVideo("v", Frames("clip.mp4"))
         main = SimpleNamespace(is_main=True, device="cpu")
-        own_video.run_own(options(save_dir=tmp_path, **changed), own, main, None)
+        own_video.run_own(options(save_dir=tmp_path, **changed), own, main, None, told.append)
         return own
 
     assert run().frames.window == 4 and seen[-1].sources == (Path("clip.mp4"), *flows.files)
-    assert not refined.exists()
+    assert not refined.exists() and told == [Path("v/0.png"), Path("v/1.png")]
     made = 0
     run(without="flow")
     assert refined.exists() and seen[-1].sources == (Path("clip.mp4"),) and seen[-1].flows is None
