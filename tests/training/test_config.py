@@ -16,6 +16,7 @@ from utils.inference import weights
 from utils.training import config as config_module
 from utils.training.config import CONFIGS, TrainConfig, load_config, parse_args
 from utils.training.data import build_scene
+from utils.training.network import build_network
 
 
 def write(folder: Path, text: str) -> Path:
@@ -251,3 +252,9 @@ def test_a_missing_file_is_told_with_the_place_of_those_that_are_there(tmp_path:
     monkeypatch.setattr(weights, "PUBLISHED_WEIGHTS", tmp_path / "site-packages" / "weights" / "w.safetensors")
     with pytest.raises(UserError, match=r"no weights: there is no .*site-packages.*pip install -e"):
         weights.find_checkpoint(None)
+
+
+@pytest.mark.parametrize(("key", "value"), [("variant", "s"), ("flavour", "wilile")])
+def test_options_of_their_own_are_not_keys_of_network(key: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"network: {key} is an option of its own; give --{key} {value}"):
+        build_network(load_config(None, {"network": {key: value}}), None)
