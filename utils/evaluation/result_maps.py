@@ -19,7 +19,7 @@ from utils.errors import UserError, number_of
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.scoring import FrameJob
 from utils.inference.maps import FIELD as TEST_FIELD
-from utils.inference.maps import are_of_others, made_with, of_run
+from utils.inference.maps import are_of_others, notes, of_run
 from utils.progress import progress_bar
 
 KINDS = ("binary", "crf", "probability")
@@ -207,9 +207,12 @@ def _making(unit: Unit, sequence: str, frame: FrameJob, own: bool) -> Iterator[t
         own: whether the probability map lies beside the one that is scored, which does not tell all then.
     """
     scored = frame.uvos or frame.vsod
-    grey = unit.results / "probability" / unit.dataset / sequence / f"{frame.stem}.png" if own else scored
-    yield from of_run(made_with(grey, TEST_FIELD) or {}).items()
-    for key, value in of_run(made_with(scored, CRF_FIELD) or {}).items():
+    grey = unit.results / "probability" / unit.dataset / sequence / f"{frame.stem}.png"
+    said: dict[str, Any] = {}
+    for path in {scored, grey} if own else {scored}:  # a map has the note of one of the two, so the order is all one
+        said |= notes(path, TEST_FIELD, CRF_FIELD)
+    yield from of_run(said.get(TEST_FIELD) or {}).items()
+    for key, value in of_run(said.get(CRF_FIELD) or {}).items():
         yield f"crf {key}", value
 
 

@@ -85,11 +85,16 @@ def fingerprint(paths: Sequence[Path], times: bool = True) -> str:
 
 def made_with(path: Path, field: str = FIELD) -> dict[str, Any] | None:
     """The settings that a map was made with; None where there is no such file, or it does not say."""
+    return notes(path, field).get(field)
+
+
+def notes(path: Path, *fields: str) -> dict[str, Any]:
+    """What a map says of how it was made, by field; without those that it does not have."""
     try:
         with Image.open(path) as image:
-            return json.loads(image.info[field])
-    except (*DECODING_ERRORS, KeyError):
-        return None
+            return {field: json.loads(image.info[field]) for field in fields if field in image.info}
+    except DECODING_ERRORS:
+        return {}
 
 
 def of_run(made: dict[str, Any]) -> dict[str, Any]:
