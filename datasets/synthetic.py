@@ -103,17 +103,18 @@ class SyntheticClips(ClipDataset):
         self.options = options or SceneOptions()
         self.defer = defer
 
-    def clip(self, index: int) -> Item:
-        still, name = None, f"drawn-{index:06d}"
-        if self.stills is not None:
-            still = self._draw_still(index)
-            name = still.name
+    def scene(self, index: int) -> tuple[Scene, StillImage | None]:
+        """What clip `index` of this epoch shows, and the still that it is made from; None where it is drawn."""
+        still = None if self.stills is None else self._draw_still(index)
         key = (self.seed, self.epoch, index)
-        scene = make_scene(key, self.clip_len, self.size, still, self.stills or (), self.options)
+        return make_scene(key, self.clip_len, self.size, still, self.stills or (), self.options), still
+
+    def clip(self, index: int) -> Item:
+        scene, still = self.scene(index)
         item: Item = {
             "valid": torch.ones(self.clip_len, dtype=torch.bool),
             "dataset": "synthetic",
-            "sequence": name,
+            "sequence": f"drawn-{index:06d}" if still is None else still.name,
         }
         return {**item, "raw": scene} if self.defer else {**item, **dict(zip(PICTURES, scene.finish()))}
 
@@ -137,12 +138,14 @@ def write_dataset(
     flows: bool = True,
     validation: int | None = None,
     options: SceneOptions | None = None,
+    stills: Sequence[StillImage] | None = None,
 ) -> Path:
-    """Write drawn videos as a data set in the layout of DAVIS-2016; returns its folder, `root/name`.
+    """Write synthetic videos as a data set in the layout of DAVIS-2016; returns its folder, `root/name`.
 
     JPEGImages/480p/<video>/00000.jpg, Annotations/480p/<video>/00000.png (0/255), Flows/480p/<video>/00000.png (where
-    `flows`), ImageSets/2016/train.txt and val.txt. validation: how many of the videos, the last ones, are val; by
-    default a quarter, at least one where there are two videos or more. A single video is in both lists.
+    `flows`; without, an estimator can make them from the frames), ImageSets/2016/train.txt and val.txt. validation: how
+    many of the videos, the last ones, are val; by default a quarter, at least one where there are two videos or more. A
+    single video is in both lists. stills: pictures to make them from, as `SyntheticClips` does; drawn where None.
     """
     if videos < 1 or frames < 1:
         raise ValueError(f"videos and frames should be at least 1, got {videos} and {frames}")
@@ -152,15 +155,17 @@ def write_dataset(
         raise ValueError(f"validation should be between 0 and {videos}, got {validation}")
     folder = Path(root) / name
     names = []
+    clips = None if stills is None else SyntheticClips(stills, videos, frames, size, seed, options)
     for video in range(videos):
-        clip = make_clip((seed, video), frames, size, options=options)
+        key = (seed, video)
+        scene = make_scene(key, frames, size, options=options) if clips is None else clips.scene(video)[0]
         names.append(f"video-{video:03d}")
-        for index in range(frames):
+        for index, (frame, flow, mask) in enumerate(zip(*scene.finish())):
             place = Path("480p") / names[-1] / f"{index:05d}"
-            _save(folder / "JPEGImages" / place.with_suffix(".jpg"), clip["frames"][index])
-            _save(folder / "Annotations" / place.with_suffix(".png"), clip["masks"][index] * 255)
+            _save(folder / "JPEGImages" / place.with_suffix(".jpg"), frame.permute(1, 2, 0).numpy())
+            _save(folder / "Annotations" / place.with_suffix(".png"), mask[0].numpy() * 255)
             if flows:
-                _save(folder / "Flows" / place.with_suffix(".png"), clip["flow_images"][index])
+                _save(folder / "Flows" / place.with_suffix(".png"), flow.permute(1, 2, 0).numpy())
     train = names if videos == 1 else names[: videos - validation]
     for split, members in (("train", train), ("val", names[videos - validation :])):
         _write(folder / "ImageSets" / "2016" / f"{split}.txt", "".join(f"{n}\n" for n in members).encode())

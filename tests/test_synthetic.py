@@ -711,6 +711,33 @@ def test_a_written_set_is_read_as_davis_2016(tmp_path: Path) -> None:
     assert not [p for p in folder.rglob("*") if p.name.startswith(".")]
 
 
+def test_a_data_set_of_stills_shows_what_clips_of_them_do(tmp_path: Path, duts: Path) -> None:
+    """For an estimator to make its flow, as that of real videos."""
+    stills = read_stills(duts)
+    folder = write_dataset(
+        tmp_path,
+        "own",
+        videos=3,
+        frames=2,
+        size=(48, 64),
+        seed=5,
+        flows=False,
+        validation=0,
+        options=CLEAN,
+        stills=stills,
+    )
+    assert not (folder / "Flows").exists()
+    clips = SyntheticClips(stills, 3, 2, (48, 64), seed=5, options=CLEAN)
+    videos = read_dataset("own", tmp_path, "train")
+    assert len(videos) == 3
+    for index, video in enumerate(videos):
+        clip = clips[index]
+        for t, stem in enumerate(video.stems):
+            np.testing.assert_array_equal(np.asarray(Image.open(video.masks[stem])), clip["masks"][t, 0] * 255)
+            frame = np.asarray(Image.open(video.frames[t])).astype(int)
+            assert np.abs(frame - clip["frames"][t].permute(1, 2, 0).numpy()).mean() < 9
+
+
 def test_flow_and_the_split_are_options(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path, videos=3, frames=2, size=(32, 48), flows=False, validation=2)
     assert not (folder / "Flows").exists()
