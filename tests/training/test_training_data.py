@@ -109,7 +109,12 @@ def test_a_cache_that_does_not_fit_is_told_before_anything_is_decoded(
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(training_data, "available_memory", lambda: needed)
     assert main.main([*words, "--cache", "ram", "--max_steps", "1"]) == 0
-    assert "cache: ram: 100%" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "cache: ram: 100%" in printed.err
+    assert "warning: cache: ram takes" in printed.out and "--cache none" in printed.out  # training needs memory, too
+    monkeypatch.setattr(training_data, "available_memory", lambda: 2 * needed)
+    assert main.main([*words, "--cache", "ram", "--max_steps", "2"]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_every_fifth_frame_of_youtube_vos_is_trained_on(tmp_path: Path) -> None:

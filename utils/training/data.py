@@ -17,6 +17,7 @@ from utils.memory import available_memory
 from utils.progress import progress_bar
 from utils.training.config import SCENE_KEYS, TrainConfig
 
+CACHE_SHARE = 0.5  # of the available memory: above it there is a warning, as training takes memory, too
 MOST_CLIPS = 10**8  # of an epoch, whose order is a list of as many numbers in every process
 
 
@@ -115,7 +116,7 @@ def check_validation(config: TrainConfig, sequence: VideoSequence) -> None:
 
 def check_cache(config: TrainConfig, training: dict[str, list[VideoSequence]], processes: Processes) -> None:
     """Says before anything is decoded that ``cache: ram`` does not fit: the system would end the run, after many
-    minutes and without a word. All of YouTube-VOS at 384×640 are 50 GB in each process.
+    minutes and without a word. All of YouTube-VOS at 384×640 are 50 GB in each process. Warns where it leaves little.
 
     Raises:
         UserError: that. DataError: the first frame of a video cannot be read.
@@ -127,15 +128,22 @@ def check_cache(config: TrainConfig, training: dict[str, list[VideoSequence]], p
     here = environment_number("LOCAL_WORLD_SIZE", 1)  # processes of this machine, each with frames of its own
     available = available_memory()
     processes.wait()  # until all have looked, before the first begins to fill it
-    if available is None or needed * here <= available:
+    if available is None:
         return
     frames = _count_frames(training)
     each = f" in each of {here} processes" if here > 1 else ""
-    raise UserError(
+    what = (
         f"cache: ram takes {needed / 1e9:.1f} GB for {frames} frames{each}, and {available / 1e9:.1f} GB of memory are "
-        "available on this machine; give --cache none, which reads the files of each clip, a smaller --size, or fewer "
-        "--datasets"
+        "available on this machine"
     )
+    if needed * here > available:
+        raise UserError(
+            f"{what}; give --cache none, which reads the files of each clip, a smaller --size, or fewer --datasets"
+        )
+    # What training itself takes is not known beforehand. Where it does not fit, the system may come to a standstill
+    # long before it ends a process.
+    if needed * here > CACHE_SHARE * available and processes.is_main:
+        print(f"warning: {what}. On a CPU training takes several more; if it comes to a standstill, give --cache none")
 
 
 def _count_frames(training: dict[str, list[VideoSequence]]) -> int:
