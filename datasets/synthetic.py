@@ -103,18 +103,17 @@ class SyntheticClips(ClipDataset):
         self.options = options or SceneOptions()
         self.defer = defer
 
-    def scene(self, index: int) -> tuple[Scene, StillImage | None]:
-        """What clip `index` of this epoch shows, and the still that it is made from; None where it is drawn."""
-        still = None if self.stills is None else self._draw_still(index)
-        key = (self.seed, self.epoch, index)
-        return make_scene(key, self.clip_len, self.size, still, self.stills or (), self.options), still
-
     def clip(self, index: int) -> Item:
-        scene, still = self.scene(index)
+        still, name = None, f"drawn-{index:06d}"
+        if self.stills is not None:
+            still = self._draw_still(index)
+            name = still.name
+        key = (self.seed, self.epoch, index)
+        scene = make_scene(key, self.clip_len, self.size, still, self.stills or (), self.options)
         item: Item = {
             "valid": torch.ones(self.clip_len, dtype=torch.bool),
             "dataset": "synthetic",
-            "sequence": f"drawn-{index:06d}" if still is None else still.name,
+            "sequence": name,
         }
         return {**item, "raw": scene} if self.defer else {**item, **dict(zip(PICTURES, scene.finish()))}
 
@@ -157,10 +156,13 @@ def write_dataset(
     names = []
     clips = None if stills is None else SyntheticClips(stills, videos, frames, size, seed, options)
     for video in range(videos):
-        key = (seed, video)
-        scene = make_scene(key, frames, size, options=options) if clips is None else clips.scene(video)[0]
+        if clips is None:
+            pictures = make_scene((seed, video), frames, size, options=options).finish()
+        else:
+            clip = clips[video]
+            pictures = tuple(clip[kind] for kind in PICTURES)
         names.append(f"video-{video:03d}")
-        for index, (frame, flow, mask) in enumerate(zip(*scene.finish())):
+        for index, (frame, flow, mask) in enumerate(zip(*pictures)):
             place = Path("480p") / names[-1] / f"{index:05d}"
             _save(folder / "JPEGImages" / place.with_suffix(".jpg"), frame.permute(1, 2, 0).numpy())
             _save(folder / "Annotations" / place.with_suffix(".png"), mask[0].numpy() * 255)

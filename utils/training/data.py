@@ -128,7 +128,8 @@ def check_cache(config: TrainConfig, training: dict[str, list[VideoSequence]], p
     here = environment_number("LOCAL_WORLD_SIZE", 1)  # processes of this machine, each with frames of its own
     available = available_memory()
     processes.wait()  # until all have looked, before the first begins to fill it
-    if available is None:
+    total = needed * here
+    if available is None or total <= CACHE_SHARE * available:
         return
     frames = _count_frames(training)
     each = f" in each of {here} processes" if here > 1 else ""
@@ -136,14 +137,17 @@ def check_cache(config: TrainConfig, training: dict[str, list[VideoSequence]], p
         f"cache: ram takes {needed / 1e9:.1f} GB for {frames} frames{each}, and {available / 1e9:.1f} GB of memory are "
         "available on this machine"
     )
-    if needed * here > available:
+    if total > available:
         raise UserError(
             f"{what}; give --cache none, which reads the files of each clip, a smaller --size, or fewer --datasets"
         )
     # What training itself takes is not known beforehand. Where it does not fit, the system may come to a standstill
     # long before it ends a process.
-    if needed * here > CACHE_SHARE * available and processes.is_main:
-        print(f"warning: {what}. On a CPU training takes several more; if it comes to a standstill, give --cache none")
+    if processes.is_main:
+        print(
+            f"warning: {what}. On a CPU training takes several GB more; if it comes to a standstill, give --cache none",
+            flush=True,
+        )
 
 
 def _count_frames(training: dict[str, list[VideoSequence]]) -> int:
