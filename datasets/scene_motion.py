@@ -12,17 +12,40 @@ from datasets.transfer import send
 
 
 @dataclass(frozen=True)
+class Ripple:
+    """A travelling wave that moves points (x, y) across the way it runs, so that taking it back is exact, too.
+
+    Along (x', y') = (x, y) turned by `angle`, x' += amplitude * sin(number * y' + phases[t]).
+    """
+
+    angle: float  # radians
+    amplitude: float  # pixels of the texture
+    number: float  # radians per pixel
+    phases: np.ndarray  # (T,)
+
+    def shift(
+        self, times: list[int], x: torch.Tensor, y: torch.Tensor, sign: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Points moved by the wave as it is at `times`; back with a sign of -1."""
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        phases = send(self.phases[times].astype(np.float32), x.device)[:, None, None]
+        sway = (y * cos).sub_(x * sin).mul_(self.number).add(phases).sin_().mul_(sign * self.amplitude)
+        return x + cos * sway, y + sin * sway
+
+
+@dataclass(frozen=True)
 class Motion:
     """Where the points of a texture lie in each frame. Coordinates come and go on any device.
 
     Texture coordinates are pixels from the texture's centre, frame coordinates pixels from the frame's centre. A point
-    is moved by the two waves and then by the homography.
+    is moved by the ripples, one after the other, by the two waves and then by the homography.
     """
 
     matrices: np.ndarray  # (T, 3, 3) float64, texture -> frame
     # Per frame amplitude and phase, and the wave number, of x += a sin(k y + p), then y += b sin(m x + q)
     wave_x: tuple[np.ndarray, np.ndarray, float] | None = None
     wave_y: tuple[np.ndarray, np.ndarray, float] | None = None
+    ripples: tuple[Ripple, ...] = ()
 
     def to_texture(self, times: list[int], x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Texture coordinates, each (T, H, W), of the frame coordinates x (1, 1, W), y (1, H, 1)."""
@@ -31,10 +54,14 @@ class Motion:
             y = y.sub_(_wave(self.wave_y, times, x))
         if self.wave_x is not None:
             x = x.sub_(_wave(self.wave_x, times, y))
+        for ripple in reversed(self.ripples):
+            x, y = ripple.shift(times, x, y, -1)
         return x, y
 
     def to_frame(self, times: list[int], x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Frame coordinates at `times` of texture coordinates; the inverse of `to_texture`."""
+        for ripple in self.ripples:
+            x, y = ripple.shift(times, x, y)
         if self.wave_x is not None:
             x = x + _wave(self.wave_x, times, y)
         if self.wave_y is not None:
@@ -53,7 +80,7 @@ class Motion:
         """Flow (T, 2, H, W) in pixels from `times` to `targets` at frame coordinates x, y with their texture places."""
         if self.is_static():
             return torch.zeros(len(times), 2, *texture_x.shape[1:], device=x.device)
-        if self.wave_x is None and self.wave_y is None:  # one homography instead of two
+        if self.wave_x is None and self.wave_y is None and not self.ripples:  # one homography instead of two
             new_x, new_y = _project(self.matrices[targets] @ np.linalg.inv(self.matrices[times]), x, y)
         else:
             new_x, new_y = self.to_frame(targets, texture_x, texture_y)
@@ -61,7 +88,7 @@ class Motion:
 
     def box(self, times: list[int], extent: tuple[int, int]) -> np.ndarray:
         """Frame coordinates that hold a texture of `extent` (h, w) at all of `times`: (left, top, right, bottom)."""
-        half = np.array([extent[1], extent[0]]) / 2
+        half = np.array([extent[1], extent[0]]) / 2 + sum(abs(ripple.amplitude) for ripple in self.ripples)
         for axis, wave in enumerate((self.wave_x, self.wave_y)):
             if wave is not None:
                 half[axis] += np.abs(wave[0]).max()
@@ -73,7 +100,8 @@ class Motion:
     def is_static(self) -> bool:
         """True where no frame differs from the first, so that the flow is zero and not merely tiny."""
         waves = [w for w in (self.wave_x, self.wave_y) if w is not None]
-        return all(np.all(a == a[:1]) for a in [self.matrices, *(w[0] for w in waves), *(w[1] for w in waves)])
+        changing = [self.matrices, *(w[0] for w in waves), *(w[1] for w in waves), *(r.phases for r in self.ripples)]
+        return all(np.all(a == a[:1]) for a in changing)
 
 
 def _project(matrices: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets.scene_motion import Motion, keep_in_view, log_uniform, similarity, smooth_path
+from datasets.scene_motion import Motion, Ripple, keep_in_view, log_uniform, similarity, smooth_path
 from datasets.scene_textures import cut_out, draw_still, fill_hole, load_still, smooth_noise
 from datasets.stills import StillImage
 
@@ -44,6 +44,7 @@ class SceneOptions:
     distractor: float = 0.25  # another picture's object, fixed to the background: not foreground
     occluder: float = 0.15
     turbulence: float = 0.0  # a part of the world moves by itself, as water and leaves do; in the flow picture only
+    water: float = 0.0  # a part of the ground moves by itself in the frames, too, and the flow is that of its waves
     motion_blur: float = 0.25
     light: float = 0.5
     noise: float = 0.3
@@ -198,6 +199,41 @@ def _object_layer(
     return Layer(texture, Motion(matrices, wave_x, wave_y), True)
 
 
+def _water_layer(rng: np.random.Generator, length: int, size: tuple[int, int], ground: Layer) -> Layer:
+    """A part of the ground that moves by itself, as water does: below a bent line, or above one as leaves do, up to the
+    whole of it. Ripples of many lengths and directions run through it, and all of it drifts. Its texture is the ground's.
+    """
+    _, width = size
+    view = ground.motion.matrices[0]
+    texel = 1 / math.sqrt(abs(np.linalg.det(view[:2, :2])))  # texture pixels in a pixel of the frame
+    # Beyond the picture's edges, which a camera may pass, the ground goes on by reflection; so does the water.
+    margin = [side // 4 for side in ground.texture.shape[1:]]
+    texture = F.pad(ground.texture[None], (margin[1], margin[1], margin[0], margin[0]), mode="reflect")[0]
+    extent = texture.shape[1:]
+    ramp = torch.linspace(-1.5, 1.5, extent[0])[:, None] * float(rng.choice((-1.0, 1.0), p=(0.3, 0.7)))
+    place = ramp + 0.4 * smooth_noise(rng, 1, (3, 5), extent)[0] + rng.uniform(-0.2, 1.4)
+    alpha = (8 * place).clamp_(0, 1)[None]  # (1, h, w), with a soft edge
+    speed = log_uniform(rng, 0.002, 0.02) * width * texel
+    ripples = []
+    for _ in range(int(rng.integers(4, 9))):
+        number = 2 * math.pi / (log_uniform(rng, 0.04, 0.5) * width * texel)
+        pulse = rng.choice((-1.0, 1.0)) * rng.uniform(0.15, 1.2)  # radians a frame
+        # as fast as it should be, but never so steep that what is seen is torn
+        amplitude = min(rng.uniform(0.3, 1.0) * speed / abs(pulse), 0.35 / number)
+        phases = rng.uniform(0, 2 * math.pi) + pulse * np.arange(length)
+        ripples.append(Ripple(rng.uniform(0, 2 * math.pi), amplitude, number, phases))
+    heading, drift = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.5) * speed
+    current = similarity(
+        smooth_path(rng, length, drift * math.cos(heading), 0.1 * extent[1]),
+        smooth_path(rng, length, drift * math.sin(heading), 0.1 * extent[0]),
+    )
+    return Layer(
+        torch.cat([texture * alpha, alpha]),
+        replace(ground.motion, matrices=ground.motion.matrices @ current, ripples=tuple(ripples)),
+        False,
+    )
+
+
 def _occluder_layer(
     rng: np.random.Generator, size: tuple[int, int], background: Layer, camera: np.ndarray, camera_shift: np.ndarray
 ) -> Layer:
@@ -269,6 +305,8 @@ def compose(
     at_edge = bool(mask[0].any() | mask[-1].any() | mask[:, 0].any() | mask[:, -1].any())
     at_home = surroundings is None and (at_edge or natural or rng.random() < 0.5)
     layers = [background]
+    if options.water > 0 and rng.random() < options.water:  # no draw where it is off: clips stay the same
+        layers.append(_water_layer(rng, length, size, background))
     second = sources.other(rng) if rng.random() < options.second_object else None
     if second is not None:
         moving = replace(options, object_static=0.0)
