@@ -218,8 +218,8 @@ def _water_layer(rng: np.random.Generator, length: int, size: tuple[int, int], g
     for _ in range(int(rng.integers(4, 9))):
         number = 2 * math.pi / (log_uniform(rng, 0.04, 0.5) * width * texel)
         pulse = rng.choice((-1.0, 1.0)) * rng.uniform(0.15, 1.2)  # radians a frame
-        # as fast as it should be, but never so steep that what is seen is torn
-        amplitude = min(rng.uniform(0.3, 1.0) * speed / abs(pulse), 0.35 / number)
+        # as fast as it should be, but never so steep that its looks are lost
+        amplitude = min(rng.uniform(0.3, 1.0) * speed / abs(pulse), 0.2 / number)
         phases = rng.uniform(0, 2 * math.pi) + pulse * np.arange(length)
         ripples.append(Ripple(rng.uniform(0, 2 * math.pi), amplitude, number, phases))
     heading, drift = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.5) * speed
