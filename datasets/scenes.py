@@ -200,8 +200,8 @@ def _object_layer(
 
 
 def _water_layer(rng: np.random.Generator, length: int, size: tuple[int, int], ground: Layer) -> Layer:
-    """A part of the ground that moves by itself, as water does: below a bent line, or above one as leaves do, up to the
-    whole of it. Ripples of many lengths and directions run through it, and all of it drifts. Its texture is the ground's.
+    """A part of the ground that moves by itself, as water does: below a bent line, or above it, as leaves do, up to
+    the whole of it. Ripples of many lengths and directions run through it, and it drifts. It looks as the ground does.
     """
     _, width = size
     view = ground.motion.matrices[0]

@@ -383,7 +383,9 @@ def test_clips_are_finished_on_a_gpu_without_waiting_for_it(
     synthetic: bool, sequences: list[VideoSequence], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one that need not be there: tensors without numbers."""
-    options = SceneOptions(turbulence=1, motion_blur=1, light=1, noise=1, occluder=1, second_object=1, flow_errors=1)
+    options = SceneOptions(
+        turbulence=1, water=1, motion_blur=1, light=1, noise=1, occluder=1, second_object=1, flow_errors=1
+    )
     if synthetic:
         clips = SyntheticClips(None, 4, 3, SIZE, seed=3, options=options, defer=True)
     else:

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from datasets import rendering
 from datasets.errors import DataError
-from datasets.rendering import _blur_along_flow, expose, flow_pictures, stir
-from datasets.scene_motion import Motion
+from datasets.rendering import _blur_along_flow, expose, flow_pictures, render, stir
+from datasets.scene_motion import Motion, Ripple
 from datasets.scene_textures import fill_hole, object_share
 from datasets.scenes import SceneOptions, Sources, _camera, compose
 from datasets.sequences import read_dataset
@@ -59,9 +59,10 @@ def next_of(t: int, length: int) -> int:
     return t + 1 if t + 1 < length else t - 1
 
 
+@pytest.mark.parametrize("water", [0.0, 1.0])
 @pytest.mark.parametrize("seed", range(16))
-def test_flow_takes_every_pixel_to_its_own_likeness(seed: int) -> None:
-    clip = make_clip((11, seed), 4, SIZE, options=CLEAN)
+def test_flow_takes_every_pixel_to_its_own_likeness(seed: int, water: float) -> None:
+    clip = make_clip((11, seed), 4, SIZE, options=replace(CLEAN, water=water))
     frames, flows, masks = clip["frames"].astype(np.float64), clip["flow"], clip["masks"]
     for t in range(4):
         u = next_of(t, 4)
@@ -95,12 +96,17 @@ def test_motion_and_its_inverse() -> None:
     matrices = np.eye(3) + rng.normal(0, 0.1, (3, 3, 3))
     matrices[:, 2] = [0.0006, -0.0004, 1.0]
     wave = (rng.normal(0, 4, 3), rng.normal(0, 1, 3), 0.05)
-    motion = Motion(matrices, wave, wave)
+    ripples = tuple(Ripple(angle, 2.0, 0.2, rng.normal(0, 1, 3)) for angle in (0.4, 2.5, 5.0))
+    motion = Motion(matrices, wave, wave, ripples)
     x, y = torch.arange(-50.0, 50)[None, None, :], torch.arange(-40.0, 40)[None, :, None]
     texture_x, texture_y = motion.to_texture([0, 1, 2], x, y)
     # back to the frame by plain arithmetic, point by point
     for t in range(3):
         sx, sy = texture_x[t].double().numpy(), texture_y[t].double().numpy()
+        for ripple in ripples:  # a wave that runs across the way it moves points
+            along = np.array([np.cos(ripple.angle), np.sin(ripple.angle)])
+            sway = ripple.amplitude * np.sin(ripple.number * (along[0] * sy - along[1] * sx) + ripple.phases[t])
+            sx, sy = sx + along[0] * sway, sy + along[1] * sway
         sx = sx + wave[0][t] * np.sin(wave[2] * sy + wave[1][t])
         sy = sy + wave[0][t] * np.sin(wave[2] * sx + wave[1][t])
         points = np.stack([sx, sy, np.ones_like(sx)]).reshape(3, -1)
@@ -118,13 +124,17 @@ def test_the_box_of_a_layer_holds_all_of_it(waves: bool) -> None:
         matrices = np.eye(3) + rng.normal(0, 0.2, (3, 3, 3))
         matrices[:, :2, 2], matrices[:, 2] = rng.normal(0, 20, (3, 2)), [0.001, -0.0008, 1.0]
         wave_x, wave_y = ((rng.normal(0, 6, 3), rng.normal(0, 1, 3), 0.1) for _ in range(2))
-        motion = Motion(matrices, wave_x, wave_y) if waves else Motion(matrices)
+        ripple = Ripple(rng.uniform(0, 6), 5.0, 0.1, rng.normal(0, 1, 3))
+        motion = Motion(matrices, wave_x, wave_y, (ripple,)) if waves else Motion(matrices)
         left, top, right, bottom = motion.box([0, 2], (40, 70))
         y, x = np.mgrid[-20:20:41j, -35:35:71j]
         places = []
         for t in (0, 2):
-            sx = x + wave_x[0][t] * np.sin(wave_x[2] * y + wave_x[1][t]) * waves
-            sy = y + wave_y[0][t] * np.sin(wave_y[2] * sx + wave_y[1][t]) * waves
+            cos, sin = np.cos(ripple.angle), np.sin(ripple.angle)
+            sway = 5 * np.sin(0.1 * (cos * y - sin * x) + ripple.phases[t]) * waves
+            rx, ry = x + cos * sway, y + sin * sway
+            sx = rx + wave_x[0][t] * np.sin(wave_x[2] * ry + wave_x[1][t]) * waves
+            sy = ry + wave_y[0][t] * np.sin(wave_y[2] * sx + wave_y[1][t]) * waves
             points = matrices[t] @ np.stack([sx, sy, np.ones_like(sx)]).reshape(3, -1)
             places.append(points[:2] / points[2])
         low, high = np.min(places, axis=(0, 2)), np.max(places, axis=(0, 2))
@@ -352,6 +362,32 @@ def test_turbulence_is_in_the_flow_picture_alone(seed: int) -> None:
         assert np.array_equal(still[key], stirred[key]), key
     changed = (still["flow_images"] != stirred["flow_images"]).any(axis=3).mean()
     assert changed > 0.05
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_water_moves_the_ground_in_the_frames_and_leaves_the_object_alone(seed: int) -> None:
+    clip = make_clip((23, seed), 3, SIZE, options=replace(STILL_LIFE, water=1.0))
+    foreground = clip["masks"] > 0
+    assert (clip["masks"] == clip["masks"][:1]).all() and foreground.any()
+    assert (clip["flow"][foreground] == 0).all()
+    moving = np.linalg.norm(clip["flow"], axis=-1) > 0
+    assert moving[~foreground].any()
+    changed = (clip["frames"][1:] != clip["frames"][:1]).any(axis=(0, 3))
+    assert changed[moving.any(axis=0)].mean() > 0.5
+    inside = ndimage.binary_erosion(foreground[0], iterations=4)  # its outline is feathered
+    assert inside.any() and not changed[inside].any()
+
+
+def test_a_part_of_the_ground_up_to_all_of_it_is_water() -> None:
+    shares = []
+    for seed in range(40):
+        scene = make_scene(seed, 2, SIZE, options=replace(STILL_LIFE, water=1.0))
+        assert [layer.foreground for layer in scene.layers] == [False, False, True]
+        assert scene.layers[0].motion.is_static() and not scene.layers[1].motion.is_static()
+        _, flow, masks = render(scene.layers[:2], 2, SIZE)
+        assert not masks.any()
+        shares.append(float((flow[0] != 0).any(dim=0).float().mean()))
+    assert min(shares) < 0.4 and max(shares) > 0.99
 
 
 @pytest.mark.parametrize("may_hide", [True, False])
