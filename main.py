@@ -63,6 +63,7 @@ from utils.training.resuming import (
 )
 from utils.training.run import Run, diverged
 from utils.training.runlog import RunLog
+from utils.training.shared_memory import MachineMemory
 from utils.training.validation import validate
 
 # Options that say how this call runs, not what is trained: a resumed run may change them without a word.
@@ -327,8 +328,9 @@ def build_run(
     net = set_batch_norm(net, config.bn, processes)
     training, validation = build_sequences(config)
     clips_per_step = config.batch_size * config.accumulate * processes.world_size
-    check_cache(config, training, processes)
-    clips, steps_per_epoch = build_clips(config, training, clips_per_step, show=processes.is_main)
+    memory = MachineMemory(processes)
+    check_cache(config, training, processes, memory)
+    clips, steps_per_epoch = build_clips(config, training, clips_per_step, memory, show=processes.is_main)
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     order = ClipOrder(
         batch=config.batch_size,

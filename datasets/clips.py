@@ -20,37 +20,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
+from datasets.clip_frames import CacheMemory, FrameReader
 from datasets.errors import DataError
 from datasets.faults import Fault, apply_faults, draw_faults
-from datasets.images import (
-    DECODING_ERRORS,
-    NO_MOTION,
-    NO_PICTURE,
-    decode_reduced,
-    image_size,
-    load_flow_image,
-    load_frame,
-    load_mask,
-    require_size,
-)
+from datasets.images import NO_MOTION, NO_PICTURE
 from datasets.transforms import Augment, Draw, apply, draw, resize, unpack
 from datasets.video_sequence import VideoSequence
 
 Item = dict[str, "torch.Tensor | str | Deferred"]
 PICTURES = ("frames", "flows", "masks")
 CACHES = ("none", "ram")
-
-# Videos are read at up to this multiple of the size that is trained on: room for crops, at a bounded cost.
-READ_SCALE = 1.2
 
 
 class Deferred(Protocol):
@@ -152,16 +138,18 @@ class VideoClips(ClipDataset):
     clip_len: frames in a clip, consecutive up to the stride.
     size: (H, W) of the items. Without `augment` the whole frame is resized to it.
     augment: strength of the augmentation; None for none.
-    cache: "ram" decodes everything at once, here, and keeps it as uint8 at `READ_SCALE` times the size: about
-        10 * H * W bytes a frame, 1.4 GB for DAVIS train at 192 x 320. Loader workers made by fork share it. "none"
-        reads the files for every clip. The clips are the same.
+    cache: "ram" decodes everything at once, here, and keeps it as uint8 at `clip_frames.READ_SCALE` times the size:
+        about 10 * H * W bytes a frame, 1.4 GB for DAVIS train at 192 x 320. Loader workers made by fork share it.
+        "none" reads the files for every clip. The clips are the same.
+    memory: where "ram" keeps the frames; by default memory of this process. Processes that share one decode a part of
+        the videos each, and all of them have to come here.
     samples_per_epoch: length of the set; by default as many clips as hold every annotated frame once.
     strides: time steps between the frames of a clip, drawn with equal probability; a video too short for the one drawn
         takes the largest that fits. Flow stays that of neighbouring frames.
     defer: leave the augmentation to the training device (``raw`` in the items); on the CPU the clips are the same.
     flow_drop: probability that a clip's flow pictures are white, "nothing moves".
     frame_drop: probability that a clip's frames are grey and only the flow is left; never together with `flow_drop`.
-    progress: called with the number of frames of each video that ``cache`` has decoded.
+    progress: called with the number of frames of each video that this process has decoded for ``cache``.
 
     Every clip holds an annotated frame. A video shorter than `clip_len` is read to and fro (0 1 2 1 0 ...), its frames
     annotated each time.
@@ -183,6 +171,7 @@ class VideoClips(ClipDataset):
         flow_drop: float = 0.0,
         frame_drop: float = 0.0,
         defer: bool = False,
+        memory: CacheMemory | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> None:
         if not sequences:
@@ -220,14 +209,8 @@ class VideoClips(ClipDataset):
         if samples_per_epoch is None:
             samples_per_epoch = math.ceil(sum(len(a) for a in self.annotated) / clip_len)
         super().__init__(samples_per_epoch, seed)
-        self._store: list[torch.Tensor] | None = None
-        if cache == "ram":
-            with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter's lock
-                self._store = []
-                for planes in pool.map(self._read_sequence, self.sequences):
-                    self._store.append(planes)
-                    if progress is not None:
-                        progress(len(planes))
+        self._frames = FrameReader(self.size, augment)
+        self._store = self._frames.decode_all(self.sequences, memory, progress) if cache == "ram" else None
 
     def clip(self, index: int) -> Item:
         rng = self.rng(index)
@@ -285,88 +268,7 @@ class VideoClips(ClipDataset):
         """Frames of a sequence as a clip (T, 7, h, w), at the size that videos are read at."""
         if self._store is not None:
             return self._store[number][torch.tensor(indices)]
-        planes = {i: self._read_frame(self.sequences[number], i) for i in sorted(set(indices))}
-        _require_one_size(self.sequences[number], planes)
-        return torch.stack([planes[i] for i in indices])
-
-    def _read_sequence(self, sequence: VideoSequence) -> torch.Tensor:
-        planes = {i: self._read_frame(sequence, i) for i in range(len(sequence.frames))}
-        _require_one_size(sequence, planes)
-        return torch.stack(list(planes.values()))
-
-    def _read_frame(self, sequence: VideoSequence, index: int) -> torch.Tensor:
-        """One frame with its flow picture and mask, (7, h, w) uint8."""
-        path = sequence.frames[index]
-        stem = path.stem
-        frame, full_size = _load_reduced(path, lambda full: read_size(full, self.size, self.augment), load_frame)
-        width, height = frame.size
-        flow_path = sequence.flow_path(stem)
-        flow, flow_size = _load_reduced(flow_path, lambda _: (height, width), load_flow_image)
-        if abs(math.log(flow_size[0] * full_size[1] / (flow_size[1] * full_size[0]))) > 0.05:
-            raise DataError(
-                f"{flow_path}: {flow_size[1]}x{flow_size[0]} pixels, not the shape of its frame {path} "
-                f"({full_size[1]}x{full_size[0]}); remove it and make it again: "
-                f"{sequence.flow_command}"
-            )
-        stack = np.zeros((7, height, width), dtype=np.uint8)
-        stack[:3] = np.asarray(frame).transpose(2, 0, 1)
-        stack[3:6] = np.asarray(flow).transpose(2, 0, 1)
-        if stem in sequence.masks:
-            mask = load_mask(sequence.masks[stem], sequence.mask_rule)
-            require_size(sequence.masks[stem], mask.shape, full_size, path)
-            if mask.shape != (height, width):
-                smooth = Image.fromarray(mask * 255).resize((width, height), Image.Resampling.BILINEAR)
-                mask = np.asarray(smooth) >= 128
-            stack[6] = mask
-        return torch.from_numpy(stack)
-
-
-def read_size(full: tuple[int, int], size: tuple[int, int], augment: Augment | None) -> tuple[int, int]:
-    """Size (h, w) at which `VideoClips` keeps a frame of size `full`."""
-    if augment is None:
-        return size
-    scale = min(1.0, READ_SCALE * max(size[0] / full[0], size[1] / full[1]))
-    return round(full[0] * scale), round(full[1] * scale)
-
-
-def cache_bytes(sequences: Sequence[VideoSequence], size: tuple[int, int], augment: Augment | None) -> int:
-    """The memory that `VideoClips` with ``cache="ram"`` takes, without decoding anything. Raises DataError."""
-    sizes = [read_size(image_size(sequence.frames[0]), size, augment) for sequence in sequences]
-    return sum(7 * len(sequence) * height * width for sequence, (height, width) in zip(sequences, sizes))
-
-
-def _require_one_size(sequence: VideoSequence, planes: dict[int, torch.Tensor]) -> None:
-    sizes = {i: tuple(p.shape[1:]) for i, p in planes.items()}
-    first = next(iter(sizes))
-    for index, size in sizes.items():
-        if size != sizes[first]:
-            raise DataError(
-                f"{sequence.frames[index]}: not of the size of {sequence.frames[first]}; "
-                "the frames of a video must be of one size"
-            )
-
-
-def _load_reduced(path, target_of, load) -> tuple[Image.Image, tuple[int, int]]:
-    """A picture at the size (h, w) that `target_of` its own size gives, and its own size.
-
-    A JPEG is decoded at half or a quarter of its size where that is enough, which saves most of the time.
-    """
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        try:
-            picture, full, box = decode_reduced(path, target_of)
-        except DECODING_ERRORS as error:
-            raise DataError(
-                f"{path}: cannot be read as an image ({error}); expected a whole JPEG file, copy or unpack it again"
-            ) from error
-    else:
-        pixels = load(path)
-        full = pixels.shape[:2]
-        picture = Image.fromarray(pixels)
-        box = (0, 0, *picture.size)
-    height, width = target_of(full)
-    if picture.size != (width, height) or box != (0, 0, width, height):
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR, box)
-    return picture, full
+        return self._frames.read(self.sequences[number], indices)
 
 
 class MixedClips(ClipDataset):

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from datasets import flow_colour
-from datasets.clips import FaultyClips, MixedClips, VideoClips, _load_reduced, cache_bytes
+from datasets.clip_frames import _load_reduced, cache_bytes
+from datasets.clips import FaultyClips, MixedClips, VideoClips
 from datasets.errors import DataError
 from datasets.faults import Fault, apply_faults, draw_faults
 from datasets.images import load_frame

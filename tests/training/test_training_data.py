@@ -8,18 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import main
-from datasets.clips import VideoClips, cache_bytes
+from datasets.clip_frames import FrameReader, cache_bytes
 from datasets.scenes import SceneOptions
 from datasets.synthetic import write_dataset
 from datasets.transforms import Augment
 from tests.training.runs import TINY, equal, fails, read, run_script
+from utils.distributed import Processes
 from utils.errors import UserError
 from utils.training import data as training_data
 from utils.training.config import parse_args
-from utils.training.data import build_augment, build_clips, build_scene, build_sequences
+from utils.training.data import build_augment, build_clips, build_scene, build_sequences, check_cache
 from utils.training.loading import read_batches
+from utils.training.shared_memory import MachineMemory
 
 
 def test_the_loader_workers_change_nothing(finished: Path, tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_a_cache_that_does_not_fit_is_told_before_anything_is_decoded(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(training_data, "available_memory", lambda: needed - 1)
     with monkeypatch.context() as patch:
-        patch.setattr(VideoClips, "_read_frame", lambda *_: pytest.fail("decoded"))
+        patch.setattr(FrameReader, "_read_frame", lambda *_: pytest.fail("decoded"))
         message = fails([*words, "--cache", "ram"], capsys)
     assert "cache: ram" in message and "--cache none" in message and ("2 processes" in message) == (processes == 2)
     assert not (tmp_path / "run").exists()
@@ -115,6 +118,26 @@ def test_a_cache_that_does_not_fit_is_told_before_anything_is_decoded(
     monkeypatch.setattr(training_data, "available_memory", lambda: 2 * needed)
     assert main.main([*words, "--cache", "ram", "--max_steps", "2"]) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_processes_that_share_memory_need_it_once(
+    videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = parse_args([*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--cache", "ram"])
+    training, _ = build_sequences(config)
+    needed = cache_bytes(training["DAVIS-2016"], config.size, build_augment(config))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    alone = Processes(0, 1, torch.device("cpu"))
+    for count, copies in ((1, 4), (2, 2), (4, 1)):
+        memory = MachineMemory(alone)
+        memory.count = count
+        monkeypatch.setattr(training_data, "available_memory", lambda copies=copies: copies * needed)
+        check_cache(config, training, alone, memory)
+        printed = capsys.readouterr().out
+        assert "warning" in printed and (f"in each of {copies} processes" in printed) == (copies > 1)
+        monkeypatch.setattr(training_data, "available_memory", lambda copies=copies: copies * needed - 1)
+        with pytest.raises(UserError, match="--cache none"):
+            check_cache(config, training, alone, memory)
 
 
 def test_every_fifth_frame_of_youtube_vos_is_trained_on(tmp_path: Path) -> None:

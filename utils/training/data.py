@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips, cache_bytes
+from datasets.clip_frames import CacheMemory, OwnMemory, cache_bytes, decoded_by
+from datasets.clips import ClipDataset, FaultyClips, MixedClips, VideoClips
 from datasets.errors import DataError
 from datasets.scenes import SceneOptions
 from datasets.sequences import DATASETS, VideoSequence, canonical_name, find_root, read_dataset
@@ -16,6 +17,7 @@ from utils.errors import UserError, nearest
 from utils.memory import available_memory
 from utils.progress import progress_bar
 from utils.training.config import SCENE_KEYS, TrainConfig
+from utils.training.shared_memory import MachineMemory
 
 CACHE_SHARE = 0.5  # of the available memory: above it there is a warning, as training takes memory, too
 MOST_CLIPS = 10**8  # of an epoch, whose order is a list of as many numbers in every process
@@ -114,9 +116,11 @@ def check_validation(config: TrainConfig, sequence: VideoSequence) -> None:
         )
 
 
-def check_cache(config: TrainConfig, training: dict[str, list[VideoSequence]], processes: Processes) -> None:
+def check_cache(
+    config: TrainConfig, training: dict[str, list[VideoSequence]], processes: Processes, memory: MachineMemory
+) -> None:
     """Says before anything is decoded that ``cache: ram`` does not fit: the system would end the run, after many
-    minutes and without a word. All of YouTube-VOS at 384×640 are 50 GB in each process. Warns where it leaves little.
+    minutes and without a word. All of YouTube-VOS at 384×640 are 50 GB. Warns where it leaves little.
 
     Raises:
         UserError: that. DataError: the first frame of a video cannot be read.
@@ -125,14 +129,14 @@ def check_cache(config: TrainConfig, training: dict[str, list[VideoSequence]], p
         return
     augment = build_augment(config)
     needed = sum(cache_bytes(sequences, config.size, augment) for sequences in training.values())
-    here = environment_number("LOCAL_WORLD_SIZE", 1)  # processes of this machine, each with frames of its own
+    copies = max(1, environment_number("LOCAL_WORLD_SIZE", 1) // memory.count)  # on this machine
     available = available_memory()
     processes.wait()  # until all have looked, before the first begins to fill it
-    total = needed * here
+    total = needed * copies
     if available is None or total <= CACHE_SHARE * available:
         return
     frames = _count_frames(training)
-    each = f" in each of {here} processes" if here > 1 else ""
+    each = f" in each of {copies} processes" if copies > 1 else ""
     what = (
         f"cache: ram takes {needed / 1e9:.1f} GB for {frames} frames{each}, and {available / 1e9:.1f} GB of memory are "
         "available on this machine"
@@ -155,13 +159,18 @@ def _count_frames(training: dict[str, list[VideoSequence]]) -> int:
 
 
 def build_clips(
-    config: TrainConfig, training: dict[str, list[VideoSequence]], step_clips: int, show: bool = False
+    config: TrainConfig,
+    training: dict[str, list[VideoSequence]],
+    step_clips: int,
+    memory: CacheMemory | None = None,
+    show: bool = False,
 ) -> tuple[ClipDataset, int]:
     """The clips of an epoch, a whole number of steps, and that number.
 
     Args:
         step_clips: clips of one optimiser step, over all processes.
-        show: draw a progress bar where ``cache: ram`` decodes videos.
+        memory: where ``cache: ram`` keeps frames; by default this process's own.
+        show: draw a progress bar where ``cache: ram`` decodes videos, of this process's part of them.
     """
     with_stills = "DUTS-TR" in map(canonical_name, config.datasets)
     stills = read_stills(Path(config.data_dir), "DUTS-TR") if with_stills else []
@@ -182,7 +191,9 @@ def build_clips(
         )
     augment, scene, defer = build_augment(config), build_scene(config), config.augment_on == "device"
     parts: list[tuple[ClipDataset, float]] = []
-    frames = _count_frames(training)
+    memory = memory or OwnMemory()
+    own = {name: [videos[i] for i in decoded_by(memory, len(videos))] for name, videos in training.items()}
+    frames = _count_frames(own)
     cached = config.cache == "ram" and frames > 0
     with progress_bar(total=frames, desc="cache: ram", unit="frame", disable=not (show and cached)) as bar:
         for name, weight in config.datasets.items():
@@ -203,6 +214,7 @@ def build_clips(
                     flow_drop=config.flow_drop,
                     frame_drop=config.frame_drop,
                     defer=defer,
+                    memory=memory,
                     progress=bar.update,
                 )
             parts.append((part, weight))
