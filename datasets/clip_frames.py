@@ -41,8 +41,8 @@ class CacheMemory(Protocol):
     rank: int
     count: int
 
-    def allocate(self, size: int) -> torch.Tensor:
-        """(size,) uint8, the same bytes in all of the processes; each has to ask for it."""
+    def allocate(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """(size,) uint8 of each size, the same bytes in all of the processes; each has to ask for them."""
 
     def wait(self) -> None:
         """Until all of them are here."""
@@ -53,8 +53,8 @@ class OwnMemory:
 
     rank, count = 0, 1
 
-    def allocate(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8)
+    def allocate(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.empty(size, dtype=torch.uint8) for size in sizes]  # one by one, as spawned workers copy them
 
     def wait(self) -> None:
         pass
@@ -90,8 +90,8 @@ class FrameReader:
         """
         memory = memory or OwnMemory()
         shapes = [self._shape(sequence) for sequence in sequences]
-        sizes = [math.prod(shape) for shape in shapes]
-        store = [part.view(shape) for part, shape in zip(memory.allocate(sum(sizes)).split(sizes), shapes)]
+        parts = memory.allocate([math.prod(shape) for shape in shapes])
+        store = [part.view(shape) for part, shape in zip(parts, shapes)]
 
         def decode(number: int) -> int:
             sequence, planes = sequences[number], store[number]

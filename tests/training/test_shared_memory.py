@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -85,12 +87,36 @@ class Pair:
         pass
 
 
+def refuse(*_: object) -> None:
+    """As a container's filter or a limit does."""
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
 @linux
-def test_memory_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
-    memory = MachineMemory(Pair(os.getpid(), 2**20))
+@pytest.mark.parametrize("refused", ["open", "mmap"])
+def test_memory_that_cannot_be_shared_is_told(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = os.memfd_create("test")
+    os.truncate(file, 30)
+    memory = MachineMemory(Pair(os.getpid(), file))
     assert (memory.rank, memory.count) == (1, 2)
+    assert [len(part) for part in memory.allocate([10, 20])] == [10, 20]
+    if refused == "open":
+        os.close(file)
+    else:
+        monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(UserError, match=r"cannot share memory here .*--cache none"):
-        memory.allocate(10)
+        memory.allocate([10, 20])
+
+
+@linux
+def test_memory_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(0, 0)
+    pair.rank = 0
+    pair.gather = lambda value: [value, value]
+    memory = MachineMemory(pair)
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(UserError, match=r"cannot share memory here .*not permitted.*--cache none"):
+        memory.allocate([10])
 
 
 def test_where_nothing_tells_machines_apart_each_process_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +125,6 @@ def test_where_nothing_tells_machines_apart_each_process_has_its_own(monkeypatch
     pair.gather = lambda value: [value, value]
     memory = MachineMemory(pair)
     assert (memory.rank, memory.count) == (0, 1)
-    one, other = memory.allocate(10), memory.allocate(10)
+    one, other = (memory.allocate([10])[0] for _ in range(2))
     one.fill_(1), other.fill_(2)
     assert int(one.sum()) == 10 and one.dtype == torch.uint8

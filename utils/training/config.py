@@ -116,7 +116,8 @@ class TrainConfig:
     )
     cache: str = _option(
         "none",
-        "ram: decode all frames of videos once and keep them, about 10 * H * W bytes each, once on each machine",
+        "ram: decode all frames of videos once and keep them, about 10 * H * W bytes each; processes of a "
+        "machine share them (Linux)",
         choices=("none", "ram"),
     )
     workers: int = _option(4, "loader processes for each training process; 0: load in the training process", low=0)

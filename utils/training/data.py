@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from datasets.clip_frames import CacheMemory, OwnMemory, cache_bytes, decoded_by
@@ -129,7 +130,7 @@ def check_cache(
         return
     augment = build_augment(config)
     needed = sum(cache_bytes(sequences, config.size, augment) for sequences in training.values())
-    copies = max(1, environment_number("LOCAL_WORLD_SIZE", 1) // memory.count)  # on this machine
+    copies = math.ceil(environment_number("LOCAL_WORLD_SIZE", 1) / memory.count)  # on this machine
     available = available_memory()
     processes.wait()  # until all have looked, before the first begins to fill it
     total = needed * copies

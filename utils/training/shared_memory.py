@@ -5,10 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from datasets.clip_frames import OwnMemory
 from utils.distributed import Processes
 from utils.errors import UserError
 
@@ -32,37 +35,46 @@ class MachineMemory:
         self.rank = self._members.index(processes.rank)
         self.count = len(self._members)
 
-    def allocate(self, size: int) -> torch.Tensor:
-        """(size,) uint8, the same bytes in all processes that share.
+    def allocate(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """(size,) uint8 of each size, the same bytes in all processes that share.
 
-        It has no name, and is not of the file system for shared memory (/dev/shm), which is small in many containers:
-        the first process makes it and the others open it from there. It is gone when the last of them is.
+        They have no name, and are not of the file system for shared memory (/dev/shm), which is small in many
+        containers: the first process makes a file in memory and the others open it from there. It is gone when the last
+        of them is.
 
         Raises:
             UserError: the system does not let them.
         """
         file = -1
-        if self.rank == 0 and self.count > 1:
-            file = os.memfd_create("dbsnet frames")
-            os.truncate(file, size)
+        with _refusals():
+            if self.rank == 0 and self.count > 1:
+                file = os.memfd_create("dbsnet frames")
+                os.truncate(file, sum(sizes))
         owners = self._processes.gather((os.getpid(), file))
-        if self.count > 1 and self.rank > 0:
-            owner, number = owners[self._members[0]]
-            try:
+        with _refusals():
+            if self.rank > 0:
+                owner, number = owners[self._members[0]]
                 file = os.open(f"/proc/{owner}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(
-                    f"cache: ram: processes of this machine cannot share memory here ({error}); give --cache none"
-                ) from None
         self._processes.wait()  # until all have opened it
         if self.count == 1:
-            return torch.empty(size, dtype=torch.uint8)
-        whole = mmap.mmap(file, size)
+            return OwnMemory().allocate(sizes)
+        with _refusals():
+            whole = mmap.mmap(file, sum(sizes))
         os.close(file)
-        return torch.frombuffer(whole, dtype=torch.uint8)  # keeps what it maps
+        return list(torch.frombuffer(whole, dtype=torch.uint8).split(list(sizes)))  # these keep what they lie in
 
     def wait(self) -> None:
         self._processes.wait()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cache: ram: the processes of this machine cannot share memory here ({error}); give --cache none"
+        ) from None
 
 
 def _place() -> tuple[str, ...]:
