@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets.flow_colour import flows_to_images
-from datasets.scene_textures import smooth_noise
+from datasets.scene_textures import below_a_bent_line, smooth_noise
 from datasets.scenes import Layer, SceneOptions
 from datasets.transfer import send
 
@@ -158,9 +158,7 @@ def stir(rng: np.random.Generator, flow: torch.Tensor, masks: torch.Tensor, *, m
     """
     length, _, height, width = flow.shape
     size = (height, width)
-    ramp = torch.linspace(-1, 1, height, device=flow.device)[:, None] * float(rng.choice((-1.0, 1.0)))
-    place = ramp + 0.4 * smooth_noise(rng, 1, (3, 5), size, flow.device)[0] + rng.uniform(-0.4, 1.2)
-    place = (8 * place).clamp_(0, 1)  # (H, W), with a soft edge
+    place = below_a_bent_line(rng, size, 1, (-0.4, 1.2), float(rng.choice((-1.0, 1.0))), flow.device)
     rows = int(rng.integers(3, 14))
     cells = (rows, max(2, round(rows * width / height * rng.uniform(0.3, 1))))  # waves are wider than they are high
     # Numbers stay on the device, in double precision as Python's are: to ask a GPU for them is to wait for it.

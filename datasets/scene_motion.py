@@ -13,23 +13,20 @@ from datasets.transfer import send
 
 @dataclass(frozen=True)
 class Ripple:
-    """A travelling wave that moves points (x, y) across the way it runs, so that taking it back is exact, too.
+    """A wave that moves points (x, y) across the way it runs, so that taking it back is exact, too.
 
-    Along (x', y') = (x, y) turned by `angle`, x' += amplitude * sin(number * y' + phases[t]).
+    Along (x', y') = (x, y) turned by `angle` (radians), x' += a sin(k y' + p); wave: as those of `Motion`.
     """
 
-    angle: float  # radians
-    amplitude: float  # pixels of the texture
-    number: float  # radians per pixel
-    phases: np.ndarray  # (T,)
+    angle: float
+    wave: tuple[np.ndarray, np.ndarray, float]
 
     def shift(
         self, times: list[int], x: torch.Tensor, y: torch.Tensor, sign: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Points moved by the wave as it is at `times`; back with a sign of -1."""
         cos, sin = math.cos(self.angle), math.sin(self.angle)
-        phases = send(self.phases[times].astype(np.float32), x.device)[:, None, None]
-        sway = (y * cos).sub_(x * sin).mul_(self.number).add(phases).sin_().mul_(sign * self.amplitude)
+        sway = _wave(self.wave, times, (y * cos).sub_(x * sin)).mul_(sign)
         return x + cos * sway, y + sin * sway
 
 
@@ -88,7 +85,7 @@ class Motion:
 
     def box(self, times: list[int], extent: tuple[int, int]) -> np.ndarray:
         """Frame coordinates that hold a texture of `extent` (h, w) at all of `times`: (left, top, right, bottom)."""
-        half = np.array([extent[1], extent[0]]) / 2 + sum(abs(ripple.amplitude) for ripple in self.ripples)
+        half = np.array([extent[1], extent[0]]) / 2 + sum(np.abs(ripple.wave[0]).max() for ripple in self.ripples)
         for axis, wave in enumerate((self.wave_x, self.wave_y)):
             if wave is not None:
                 half[axis] += np.abs(wave[0]).max()
@@ -99,9 +96,8 @@ class Motion:
 
     def is_static(self) -> bool:
         """True where no frame differs from the first, so that the flow is zero and not merely tiny."""
-        waves = [w for w in (self.wave_x, self.wave_y) if w is not None]
-        changing = [self.matrices, *(w[0] for w in waves), *(w[1] for w in waves), *(r.phases for r in self.ripples)]
-        return all(np.all(a == a[:1]) for a in changing)
+        waves = [w for w in (self.wave_x, self.wave_y, *(r.wave for r in self.ripples)) if w is not None]
+        return all(np.all(a == a[:1]) for a in [self.matrices, *(w[0] for w in waves), *(w[1] for w in waves)])
 
 
 def _project(matrices: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,24 @@ def smooth_noise(
     return F.interpolate(grid, size=size, mode="bilinear", align_corners=True)[0]
 
 
+def below_a_bent_line(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    ends: float,
+    offset: tuple[float, float],
+    upright: float,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The part of a picture below a bent line, (H, W) in [0, 1] with a soft edge, or above it where `upright` is -1.
+
+    ends: how far the picture reaches from its middle, up and down. offset: the range that the height of the line is
+    drawn from, in the same units.
+    """
+    ramp = torch.linspace(-ends, ends, size[0], device=device)[:, None] * upright
+    place = ramp + 0.4 * smooth_noise(rng, 1, (3, 5), size, device)[0] + rng.uniform(*offset)
+    return (8 * place).clamp_(0, 1)
+
+
 def _draw_texture(rng: np.random.Generator, size: tuple[int, int], palette: np.ndarray) -> torch.Tensor:
     """A made-up surface, (3, H, W) in [0, 1]: gradient, noise at several scales, stripes and shapes. palette (3, 3)."""
     height, width = size

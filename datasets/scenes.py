@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets.scene_motion import Motion, Ripple, keep_in_view, log_uniform, similarity, smooth_path
-from datasets.scene_textures import cut_out, draw_still, fill_hole, load_still, smooth_noise
+from datasets.scene_textures import below_a_bent_line, cut_out, draw_still, fill_hole, load_still, smooth_noise
 from datasets.stills import StillImage
 
 
@@ -210,9 +210,7 @@ def _water_layer(rng: np.random.Generator, length: int, size: tuple[int, int], g
     margin = [side // 4 for side in ground.texture.shape[1:]]
     texture = F.pad(ground.texture[None], (margin[1], margin[1], margin[0], margin[0]), mode="reflect")[0]
     extent = texture.shape[1:]
-    ramp = torch.linspace(-1.5, 1.5, extent[0])[:, None] * float(rng.choice((-1.0, 1.0), p=(0.3, 0.7)))
-    place = ramp + 0.4 * smooth_noise(rng, 1, (3, 5), extent)[0] + rng.uniform(-0.2, 1.4)
-    alpha = (8 * place).clamp_(0, 1)[None]  # (1, h, w), with a soft edge
+    alpha = below_a_bent_line(rng, extent, 1.5, (-0.2, 1.4), float(rng.choice((-1.0, 1.0), p=(0.3, 0.7))))[None]
     speed = log_uniform(rng, 0.002, 0.02) * width * texel
     ripples = []
     for _ in range(int(rng.integers(4, 9))):
@@ -221,7 +219,7 @@ def _water_layer(rng: np.random.Generator, length: int, size: tuple[int, int], g
         # as fast as it should be, but never so steep that its looks are lost
         amplitude = min(rng.uniform(0.3, 1.0) * speed / abs(pulse), 0.2 / number)
         phases = rng.uniform(0, 2 * math.pi) + pulse * np.arange(length)
-        ripples.append(Ripple(rng.uniform(0, 2 * math.pi), amplitude, number, phases))
+        ripples.append(Ripple(rng.uniform(0, 2 * math.pi), (np.full(length, amplitude), phases, number)))
     heading, drift = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.5) * speed
     current = similarity(
         smooth_path(rng, length, drift * math.cos(heading), 0.1 * extent[1]),

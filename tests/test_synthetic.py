@@ -96,7 +96,7 @@ def test_motion_and_its_inverse() -> None:
     matrices = np.eye(3) + rng.normal(0, 0.1, (3, 3, 3))
     matrices[:, 2] = [0.0006, -0.0004, 1.0]
     wave = (rng.normal(0, 4, 3), rng.normal(0, 1, 3), 0.05)
-    ripples = tuple(Ripple(angle, 2.0, 0.2, rng.normal(0, 1, 3)) for angle in (0.4, 2.5, 5.0))
+    ripples = tuple(Ripple(angle, (np.full(3, 2.0), rng.normal(0, 1, 3), 0.2)) for angle in (0.4, 2.5, 5.0))
     motion = Motion(matrices, wave, wave, ripples)
     x, y = torch.arange(-50.0, 50)[None, None, :], torch.arange(-40.0, 40)[None, :, None]
     texture_x, texture_y = motion.to_texture([0, 1, 2], x, y)
@@ -105,7 +105,8 @@ def test_motion_and_its_inverse() -> None:
         sx, sy = texture_x[t].double().numpy(), texture_y[t].double().numpy()
         for ripple in ripples:  # a wave that runs across the way it moves points
             along = np.array([np.cos(ripple.angle), np.sin(ripple.angle)])
-            sway = ripple.amplitude * np.sin(ripple.number * (along[0] * sy - along[1] * sx) + ripple.phases[t])
+            amplitudes, phases, number = ripple.wave
+            sway = amplitudes[t] * np.sin(number * (along[0] * sy - along[1] * sx) + phases[t])
             sx, sy = sx + along[0] * sway, sy + along[1] * sway
         sx = sx + wave[0][t] * np.sin(wave[2] * sy + wave[1][t])
         sy = sy + wave[0][t] * np.sin(wave[2] * sx + wave[1][t])
@@ -124,14 +125,14 @@ def test_the_box_of_a_layer_holds_all_of_it(waves: bool) -> None:
         matrices = np.eye(3) + rng.normal(0, 0.2, (3, 3, 3))
         matrices[:, :2, 2], matrices[:, 2] = rng.normal(0, 20, (3, 2)), [0.001, -0.0008, 1.0]
         wave_x, wave_y = ((rng.normal(0, 6, 3), rng.normal(0, 1, 3), 0.1) for _ in range(2))
-        ripple = Ripple(rng.uniform(0, 6), 5.0, 0.1, rng.normal(0, 1, 3))
+        ripple = Ripple(rng.uniform(0, 6), (np.full(3, 5.0), rng.normal(0, 1, 3), 0.1))
         motion = Motion(matrices, wave_x, wave_y, (ripple,)) if waves else Motion(matrices)
         left, top, right, bottom = motion.box([0, 2], (40, 70))
         y, x = np.mgrid[-20:20:41j, -35:35:71j]
         places = []
         for t in (0, 2):
             cos, sin = np.cos(ripple.angle), np.sin(ripple.angle)
-            sway = 5 * np.sin(0.1 * (cos * y - sin * x) + ripple.phases[t]) * waves
+            sway = 5 * np.sin(0.1 * (cos * y - sin * x) + ripple.wave[1][t]) * waves
             rx, ry = x + cos * sway, y + sin * sway
             sx = rx + wave_x[0][t] * np.sin(wave_x[2] * ry + wave_x[1][t]) * waves
             sy = ry + wave_y[0][t] * np.sin(wave_y[2] * sx + wave_y[1][t]) * waves
