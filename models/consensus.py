@@ -20,7 +20,7 @@ from torch import Tensor
 from models.cuda_graphs import Run
 from models.frame_store import FrameStore
 
-# Chosen on the four videos of `MODEL_CARD.md` that no training saw; docs/experiments.md has what other values gave.
+# Chosen on the four videos that `MODEL_CARD.md` holds out; docs/experiments.md has what other values gave.
 STEP, REACH = 8, 8  # the frames that vote are 8, 16, … 64 before and after
 TEMPERATURE = 0.03  # of the softmax over cosines
 LIMIT = 3.0  # logits by which a vote moves a position at most: it overrules a network that is unsure

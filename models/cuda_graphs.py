@@ -1,6 +1,6 @@
 """CUDA graphs: what a GPU is asked to do for one batch, recorded once and then launched as a whole.
 
-A batch of a small network is some hundred kernels that the GPU finishes sooner than Python and PyTorch can launch them.
+A batch of a small network is hundreds to thousands of kernels that the GPU finishes sooner than Python can launch them.
 A graph of them costs one launch. It works on the memory it was recorded with: inputs are copied into it, and results
 are where they were at the recording.
 """

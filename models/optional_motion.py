@@ -16,7 +16,7 @@ from models.dbsnet import DBSNet
 
 # As `datasets.images` has it, of which the network knows nothing: the middle of the colour wheel.
 NO_MOTION = 255
-# Of the say. Tried on the four videos of `MODEL_CARD.md` that no training saw; docs/experiments.md has other values.
+# Of the say. Tried on the four videos that `MODEL_CARD.md` holds out; docs/experiments.md has other values.
 AT_REST = 1 / 3
 
 

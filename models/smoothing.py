@@ -21,7 +21,7 @@ import torch
 
 from models.frame_store import FrameStore
 
-# Tried on the four videos of `MODEL_CARD.md` that no training saw; docs/experiments.md has what other values gave.
+# Tried on the four videos that `MODEL_CARD.md` holds out; docs/experiments.md has what other values gave.
 LONGER = 428  # pixels of the longer side, at most: the size at which frames are compared
 NEIGHBOUR = 0.3  # the say of each of the two frames
 SURE = 4.0  # logits count as no larger

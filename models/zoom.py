@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tried on the four videos of `MODEL_CARD.md` that no training saw; docs/experiments.md has what other values gave.
+# Tried on the four videos that `MODEL_CARD.md` holds out; docs/experiments.md has what other values gave.
 FIRST = 2 / 3  # of the network's size, for the first look
 MARGIN = 1.7  # of the window, by the longer side of what was found
 LEAST = 0.4  # of the frame: a smaller window would show more of the interpolation than of the object
