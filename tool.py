@@ -7,8 +7,9 @@
     python tool.py --tools demo
     torchrun --nproc-per-node=2 tool.py --tools test --datasets DAVIS-2016
 
-Several tools run in the order given. Without --datasets: all of DAVIS-2016, FBMS, DAVSOD and MCL that --data_dir has.
-Results: <save_dir>/probability, crf and binary/<dataset>/<video>/<frame>.png, evaluation.json and report.html.
+Several tools run in the order given. Without --datasets: all of DAVIS-2016, FBMS, DAVSOD and MCL that --data_dir has;
+check alone also looks at the sets there that are only trained on.
+Results: <save_dir>/probability, binary, crf and crf_binary/<dataset>/<video>/<frame>.png, evaluation.json, report.html.
 For a video of your own these paths have no <dataset>; its flow is in <save_dir>/flow, an overlay in <save_dir>/overlay.
 Exit codes: 0; 1 where check finds problems; 2 for an error; 130 after Ctrl-C, 143 after SIGTERM.
 """
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from utils.inference.own_video import OwnVideo
 
 DEFAULT_DATASETS = ("DAVIS-2016", "FBMS", "DAVSOD", "MCL")
+NUM_FRAMES = 5  # as in training
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -91,9 +93,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--num_frames",
         type=int,
-        default=5,
         metavar="N",
-        help="use every N-th frame of YouTube-VOS's train split (flow: all frames); default: 5",
+        help="use every N-th frame of YouTube-VOS's train split (flow: all frames); default: 5, check: all frames",
     )
     data.add_argument("--video", metavar="FILE", help="a video of your own, instead of data sets (flow, test, crf)")
     data.add_argument("--frames", metavar="DIR", help="a folder of frames of your own (flow, test, crf)")
@@ -104,7 +105,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="size of the network's input; default: the checkpoint's, or 384 640 (bench: --bench_sizes)",
+        help="size of the network's input; default: the checkpoint's, or 384 640 (bench: --bench_sizes), and videos "
+        "of another shape then have one with about as many pixels in their own",
     )
     network.add_argument("--batch_size", type=int, metavar="N", help="frames at once; default: 4 on a CPU, 16 on a GPU")
     network.add_argument(
@@ -190,6 +192,8 @@ def _check(args: argparse.Namespace) -> None:
         # The user of a single video has most likely no weights of RAFT, and a download must not come unasked.
         if isinstance(args.flow_method, _Unsaid) and args.flow_weights is None:
             args.flow_method = "dis"
+    if args.num_frames is not None and args.num_frames < 1:
+        raise UserError(f"--num_frames {args.num_frames}: expected 1 or more")
     if "flow" in args.tools or (own and "test" in args.tools):
         prepare.settings_from(args)
     if "test" in args.tools:
@@ -237,9 +241,9 @@ def run_check(args: argparse.Namespace, processes: Processes) -> int:
     if processes.is_main:
         problems = check.run(
             args.data_dir,
-            _dataset_names(args),
+            _datasets_to_check(args),
             splits=[args.split] if args.split else None,
-            num_frames=args.num_frames,
+            num_frames=args.num_frames or 1,  # flow is made of all of them
             flow_root=args.flow_dir,
             require_flow="flow" not in args.tools,  # it is about to be made
             workers=max(1, count_of_workers(args.workers)),
@@ -416,17 +420,29 @@ def _dataset_names(args: argparse.Namespace) -> list[str]:
     return list(found)
 
 
+def _datasets_to_check(args: argparse.Namespace) -> list[str]:
+    """The data sets given, or all that are there, those that are only trained on among them; before other tools, and of
+    one split that is for tests, those that these take.
+    """
+    from datasets.sequences import find_datasets
+
+    if args.datasets or set(args.tools) != {"check"} or args.split not in (None, "train"):
+        return _dataset_names(args)
+    there = find_datasets(args.data_dir)
+    if not there or set(there) & set(DEFAULT_DATASETS):
+        _dataset_names(args)  # says what is missing, or that a folder may be either of two sets
+    return there
+
+
 def _read(args: argparse.Namespace, num_frames: int | None = None) -> dict[str, list[VideoSequence]]:
     """The videos of each data set, those of --sequences if given."""
     from datasets.sequences import read_dataset
     from utils.errors import UserError, nearest
 
-    if args.num_frames < 1:
-        raise UserError(f"--num_frames {args.num_frames}: expected 1 or more")
+    if num_frames is None:
+        num_frames = args.num_frames or NUM_FRAMES
     found = {
-        name: read_dataset(
-            name, args.data_dir, args.split or "val", num_frames or args.num_frames, flow_root=args.flow_dir
-        )
+        name: read_dataset(name, args.data_dir, args.split or "val", num_frames, flow_root=args.flow_dir)
         for name in _dataset_names(args)
     }
     if args.sequences:

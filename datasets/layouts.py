@@ -191,8 +191,9 @@ def read_youtube_vos(root: Path, split: str, report: Report, dataset: str, num_f
     """YouTube-VOS-2018: `train/JPEGImages/<video>/*.jpg` with `train/Annotations/<video>/*.png` (indexed, merged).
 
     The videos are those of `train/meta.json`, or all folders where that is missing. Of each training video
-    every `num_frames`-th frame is kept, beginning with the first; frames may lack a mask. The split val is `valid/`,
-    which publishes the masks of first appearances only. Flow: `train/Flows/<video>/<stem>.png|.jpg` (or
+    every `num_frames`-th frame is kept, beginning with the first, or, where that would lose all masks, so that the
+    first mask is kept; frames may lack one. The split val is `valid/`, which publishes the masks of first appearances
+    only. Flow: `train/Flows/<video>/<stem>.png|.jpg` (or
     `train/flows/…`). It is to be made with `num_frames=1`, between neighbouring frames of the download, whatever is
     kept of it later.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import layouts, vsod_layouts
 from datasets.errors import DataError
-from datasets.stills import STILL_SETS
+from datasets.stills import STILL_SETS, has_stills
 from datasets.video_sequence import (
     FLOW_SUFFIXES,
     Report,
@@ -205,6 +205,25 @@ def _find(name: str, data_dir: Path) -> tuple[Path, _Layout]:
         problem = f"no data set is called {name!r} (known: {', '.join(DATASETS)}), and {data_dir} has no folder {name}"
     looked = ", ".join(str(folder) for folder in outer)
     raise DataError(f"{problem} with {forms}" + (f". Looked in {looked}, which has another form" if looked else ""))
+
+
+def find_datasets(data_dir: Path | str) -> list[str]:
+    """The data sets known here that have a folder under `data_dir`, or are it, each folder told once: of those that may
+    lie in one (DAVIS-2016 and DAVIS-2017) the first. One whose folder holds something else is told as well.
+    """
+    data_dir = Path(data_dir)
+    found: dict[Path, str] = {}
+    for name, source in _SOURCES.items():
+        try:
+            root = find_root(name, data_dir)
+        except DataError:
+            wanted = [folder.lower() for folder in source.folders]
+            called = [folder for folder in list_folders(data_dir) if folder.name.lower() in wanted]
+            if not called:
+                continue
+            root = called[0]
+        found.setdefault(root, name)
+    return [*found.values(), *(name for name in STILL_SETS if has_stills(data_dir, name))]
 
 
 def find_root(name: str, data_dir: Path | str) -> Path:

@@ -25,6 +25,16 @@ class StillImage:
     mask: Path
 
 
+def has_stills(data_dir: str | Path, name: str = "DUTS-TR") -> bool:
+    """Whether a set has its folder there, whatever that holds."""
+    *own, itself = _candidates(Path(data_dir), name)
+    return any(folder.is_dir() for folder in (*own, itself / f"{name}-Image"))
+
+
+def _candidates(root: Path, name: str) -> list[Path]:
+    return [root / name, root / "DUTS" / name, root / name / name, root]
+
+
 def read_stills(data_dir: str | Path, name: str = "DUTS-TR", report: Report = raise_problem) -> list[StillImage]:
     """Pairs of a still-image set in its native layout: `<name>/<name>-Image/*.jpg`, `<name>/<name>-Mask/*.png`.
 
@@ -33,8 +43,7 @@ def read_stills(data_dir: str | Path, name: str = "DUTS-TR", report: Report = ra
     not found or hold no image. `report` is told where images have no mask and where two files share a stem, and raises
     by default; if it returns, the images are left out, and the first of the files is taken.
     """
-    root = Path(data_dir)
-    candidates = [root / name, root / "DUTS" / name, root / name / name, root]
+    candidates = _candidates(Path(data_dir), name)
     folder = next((c for c in candidates if (c / f"{name}-Image").is_dir()), None)
     if folder is None:
         looked = ", ".join(str(c / f"{name}-Image") for c in candidates)

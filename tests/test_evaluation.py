@@ -633,10 +633,10 @@ def test_maps_of_two_crfs_are_not_one_row(tmp_path):
     sequence, own = make_sequence(tmp_path, "cat"), tmp_path / "own"
     for kind, field, makings in (("probability", "dbsnet-test", (3, 3)), ("crf", "dbsnet-crf", (5, 10))):
         for t, stem in enumerate(sequence.stems):
-            # The first frame is not scored: what made it does not matter. A test turns its size for upright videos.
+            # The first frame is not scored: what made it does not matter. Upright videos have a size of their own.
             making = {"iters": makings[t > 1] if t else 99}
             if kind == "probability":
-                making["size"] = [2, 4] if t % 2 else [4, 2]
+                making["resized"] = [2, 4] if t % 2 else [4, 2]
             text = PngImagePlugin.PngInfo()
             text.add_text(field, json.dumps(making))
             path = own / kind / "DAVIS-2016" / "cat" / f"{stem}.png"

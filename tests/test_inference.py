@@ -396,13 +396,16 @@ def test_maps_older_than_their_flow_are_made_again(data: Path, weights: Path, tm
     assert not refined.exists()  # the CRF's of a map that is no more
 
 
-def test_upright_videos_are_not_squeezed_into_a_lying_size(weights: Path, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "d", "DAVIS", videos=2, frames=2, size=SIZE[::-1], seed=2, validation=2)
-    for words, size in (([], (64, 32)), (["--size", 32, 64], (32, 64))):
+@pytest.mark.parametrize(("frames", "own"), [(SIZE[::-1], (64, 32)), ((60, 60), (32, 32)), ((20, 120), (32, 96))])
+def test_videos_of_another_shape_are_not_squeezed_into_the_size(
+    frames: tuple[int, int], own: tuple[int, int], weights: Path, tmp_path: Path
+) -> None:
+    write_dataset(tmp_path / "d", "DAVIS", videos=2, frames=2, size=frames, seed=2, validation=2)
+    for words, size in (([], own), (["--size", 32, 64], (32, 64))):
         call(weights, tmp_path / "r", "--data_dir", tmp_path / "d", *words)
         wanted = expected(weights, tmp_path / "d", size=size)
         for name, grey in maps(tmp_path / "r").items():
-            assert grey.shape == SIZE[::-1]
+            assert grey.shape == frames
             assert np.abs(grey.astype(int) - wanted[name]).max() <= 1
 
 

@@ -128,7 +128,7 @@ def test_another_file_under_a_name_is_told_by_its_size_or_its_time(tmp_path: Pat
 
 
 def test_what_is_alike_in_a_run() -> None:
-    upright = {"weights": "0123", "size": [8, 4], "sources": "b"}
+    upright = {"weights": "0123", "size": [4, 8], "resized": [8, 4], "sources": "b"}
     assert of_run(upright) == of_run(SETTINGS) == {"weights": "0123", "size": [4, 8]}
     assert of_run({"iters": 5, "map": "x"}) == {"iters": 5}
     assert of_run(SETTINGS | {"weights": "4567"}) != of_run(SETTINGS)
@@ -139,15 +139,21 @@ def test_what_is_alike_in_a_run() -> None:
     [
         ((480, 854), None, [384, 640]),
         ((854, 480), None, [640, 384]),
-        ((500, 500), None, [384, 640]),  # square: as good either way
-        ((854, 480), [384, 640], [384, 640]),  # somebody wants it so
+        ((500, 500), None, [480, 480]),
+        ((480, 640), None, [416, 576]),
+        ((480, 640), [384, 640], [384, 640]),  # somebody wants it so
+        ((854, 480), [384, 640], [384, 640]),
     ],
 )
-def test_a_size_that_nobody_gave_is_turned_for_upright_videos(
+def test_a_size_that_nobody_gave_is_in_the_shape_of_the_video(
     frame: tuple[int, int], given: list[int] | None, expected: list[int]
 ) -> None:
-    found = segment.size_for(video("0", size=frame), {"size": [384, 640]}, SimpleNamespace(size=given))
+    weights = SimpleNamespace(net=SimpleNamespace(multiple=32))
+    settings = {"size": [384, 640]}
+    found = segment.size_for(video("0", size=frame), settings, weights, SimpleNamespace(size=given))
     assert found == expected
+    made = segment.settings_of(video("0", size=frame), settings, weights, SimpleNamespace(size=given))
+    assert made.get("resized", made["size"]) == expected and made["size"] == [384, 640]
 
 
 def options(**changed: Any) -> SimpleNamespace:

@@ -121,7 +121,7 @@ def test_every_option_of_a_run_is_told_and_each_run_of_several() -> None:
     told = facts(A=MAKING, B=other)
     assert (told["A, test"], told["B, test"]) == ("40×56, whole video", said) and "test" not in told
     alike = facts(
-        A=MAKING | {"sources": "1"}, B=MAKING | {"sources": "2", "size": [56, 40]}
+        A=MAKING | {"sources": "1"}, B=MAKING | {"sources": "2", "resized": [56, 40]}
     )  # turned for an upright video
     assert alike["test"] == "40×56, whole video" and not any("A" in name or "B" in name for name in alike)
 

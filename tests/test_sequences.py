@@ -15,7 +15,7 @@ from datasets import sequences
 from datasets.errors import DataError
 from datasets.images import load_frame, load_mask
 from datasets.layouts import DAVIS_2016
-from datasets.sequences import DATASETS, canonical_name, find_root, read_dataset
+from datasets.sequences import DATASETS, canonical_name, find_datasets, find_root, read_dataset
 from datasets.video_sequence import natural_key
 from datasets.vsod_layouts import FBMS_59
 
@@ -711,6 +711,19 @@ def test_a_folder_that_several_sets_may_have_is_a_name_of_one():
             assert canonical_name(folder) == canonical_name(folder.lower()) and canonical_name(folder) in DATASETS
     assert canonical_name("davis_2017") == "DAVIS-2017" and canonical_name("DAVSOD-master") == "DAVSOD"
     assert canonical_name("DAVIS-trainval") == canonical_name("DAVIS-2017-trainval-480p") == "DAVIS-2016"
+
+
+def test_the_data_sets_that_are_there(tmp_path):
+    assert find_datasets(tmp_path / "nowhere") == find_datasets(tmp_path) == []
+    youtube(tmp_path / "YouTube-VOS")
+    (tmp_path / "fbms" / "unpacked").mkdir(parents=True)  # nothing that is known: to be told, not passed over
+    authors(tmp_path / "DAVIS", "train", ["bear"])  # of 2016 or 2017
+    authors(tmp_path / "Mine", "train", ["a"])
+    assert find_datasets(tmp_path) == ["DAVIS-2016", "YouTube-VOS-2018", "FBMS"]
+    (tmp_path / "DUTS" / "DUTS-TR").mkdir(parents=True)
+    assert find_datasets(tmp_path)[-1] == "DUTS-TR" and find_datasets(tmp_path / "DUTS") == ["DUTS-TR"]
+    assert find_datasets(tmp_path / "YouTube-VOS") == ["YouTube-VOS-2018"]
+    assert find_datasets(tmp_path / "DAVIS") == ["DAVIS-2016"]
 
 
 def test_authors_layout_with_a_folder_test_in_place_of_val(tmp_path):

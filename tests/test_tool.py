@@ -381,6 +381,35 @@ def test_check_before_flow_does_not_ask_for_flow(data: Path, capsys: pytest.Capt
     shutil.rmtree(data / "DAVIS" / "Flows")
 
 
+def test_check_looks_at_every_set_that_is_there(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tools", "check", "--data_dir", tmp_path]
+    assert "none of DAVIS-2016" in fails(capsys, *words)
+    for kind in ("JPEGImages", "Annotations", "Flows"):
+        for number in range(7):
+            path = tmp_path / "YouTube-VOS" / "train" / kind / "a" / f"{number:05d}.jpg"
+            if kind == "Annotations":
+                path = path.with_suffix(".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L" if kind == "Annotations" else "RGB", (64, 32), 1).save(path)
+    assert call(*words) == 0
+    assert "1 sequence, 7 frames, 7 with flow, 7 with a mask" in capsys.readouterr().out  # and not every fifth
+    path.unlink()
+    assert call(*words) == 1
+    assert call(*words, "--num_frames", 5) == 0  # those that training uses
+    capsys.readouterr()
+    shutil.copytree(data / "DAVIS", tmp_path / "DAVIS")
+    for name in ("DUTS-TR", "FBMS"):
+        (tmp_path / name).mkdir()
+    assert call(*words) == 1
+    shown = capsys.readouterr().out
+    assert all(f"{name} " in shown for name in ("DAVIS-2016", "YouTube-VOS-2018", "FBMS", "DUTS-TR"))
+    # What tests take is asked of those sets that they are of.
+    words = ["--data_dir", tmp_path, "--split", "val", "--flow_method", "dis"]
+    assert call("--tools", "check", "flow", *words) == 0 and call("--tools", "check", *words) == 0
+    shown = capsys.readouterr().out
+    assert "DAVIS-2016 val" in shown and "YouTube-VOS" not in shown
+
+
 def test_check_of_some_sequences(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tools", "check", "flow", "--data_dir", data, "--datasets", "DAVIS-2016", "--flow_method", "dis"]
     message = fails(capsys, *words, "--sequences", "video-004")

@@ -34,7 +34,7 @@ def _check() -> None:
             "make an environment with a newer one: python3.12 -m venv .venv"
         )
     else:
-        for name in ("numpy", "torch", "PIL", "tqdm", "yaml"):  # the others are imported where they are used
+        for name in ("numpy", "torch", "PIL", "tqdm", "yaml", "safetensors"):  # the others are imported where used
             if name not in sys.modules and importlib.util.find_spec(name) is None:
                 words = not_installed(name)
                 break

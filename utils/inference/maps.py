@@ -19,7 +19,8 @@ from utils.inference.videos import Video
 
 # Text field of the probability maps: what they were made with, so that a later run knows which of them it may keep.
 FIELD = "dbsnet-test"
-OF_A_VIDEO = ("frames", "sources", MAP)  # what differs from video to video of one run, or from frame to frame
+# What differs from video to video of one run, or from frame to frame.
+OF_A_VIDEO = ("frames", "resized", "sources", MAP)
 
 
 def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray, settings: dict[str, Any]) -> None:
@@ -98,7 +99,7 @@ def notes(path: Path, *fields: str) -> dict[str, Any]:
 
 
 def of_run(made: dict[str, Any]) -> dict[str, Any]:
-    """What `made_with` gives, as far as it is alike for all maps of a run: without which files a video is made of and
-    which map of a frame the CRF refined, and with the size as one that is not turned for upright videos.
+    """What `made_with` gives, as far as it is alike for all maps of a run: without which files a video is made of, the
+    size that its own shape asked for, and which map of a frame the CRF refined.
     """
-    return {key: sorted(value) if key == "size" else value for key, value in made.items() if key not in OF_A_VIDEO}
+    return {key: value for key, value in made.items() if key not in OF_A_VIDEO}

@@ -152,21 +152,25 @@ def settings_from(args: argparse.Namespace, weights: Weights) -> dict[str, Any]:
     }
 
 
-def size_for(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> list[int]:
-    """The size for one video: one that nobody gave is turned where the video is upright and the size is not, or the
-    other way about, rather than squeezing it into the wrong shape.
-    """
-    (height, width), (h, w) = video.frames[0].shape[:2], settings["size"]
-    turned = args.size is None and (height - width) * (h - w) < 0
-    return [w, h] if turned else [h, w]
+def size_for(video: Video, settings: dict[str, Any], weights: Weights, args: argparse.Namespace) -> list[int]:
+    """The size for one video: ``--size`` as it is, and one that nobody gave in the video's own shape."""
+    from models import input_size
+
+    height, width = settings["size"]
+    if args.size is None:
+        height, width = input_size(video.frames[0].shape[:2], (height, width), weights.net.multiple)
+    return [height, width]
 
 
-def settings_of(video: Video, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The settings for one video: its size, and which files it is of, all of which are there; for `eval` and the CRF
-    its frames as copies have them, too. Of one of a data set also how its flow was made: scores of two kinds mean
-    nothing together.
+def settings_of(video: Video, settings: dict[str, Any], weights: Weights, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings for one video: its own size, where that is another, and which files it is of, all of which are
+    there; for `eval` and the CRF its frames as copies have them, too. Of one of a data set also how its flow was made:
+    scores of two kinds mean nothing together.
     """
-    own = {"size": size_for(video, settings, args), "sources": fingerprint(video.sources)}
+    own: dict[str, Any] = {"sources": fingerprint(video.sources)}
+    resized = size_for(video, settings, weights, args)
+    if resized != settings["size"]:
+        own["resized"] = resized
     if video.frame_files:
         own["frames"] = fingerprint(video.frame_files, times=False)
     if video.flow_dir is not None:
@@ -184,8 +188,8 @@ def run(
     """``--tools test``: the maps that are missing, of the videos that are this process's; returns how many.
 
     A video all of whose maps are there, made with the same weights and settings of the same files of frames and
-    flow, is kept, unless ``--overwrite``. A size that is the checkpoint's rather than ``--size``'s is turned for videos
-    of the other orientation.
+    flow, is kept, unless ``--overwrite``. A size that is the checkpoint's rather than ``--size``'s gives way to one in
+    the video's own shape (`models.input_size`).
 
     Args:
         written: called with the place of each map that has been written, ``<dataset>/<video>/<stem>.png``.
@@ -204,7 +208,7 @@ def run(
         video = videos[index]
         if args.overwrite or video.wait is not None:
             return video.stems
-        return () if is_current(video, save_dir, settings_of(video, settings, args)) else video.stems
+        return () if is_current(video, save_dir, settings_of(video, settings, weights, args)) else video.stems
 
     lengths = [len(video.stems) for video in videos]
     todo = [videos[index] for index in share_out(processes, lengths, pending, "test")]
@@ -214,8 +218,8 @@ def run(
     if processes.is_main:
         kept = f"; {len(videos) - count} of {len(videos)} videos are there already" if count < len(videos) else ""
         others = f", {total} of them here" if processes.world_size > 1 else ""
-        sizes = dict.fromkeys("×".join(map(str, size_for(video, settings, args))) for video in todo)
-        size = " and ".join(sizes) or "×".join(map(str, settings["size"]))
+        sizes = dict.fromkeys("×".join(map(str, size_for(video, settings, weights, args))) for video in todo)
+        size = ", ".join(sizes) or "×".join(map(str, settings["size"]))
         ours = {
             "zoom": "a closer look at the object",
             "consensus": "frames vote",
@@ -266,8 +270,8 @@ def run(
                 before = time.monotonic()
                 video.wait()
                 waited += time.monotonic() - before
-            own = settings_of(video, settings, args)
-            predictor.size, predictor.readers = tuple(own["size"]), video.readers
+            own = settings_of(video, settings, weights, args)
+            predictor.size, predictor.readers = tuple(own.get("resized", own["size"])), video.readers
             progress.set_postfix_str(video.place.name, refresh=False)
             predictor.on_encoded = show_encoded(progress, video.place.name, passes)
             frames, flows = video.frames, video.flows

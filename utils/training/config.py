@@ -177,7 +177,9 @@ class TrainConfig:
     )  # fmt: skip
     optimizer: str = _option("adamw", "optimiser", choices=("adamw", "sgd"))
     momentum: float = _option(0.9, "momentum of sgd", low=0, high=1)
-    weight_decay: float = _option(1e-2, "not applied to norms, biases and other 1-d parameters", low=0, high=MOST_DECAY)
+    weight_decay: float = _option(
+        1e-2, "not applied to 1-d parameters: norms, biases of layers", low=0, high=MOST_DECAY
+    )
     schedule: str = _option("cosine", "learning rate over the steps", choices=("cosine", "step", "constant"))
     step_epochs: int = _option(10, "step schedule: epochs between two drops by 10", low=1)
     warmup_steps: int = _option(100, "steps of linear warm-up", low=0)
@@ -214,7 +216,7 @@ class TrainConfig:
         0, "steps between two validations, the last at the end of training; 0: at the end of each epoch", low=0
     )
     val_size: tuple[int, int] | None = _option(
-        None, "height and width that the network sees; none: size", low=32, high=16384
+        None, "height and width that the network sees; none: size, in the video's own shape", low=32, high=16384
     )
     val_frames: int = _option(0, "frames of each validation sequence to use, from its start; 0: all", low=0)
 

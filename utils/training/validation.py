@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from datasets.images import LazyImages, load_flow_image, load_frame, load_mask, require_size
-from models import Predictor
+from models import Predictor, input_size
 from utils.distributed import broadcast_buffers
 from utils.evaluation.metrics import jaccard
 from utils.training.run import Run
@@ -21,7 +21,7 @@ def validate(run: Run) -> dict[str, float] | None:
     config, processes = run.config, run.processes
     net = run.tested_net.eval()
     broadcast_buffers(net, processes)  # or batch norms without sync would be each process's own, and rank 0's are saved
-    predictor = Predictor(net, device=processes.device, size=config.val_size or config.size, amp=config.amp)
+    predictor = Predictor(net, device=processes.device, amp=config.amp)
     mine: dict[str, float] | None = {}
     # Two data sets may each have a sequence of one name, DAVIS-2016 and DAVIS-2017 for instance.
     shared = Counter(sequence.name for sequence in run.validation)
@@ -33,6 +33,8 @@ def validate(run: Run) -> dict[str, float] | None:
         stems = sequence.stems[: config.val_frames or None]
         frames = LazyImages(sequence.frames[: len(stems)], load_frame)
         flows = LazyImages([sequence.flow_path(stem) for stem in stems], load_flow_image)
+        # As a test does: a size that is given is used as it is.
+        predictor.size = config.val_size or input_size(frames[0].shape[:2], config.size, net.multiple)
         scores = []
         for index, probability in predictor(frames, flows):
             if run.stop.wanted:
