@@ -320,6 +320,9 @@ def test_run_refines_every_frame_softly_and_two_processes_change_nothing(tmp_pat
     for t, name in enumerate(one):
         made = np.array(Image.open(results / "crf" / "made" / "clip" / name))
         np.testing.assert_array_equal(made, refine(*example(24, 40, seed=t)))
+        mask = np.array(Image.open(results / "crf_binary" / "made" / "clip" / name))
+        np.testing.assert_array_equal(mask, np.where(made > 127, 255, 0))
+        assert 0 < (mask > 0).mean() < 1
     assert len(np.unique(made)) > 10
     assert crf.run(arguments("--workers", "2", "--overwrite"), [crf.refinable(sequence)], results) == 3
     assert outputs(results) == one
@@ -414,6 +417,9 @@ def test_beside_the_test_the_maps_become_what_they_become_after_it(tmp_path: Pat
     sequence, results = make_results(tmp_path)
     crf.run(arguments(), [crf.refinable(sequence)], results)
     expected = outputs(results)
+    (results / "crf_binary" / "made" / "clip" / "00001.png").unlink()
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 1  # a mask that is missing is made again
+    assert (results / "crf_binary" / "made" / "clip" / "00001.png").is_file() and outputs(results) == expected
     for name in expected:
         (results / "crf" / "made" / "clip" / name).unlink()
     with crf.run_beside_test(arguments("--workers", "2"), [crf.refinable(sequence)], results) as written:

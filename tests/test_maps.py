@@ -51,13 +51,14 @@ def test_the_map_that_vouches_for_both_is_written_last_and_refined_ones_of_befor
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    for stem in ("0", "1"):
-        (tmp_path / "crf" / "D" / "v").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "crf" / "D" / "v" / f"{stem}.png").touch()
+    for folder in ("crf", "crf_binary"):
+        (tmp_path / folder / "D" / "v").mkdir(parents=True, exist_ok=True)
+        for stem in ("0", "1"):
+            (tmp_path / folder / "D" / "v" / f"{stem}.png").touch()
 
     def record(path: Path, *_: Any, **__: Any) -> None:
         written.append(path.relative_to(tmp_path).parts[0])
-        assert stems(tmp_path, "crf") == ["1"]
+        assert stems(tmp_path, "crf") == stems(tmp_path, "crf_binary") == ["1"]
 
     monkeypatch.setattr(maps, "write_png", record)
     write(tmp_path, "0")
@@ -100,13 +101,14 @@ def test_an_image_of_others_that_is_too_large_to_be_opened_does_not_say(
 
 def test_maps_of_frames_that_are_gone_go_with_what_came_of_them_and_others_stay(tmp_path: Path) -> None:
     write(tmp_path, "0", "1", "2")
-    for kind in ("crf", "probability", "binary"):
+    for kind in ("crf", "crf_binary", "probability", "binary"):
         (tmp_path / kind / "D" / "v").mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 1)).save(tmp_path / kind / "D" / "v" / "mine.png")  # of somebody who does not say so
-    (tmp_path / "crf" / "D" / "v" / "2.png").touch()
+    for kind in ("crf", "crf_binary"):
+        (tmp_path / kind / "D" / "v" / "2.png").touch()
     assert remove_others(video("0", "1"), tmp_path) == 1
     assert stems(tmp_path, "probability") == stems(tmp_path, "binary") == ["0", "1", "mine"]
-    assert stems(tmp_path, "crf") == ["mine"]
+    assert stems(tmp_path, "crf") == stems(tmp_path, "crf_binary") == ["mine"]
     assert remove_others(video("0", "1"), tmp_path) == 0
 
 
@@ -212,7 +214,7 @@ def test_what_maps_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         segment.settings_from(options(optional_motion=True), motion)
 
 
-@pytest.mark.parametrize("kind", ["flow", "probability", "binary", "crf", "overlay"])
+@pytest.mark.parametrize("kind", ["flow", "probability", "binary", "crf", "crf_binary", "overlay"])
 def test_a_video_among_the_results_would_be_written_over(kind: str, tmp_path: Path) -> None:
     source = tmp_path / "out" / kind / "clip.mp4"
     source.parent.mkdir(parents=True)

@@ -19,7 +19,8 @@ from PIL import Image
 from datasets.errors import DataError
 from datasets.images import load_frame, require_size
 from utils.errors import UserError
-from utils.files import short_sha256, write_png
+from utils.evaluation.scoring import THRESHOLD
+from utils.files import is_whole_png, short_sha256, write_png
 from utils.parallel import Background, count_of_workers, parallel_map, share_of_workers
 from utils.progress import progress_bar
 
@@ -31,6 +32,7 @@ EPSILON = 1e-8  # keeps the logarithm finite at probabilities 0 and 1
 # may keep.
 FIELD = "dbsnet-crf"
 MAP = "map"  # in it, the probability map, by its bytes
+FOLDERS = ("crf", "crf_binary")  # of the refined maps, grey, and of the masks that they give
 
 # Least and most of each kind of setting. The library does not notice others: by a width far below a pixel its table of
 # positions overflows and the process is killed, and numbers that float32 cannot hold give black maps.
@@ -208,7 +210,7 @@ def check(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Refinable:
-    """The frames of one video: where its maps are (below ``probability/`` and ``crf/``), and the pictures.
+    """The frames of one video: where its maps are (below ``probability/`` and `FOLDERS`), and the pictures.
 
     frames: image files, which the processes read; not `in_files` pictures (H, W, 3) uint8 RGB, asked for one by one in
     order, as the decoder of a video file has them.
@@ -226,7 +228,8 @@ def refinable(sequence: VideoSequence) -> Refinable:
 
 
 def run(args: argparse.Namespace, videos: Sequence[Refinable], save_dir: str | Path) -> int:
-    """``--tools crf``: refines ``<save_dir>/probability/<dataset>/<video>/<stem>.png`` into ``<save_dir>/crf/…``.
+    """``--tools crf``: refines ``<save_dir>/probability/<dataset>/<video>/<stem>.png`` into ``<save_dir>/crf/…``, grey,
+    and ``<save_dir>/crf_binary/…``, 255 where that is above 127.
 
     A result that is newer than its probability map, and was made of that map with the same settings, is kept, unless
     ``--overwrite``. Returns the number of maps made.
@@ -241,9 +244,9 @@ def run(args: argparse.Namespace, videos: Sequence[Refinable], save_dir: str | P
     todo = []
     for video in videos:
         for index, stem in enumerate(video.stems):
-            place = video.place / f"{stem}.png"
-            todo.append((video, index, save_dir / "probability" / place, save_dir / "crf" / place))
-    missing = [source for *_, source, _ in todo if not source.is_file()]
+            todo.append((video, index, video.place / f"{stem}.png"))
+    sources = [save_dir / "probability" / place for *_, place in todo]
+    missing = [source for source in sources if not source.is_file()]
     if missing:
         raise DataError(
             f"{len(missing)} probability maps are missing, the first one {missing[0]}; make them first, with the same "
@@ -252,9 +255,9 @@ def run(args: argparse.Namespace, videos: Sequence[Refinable], save_dir: str | P
     if not args.overwrite:
         # All of each map is read, which takes minutes for tens of thousands.
         look = progress_bar(todo, desc="crf: what is there", unit="frame", leave=False)
-        todo = [task for task in look if not _is_current(target=task[3], source=task[2], settings=settings)]
+        todo = [task for task in look if not _is_current(save_dir, task[2], settings)]
     # One by one: a frame that is no file is decoded when its turn comes.
-    tasks = ((video.frames[index], source, target, settings) for video, index, source, target in todo)
+    tasks = ((video.frames[index], save_dir, place, settings) for video, index, place in todo)
     done = parallel_map(_refine_file, tasks, args.workers)
     for _ in progress_bar(done, total=len(todo), desc="crf", unit="frame"):
         pass
@@ -287,24 +290,30 @@ def run_beside_test(
     with Background(_refine_file, share_of_workers(workers, world_size), "crf") as background:
 
         def written(place: Path) -> None:
-            background.submit(frames[place], save_dir / "probability" / place, save_dir / "crf" / place, settings)
+            background.submit(frames[place], save_dir, place, settings)
 
         yield written
 
 
-def _refine_file(frame: Path | np.ndarray, source: Path, target: Path, settings: CrfSettings) -> None:
+def _refine_file(frame: Path | np.ndarray, save_dir: Path, place: Path, settings: CrfSettings) -> None:
+    source = save_dir / "probability" / place
     image, name = (load_frame(frame), frame) if isinstance(frame, Path) else (frame, "its frame")
     making = _making(source, settings)  # before the map is read: one that comes after it would vouch for this one's
     probability = load_probability(source)
     require_size(source, probability.shape, image.shape, name)
-    write_png(target, refine(image, probability, settings), (FIELD, making))
+    refined = refine(image, probability, settings)
+    grey, binary = (save_dir / folder / place for folder in FOLDERS)
+    write_png(binary, (refined > THRESHOLD) * np.uint8(255))
+    write_png(grey, refined, (FIELD, making))  # last: it vouches for both
 
 
-def _is_current(target: Path, source: Path, settings: CrfSettings) -> bool:
-    if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
+def _is_current(save_dir: Path, place: Path, settings: CrfSettings) -> bool:
+    source = save_dir / "probability" / place
+    grey, binary = (save_dir / folder / place for folder in FOLDERS)
+    if not grey.is_file() or grey.stat().st_mtime_ns < source.stat().st_mtime_ns or not is_whole_png(binary):
         return False
     try:
-        with Image.open(target) as image:
+        with Image.open(grey) as image:
             image.load()
             return json.loads(image.info[FIELD]) == _making(source, settings)
     except (OSError, SyntaxError, ValueError, KeyError):

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import DECODING_ERRORS
+from utils.crf import FOLDERS as REFINED
 from utils.crf import MAP
 from utils.evaluation.scoring import THRESHOLD
 from utils.files import is_whole_png, write_png
@@ -31,7 +32,8 @@ def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray,
     Args:
         probability: (H, W) float in [0, 1].
     """
-    (save_dir / "crf" / video.place / f"{stem}.png").unlink(missing_ok=True)
+    for kind in REFINED:
+        (save_dir / kind / video.place / f"{stem}.png").unlink(missing_ok=True)
     grey = np.rint(np.clip(probability, 0, 1) * 255).astype(np.uint8)
     # Level 1: on maps the files are hardly larger, and writing them takes a third of the time.
     write_png(video.binary(save_dir, stem), (grey > THRESHOLD) * np.uint8(255), compress_level=1)
@@ -45,7 +47,7 @@ def remove_others(video: Video, save_dir: Path) -> int:
     there, known = sorted((save_dir / "probability" / video.place).glob("*.png")), set(video.stems)
     gone = [path.stem for path in there if path.stem not in known and made_with(path) is not None]
     for stem in gone:
-        for kind in ("crf", "binary", "probability"):  # what says who made them comes last
+        for kind in (*REFINED, "binary", "probability"):  # what says who made them comes last
             (save_dir / kind / video.place / f"{stem}.png").unlink(missing_ok=True)
     return len(gone)
 

@@ -68,7 +68,7 @@ def open_own(video: str | None, frames: str | None) -> OwnVideo:
 
 def check_place(option: str, source: str, save_dir: str) -> None:
     """Raises UserError for a video or folder that lies where the results of it, or of another, are written."""
-    for kind in ("flow", "probability", "binary", "crf", "overlay"):
+    for kind in ("flow", "probability", "binary", *crf.FOLDERS, "overlay"):
         if (Path(save_dir) / kind).resolve() in Path(source).resolve().parents:
             raise UserError(
                 f"--{option} {source}: this is among the results of --save_dir {save_dir}, which would be written over "
@@ -162,7 +162,7 @@ def run_own_crf(args: argparse.Namespace, own: OwnVideo) -> None:
         )
     crf.run(args, [own.for_crf()], save_dir)
     path = write_overlay(own, save_dir, "crf", refined_overlay(own, save_dir))
-    print(f"after the CRF: {save_dir / 'crf' / own.name}\noverlay: {path}", flush=True)
+    print(f"masks after the CRF: {save_dir / 'crf_binary' / own.name}\noverlay: {path}", flush=True)
 
 
 def refined_overlay(own: OwnVideo, save_dir: Path) -> Path:
