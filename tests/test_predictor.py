@@ -494,30 +494,32 @@ from utils.memory import keep_freed_memory
 
 keep_freed_memory()  # as tool.py does on a CPU
 torch.set_num_threads(1)
-length = int(sys.argv[1])
+length, options = int(sys.argv[1]), dict.fromkeys(sys.argv[2:], True)
+picture = np.random.default_rng(0).integers(0, 256, (96, 160, 3), np.uint8)
 
 class Lazy:
     def __len__(self): return length
     def __getitem__(self, index):
         if index >= length: raise IndexError(index)
-        return np.full((96, 160, 3), index % 256, np.uint8)
+        return np.roll(picture, index, 1)
 
 net = build_dbsnet("xxs", width=64, hidden=16, dilations=(1,), depth=1, window=4, rounds=1)
-count = sum(1 for _ in Predictor(net, host_memory=4 << 20)(Lazy(), Lazy()))
+count = sum(1 for _ in Predictor(net, host_memory=4 << 20, **options)(Lazy(), Lazy()))
 assert count == length
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
 @pytest.mark.slow
-def test_host_memory_does_not_grow_with_the_video(repository: Path) -> None:
-    """Features of 540 more frames would be 190 MB, the decoded frames 50 MB."""
+@pytest.mark.parametrize(
+    "options", [(), ("zoom", "consensus", "smooth"), ("optional_motion",), ("flip",)], ids=lambda words: "-".join(words)
+)
+def test_host_memory_does_not_grow_with_the_video(options: tuple[str, ...], repository: Path) -> None:
+    """Features of 540 more frames would be 190 MB, the decoded frames and flow images 50 MB."""
 
     def peak(length: int) -> int:
-        run = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(length)], cwd=repository, capture_output=True, text=True, check=True
-        )
-        return int(run.stdout)
+        words = [sys.executable, "-c", MEMORY, str(length), *options]
+        return int(subprocess.run(words, cwd=repository, capture_output=True, text=True, check=True).stdout)
 
     short, long = peak(60), peak(600)
     assert long - short < 40, f"{short} MB for 60 frames, {long} MB for 600"
