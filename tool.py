@@ -392,31 +392,40 @@ TOOLS: dict[str, Callable[[argparse.Namespace, Any], int]] = {
 
 def _dataset_names(args: argparse.Namespace) -> list[str]:
     """The data sets given, or those of `DEFAULT_DATASETS` that are there."""
-    from datasets.errors import DataError
-    from datasets.sequences import canonical_name, find_root
+    from datasets.sequences import canonical_name
     from utils.errors import UserError
 
     if args.datasets:
         return list(dict.fromkeys(canonical_name(name) for name in args.datasets))
-    found = {}
-    for name in DEFAULT_DATASETS:
-        try:
-            found[name] = find_root(name, args.data_dir)
-        except DataError:
-            continue
-    for root in found.values():
-        names = [name for name in found if found[name] == root]
-        if len(names) > 1:  # which only a folder can be that is the set itself and is called otherwise
-            raise UserError(
-                f"--data_dir {args.data_dir}: {root} has the form of {' and of '.join(names)}; say which one it is: "
-                f"--datasets {names[0]}"
-            )
+    found = _default_datasets(args.data_dir)
     if not found:
         raise UserError(
             f"--data_dir {args.data_dir}: none of {', '.join(DEFAULT_DATASETS)} is there. Put the unpacked data set "
             "there (its folder, for instance DAVIS), give --data_dir DIR or --datasets NAME; for a video of your own "
             "give --video FILE or --frames DIR; python tool.py --tools demo needs no data"
         )
+    return found
+
+
+def _default_datasets(data_dir: str) -> list[str]:
+    """Those of `DEFAULT_DATASETS` that are there."""
+    from datasets.errors import DataError
+    from datasets.sequences import find_root
+    from utils.errors import UserError
+
+    found = {}
+    for name in DEFAULT_DATASETS:
+        try:
+            found[name] = find_root(name, data_dir)
+        except DataError:
+            continue
+    for root in found.values():
+        names = [name for name in found if found[name] == root]
+        if len(names) > 1:  # which only a folder can be that is the set itself and is called otherwise
+            raise UserError(
+                f"--data_dir {data_dir}: {root} has the form of {' and of '.join(names)}; say which one it is: "
+                f"--datasets {names[0]}"
+            )
     return list(found)
 
 
@@ -428,10 +437,8 @@ def _datasets_to_check(args: argparse.Namespace) -> list[str]:
 
     if args.datasets or set(args.tools) != {"check"} or args.split not in (None, "train"):
         return _dataset_names(args)
-    there = find_datasets(args.data_dir)
-    if not there or set(there) & set(DEFAULT_DATASETS):
-        _dataset_names(args)  # says what is missing, or that a folder may be either of two sets
-    return there
+    _default_datasets(args.data_dir)  # says where a folder may be either of two sets
+    return find_datasets(args.data_dir) or _dataset_names(args)
 
 
 def _read(args: argparse.Namespace, num_frames: int | None = None) -> dict[str, list[VideoSequence]]:

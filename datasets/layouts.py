@@ -193,9 +193,8 @@ def read_youtube_vos(root: Path, split: str, report: Report, dataset: str, num_f
     The videos are those of `train/meta.json`, or all folders where that is missing. Of each training video
     every `num_frames`-th frame is kept, beginning with the first, or, where that would lose all masks, so that the
     first mask is kept; frames may lack one. The split val is `valid/`, which publishes the masks of first appearances
-    only. Flow: `train/Flows/<video>/<stem>.png|.jpg` (or
-    `train/flows/…`). It is to be made with `num_frames=1`, between neighbouring frames of the download, whatever is
-    kept of it later.
+    only. Flow: `train/Flows/<video>/<stem>.png|.jpg` (or `train/flows/…`). It is to be made with `num_frames=1`,
+    between neighbouring frames of the download, whatever is kept of it later.
     """
     parts = [root / part for part in parts_of(split, _YOUTUBE_PARTS, dataset)]
     if num_frames < 1:

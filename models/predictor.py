@@ -69,7 +69,8 @@ class Predictor:
     Args:
         net: the network, in single precision; it is put in evaluation mode.
         device: where to run; the network's own device by default.
-        size: (H, W) of the network's input; frames and flow images are resized to it. None: the frame's own size.
+        size: (H, W) of the network's input; frames and flow images are resized to it, and stretched where they have
+            another shape (`models.input_size` gives one that has theirs). None: the frame's own size.
         batch_size: frames encoded or decoded at once; by default 4 on a CPU, and 16 on a GPU, which fewer leave idle.
             Changes speed and memory, not the result.
         amp: ``None``, ``"bf16"`` or ``"fp16"``: autocast.

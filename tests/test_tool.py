@@ -396,10 +396,11 @@ def test_check_looks_at_every_set_that_is_there(data: Path, tmp_path: Path, caps
     path.unlink()
     assert call(*words) == 1
     assert call(*words, "--num_frames", 5) == 0  # those that training uses
-    capsys.readouterr()
-    shutil.copytree(data / "DAVIS", tmp_path / "DAVIS")
     for name in ("DUTS-TR", "FBMS"):
         (tmp_path / name).mkdir()
+    assert call(*words) == 1
+    assert "FBMS is not under" in capsys.readouterr().out
+    shutil.copytree(data / "DAVIS", tmp_path / "DAVIS")
     assert call(*words) == 1
     shown = capsys.readouterr().out
     assert all(f"{name} " in shown for name in ("DAVIS-2016", "YouTube-VOS-2018", "FBMS", "DUTS-TR"))
