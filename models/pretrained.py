@@ -32,15 +32,14 @@ def recognise(state: dict[str, Tensor]) -> str:
     ):
         if key in state:
             return name
-    some = ", ".join(sorted(state)[:3])
+    some, advice = ", ".join(sorted(state)[:3]), ""
+    if "decoder.aux_heads.0.bias" in state:
+        advice = "; it is a whole network of main.py's, which --finetune takes"
+    elif "encoder.conv_1.block.conv.weight" in state:
+        advice = "; it is a segmentation or detection network of cvnets: take the classification file of its backbone"
     raise CheckpointError(
         f"not a MobileViT checkpoint of a known format ({', '.join(FORMATS)}): {len(state)} tensors, "
-        f"the first keys are {some}"
-        + (
-            "; it is a whole network of main.py's, which --finetune takes"
-            if "decoder.aux_heads.0.bias" in state
-            else ""
-        )
+        f"the first keys are {some}{advice}"
     )
 
 

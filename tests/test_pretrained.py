@@ -270,6 +270,9 @@ def test_files_that_are_no_mobilevit(tmp_path: Path) -> None:
     net = MobileViT("xxs")
     with pytest.raises(CheckpointError, match="layer1.0.conv1.weight"):
         load_pretrained(net, save(tmp_path / "resnet.pth", {"layer1.0.conv1.weight": torch.zeros(1)}))
+    nested = {f"encoder.{key}": value for key, value in make_state("cvnets", "xxs")[0].items()}
+    with pytest.raises(CheckpointError, match="segmentation or detection network of cvnets: take the classification"):
+        load_pretrained(net, save(tmp_path / "deeplab.pt", nested))
     with pytest.raises(CheckpointError, match="not a state dict"):
         load_pretrained(net, save(tmp_path / "numbers.pth", {"epoch": 3}))
     with pytest.raises(CheckpointError, match="Namespace"):
