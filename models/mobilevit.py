@@ -166,7 +166,8 @@ class MobileViT(nn.Module):
     Args:
         variant: ``s``, ``xs`` or ``xxs``.
         flavour: ``reference`` or ``wilile`` (see the module's docstring).
-        dropout: after attention and MLP in training; 0 by default, as timm; the paper's ImageNet recipe has 0.1.
+        dropout: after attention and MLP in training; 0 by default, as timm; the paper's ImageNet recipe has 0.1. (The
+            code of wilile drops within the MLP, too, after its first layer. Without training the two are alike.)
 
     Attributes:
         channels: channels of the four maps, e.g. ``(64, 96, 128, 640)`` for S.
