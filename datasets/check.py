@@ -26,7 +26,7 @@ from datasets.images import (
     require_size,
     void_pixels,
 )
-from datasets.sequences import DENSE, SEQUENCE_NAMES, canonical_name, find_root, read_dataset
+from datasets.sequences import DENSE, SEQUENCE_NAMES, TRAINING_SETS, canonical_name, find_root, read_dataset
 from datasets.stills import STILL_SETS, StillImage, open_mask, read_stills
 from datasets.video_sequence import MASK_SUFFIXES, VideoSequence, flow_command, list_files
 
@@ -205,7 +205,7 @@ def run(
     Args:
         data_dir, datasets, num_frames, flow_root: as in `datasets.read_dataset`.
         splits: which splits to check; one that a set does not have is a problem. By default those of train and val
-            that it has: one of the two may be absent.
+            that it has: one of the two may be absent. Of `TRAINING_SETS` train alone.
         require_flow, workers: as in `check_sequences`.
         only: names of the sequences (or stills) to check; all by default.
         bar: makes the progress bar of a data set from tqdm's options; none is shown by default.
@@ -218,7 +218,7 @@ def run(
     """
     read = {}
     for name in map(canonical_name, datasets):
-        usual = ("train",) if name in STILL_SETS else ("train", "val")
+        usual = ("train",) if name in TRAINING_SETS else ("train", "val")
         parts = {split: _read(name, data_dir, split, num_frames, flow_root) for split in (splits or usual)}
         if splits is None and any(sequences for sequences, _ in parts.values()):
             for split, (sequences, problems) in parts.items():

@@ -137,6 +137,9 @@ DATASETS: tuple[str, ...] = (*_SOURCES, *_ALIASES)
 SEQUENCE_NAMES = {"DAVIS-2016": layouts.DAVIS_2016, "FBMS": vsod_layouts.FBMS_59}
 """The sequences of the data sets whose lists are known here, by split: what is complete, and what is another split."""
 
+TRAINING_SETS = ("YouTube-VOS-2018", "YouTube-VOS-2019", *STILL_SETS)
+"""Sets that are trained on and not tested on: YouTube-VOS keeps back the masks of its val split; stills have none."""
+
 DENSE = ("DAVIS-2016", "DAVIS-2017")
 """Sets whose release annotates every frame; in the others some frames have no mask."""
 

@@ -393,6 +393,9 @@ def test_check_looks_at_every_set_that_is_there(data: Path, tmp_path: Path, caps
             Image.new("L" if kind == "Annotations" else "RGB", (64, 32), 1).save(path)
     assert call(*words) == 0
     assert "1 sequence, 7 frames, 7 with flow, 7 with a mask" in capsys.readouterr().out  # and not every fifth
+    shutil.copytree(tmp_path / "YouTube-VOS/train/JPEGImages", tmp_path / "YouTube-VOS/valid/JPEGImages")
+    assert call(*words) == 0  # nobody tests on valid, which needs no flow then
+    assert call(*words, "--datasets", "YouTube-VOS", "--split", "val") == 1
     path.unlink()
     assert call(*words) == 1
     assert call(*words, "--num_frames", 5) == 0  # those that training uses
