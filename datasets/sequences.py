@@ -176,6 +176,13 @@ def _may_be(source: _Source, folder: Path) -> bool:
     return not owners or any(set(owner.folders) & set(source.folders) for owner in owners)
 
 
+def _usual_folders(source: _Source, parent: Path) -> list[Path]:
+    """Folders that are called as this data set usually is, the likeliest first."""
+    wanted = [folder.lower() for folder in source.folders]
+    folders = [folder for folder in list_folders(parent) if folder.name.lower() in wanted]
+    return sorted(folders, key=lambda folder: wanted.index(folder.name.lower()))
+
+
 def _find(name: str, data_dir: Path) -> tuple[Path, _Layout]:
     if canonical_name(name) in STILL_SETS:
         raise DataError(
@@ -186,15 +193,10 @@ def _find(name: str, data_dir: Path) -> tuple[Path, _Layout]:
     source = known or _Source((name,), _ANY_LAYOUTS)
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder; expected the data sets (or {name} itself) there. Set --data_dir")
-    wanted = [folder.lower() for folder in source.folders]
-
-    def usual(parent: Path) -> list[Path]:
-        folders = [folder for folder in list_folders(parent) if folder.name.lower() in wanted]
-        return sorted(folders, key=lambda folder: wanted.index(folder.name.lower()))
-
-    outer = usual(data_dir)
-    inner = [folder for parent in outer for folder in usual(parent)]  # DAVIS-2017/DAVIS: unpacked into its own folder
-    is_called_so = bool(folder_names(data_dir) & set(wanted))
+    outer = _usual_folders(source, data_dir)
+    # DAVIS-2017/DAVIS: unpacked into its own folder.
+    inner = [folder for parent in outer for folder in _usual_folders(source, parent)]
+    is_called_so = bool(folder_names(data_dir) & {folder.lower() for folder in source.folders})
     itself = [data_dir] if (_may_be(known, data_dir) if known else is_called_so) else []
     # One that is called so comes first: Easy-35, in DAVSOD, is a part of it and has no training set.
     for candidate in (*itself, *outer, *inner) if is_called_so else (*outer, *inner, *itself):
@@ -220,11 +222,9 @@ def find_datasets(data_dir: Path | str) -> list[str]:
         try:
             root = find_root(name, data_dir)
         except DataError:
-            wanted = [folder.lower() for folder in source.folders]
-            called = [folder for folder in list_folders(data_dir) if folder.name.lower() in wanted]
-            if not called:
+            root = next(iter(_usual_folders(source, data_dir)), None)
+            if root is None:
                 continue
-            root = called[0]
         found.setdefault(root, name)
     return [*found.values(), *(name for name in STILL_SETS if has_stills(data_dir, name))]
 
