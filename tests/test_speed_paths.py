@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models.convlstm
@@ -117,17 +118,27 @@ def test_channels_last(net: DBSNet, clip: tuple[torch.Tensor, torch.Tensor], exp
 
 @pytest.mark.parametrize("streams, dilations, length", [(2, (1, 2, 4), 5), (1, (1, 3), 2), (2, (1,), 1)])
 @pytest.mark.parametrize("large", [0, 1 << 40])
+@pytest.mark.parametrize("avx2", [False, True])
 def test_grouped_propagation(
-    streams: int, dilations: tuple[int, ...], length: int, large: int, monkeypatch: pytest.MonkeyPatch
+    streams: int, dilations: tuple[int, ...], length: int, large: int, avx2: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward, input gradient and every weight's gradient equal those of loops over streams, directions and frames."""
     monkeypatch.setattr(models.convlstm, "LARGE", large)  # 0: chain by chain
+    monkeypatch.setattr(models.convlstm, "AVX2", avx2)
     torch.manual_seed(3)
     dense = DenseBiConvLSTM(6, 4, dilations=dilations, streams=streams).double()
     plain = PlainPropagation(dense).double()
     x = torch.randn(2, length, streams * 6, 7, 9, dtype=torch.float64)
-    with torch.inference_mode():
+    channels_last, convolve = [], F.conv2d
+
+    def watched(x: torch.Tensor, *others: object) -> torch.Tensor:
+        channels_last.append(x.is_contiguous(memory_format=torch.channels_last))
+        return convolve(x, *others)
+
+    with monkeypatch.context() as patch, torch.inference_mode():
+        patch.setattr(F, "conv2d", watched)
         torch.testing.assert_close(dense(x), plain(x), rtol=1e-10, atol=1e-12)
+    assert any(channels_last) == (avx2 and max(dilations) >= models.convlstm.WIDE)
     results = []
     for module in (dense, plain):
         leaf = x.clone().requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,39 @@ def test_validation_keeps_the_best(
             union = np.count_nonzero(mask | truth)
             found.append(np.count_nonzero(mask & truth) / union if union else 1.0)
         assert best["sequences"][name] == pytest.approx(np.mean(found[1:-1]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ([], {"as_trained": (64, 96), "square": (64, 64), "upright": (96, 64)}),  # 78 × 78, 78.4 in the square's shape
+        (["--val_size", "32", "64"], dict.fromkeys(("as_trained", "square", "upright"), (32, 64))),
+    ],
+)
+def test_held_out_videos_keep_their_shape(
+    options: list[str], sizes: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `tool.py --tools test` has it: a size is for one shape, unless it was given for validation."""
+    data = tmp_path / "data"
+    shapes = {"as_trained": (48, 72), "square": (60, 60), "upright": (72, 48)}
+    for seed, (name, size) in enumerate(shapes.items()):
+        made = write_dataset(tmp_path / name, videos=1, frames=4, size=size, seed=seed, validation=0)
+        for folder in ("JPEGImages", "Annotations", "Flows"):
+            (video,) = (made / folder / "480p").iterdir()
+            shutil.copytree(video, data / "DAVIS" / folder / "480p" / name)
+    (data / "DAVIS/ImageSets/2016").mkdir(parents=True)
+    (data / "DAVIS/ImageSets/2016/train.txt").write_text("".join(f"{name}\n" for name in shapes))
+    seen: dict[str, tuple[int, int]] = {}
+    called = Predictor.__call__
+
+    def watched(self: Predictor, frames: Sequence, flows: Sequence) -> Iterator[tuple[int, np.ndarray]]:
+        seen[{shape: name for name, shape in shapes.items()}[frames[0].shape[:2]]] = self.size
+        return called(self, frames, flows)
+
+    monkeypatch.setattr(Predictor, "__call__", watched)
+    arguments = [*TINY, "--size", "64", "96", "--data_dir", str(data), "--val_datasets", "DAVIS-2016"]
+    assert main.main([*arguments, "--val_sequences", *shapes, *options, "--save_dir", str(tmp_path / "run")]) == 0
+    assert seen == sizes
 
 
 def test_validation_and_stops_leave_the_training_as_it_is(videos: Path, tmp_path: Path) -> None:
