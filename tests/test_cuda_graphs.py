@@ -387,3 +387,17 @@ def test_a_video_comes_out_the_same_on_a_gpu(amp: str | None, options: dict[str,
         with torch.no_grad():
             one.net.decoder.head.bias.add_(1)
     np.testing.assert_allclose(run(predictor, 27), run(plain, 27), rtol=0, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"zoom": True, "consensus": True}, {"cuda_graphs": False}])
+def test_a_longer_video_takes_no_more_memory_on_a_gpu(options: dict[str, Any]) -> None:
+    """Where no features of a video may stay there, of which each frame has 0.06 MiB at this size."""
+    options = {"cuda_graphs": True, **options}
+    predictor = Predictor(make_net(), device="cuda", amp="bf16", batch_size=4, piece=4, device_memory=0, **options)
+    peaks = []
+    for length in (40, 40, 400):  # the first prepares libraries, and records
+        torch.cuda.reset_peak_memory_stats()
+        run(predictor, length)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[2] < peaks[1] + 2**20
