@@ -648,6 +648,37 @@ def test_maps_of_two_crfs_are_not_one_row(tmp_path):
     assert score(own, [sequence], "--eval_folder", "probability", table_dir=tmp_path / "out")
 
 
+def test_maps_of_videos_stretched_and_in_their_own_shape_are_not_one_row(tmp_path):
+    """A run with --size, or of an older version, stretched to the same size what another saw in its own shape."""
+    own, making = tmp_path / "own", {"weights": "0123", "size": [384, 640]}
+    sizes = {"wide": (54, 96), "square": (64, 64), "upright": (96, 54)}
+    sequences = []
+    for name, size in sizes.items():
+        frames = tuple(tmp_path / name / f"{t}.png" for t in range(3))
+        masks = {frame.stem: save(frame, blob(1, size) * np.uint8(255)) for frame in frames}
+        sequences.append(VideoSequence(name, "D", frames, {}, masks, "nonzero", tmp_path / "flow"))
+
+    def write(**resized: list[int]) -> None:
+        text = {name: PngImagePlugin.PngInfo() for name in sizes}
+        for sequence in sequences:
+            note = making | ({"resized": resized[sequence.name]} if sequence.name in resized else {})
+            text[sequence.name].add_text("dbsnet-test", json.dumps(note))
+            for stem, mask in sequence.masks.items():
+                path = own / "probability" / "D" / sequence.name / f"{stem}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.open(mask).save(path, pnginfo=text[sequence.name])
+
+    for shapes in ({}, {"square": [480, 480], "upright": [640, 384]}):
+        write(**shapes)
+        assert score(own, sequences, table_dir=tmp_path / "out")["overall"]["J_mean"] == 1
+    for one, other in (("wide", "upright"), ("square", "upright")):
+        write(square=[480, 480])
+        part = [sequence for sequence in sequences if sequence.name in (one, other, "square")]
+        words = rf"own, D: .* {one}/. and upright/. differ in videos of another shape: in their own and stretched, by "
+        with pytest.raises(DataError, match=words):
+            score(own, part, table_dir=tmp_path / "out")
+
+
 def test_comparison_of_several_folders(tmp_path):
     sequence = make_sequence(tmp_path, "cat")  # not one of DAVIS-2016 val
     for t, stem in enumerate(sequence.stems):

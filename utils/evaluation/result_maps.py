@@ -19,11 +19,12 @@ from utils.errors import UserError, number_of
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.scoring import FrameJob
 from utils.inference.maps import FIELD as TEST_FIELD
-from utils.inference.maps import are_of_others, notes, of_run
+from utils.inference.maps import IN_OWN_SHAPE, are_of_others, notes, of_run, shape_seen
 from utils.progress import progress_bar
 
 KINDS = ("binary", "crf", "probability")
 
+_SHAPE = "videos of another shape:"  # beside what maps say of how they were made: `shape_seen`
 _SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".pgm")
 
 
@@ -184,6 +185,12 @@ def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]], progress: b
     if any("flow" not in making for _, making in found):  # older maps do not tell
         for _, making in found:
             making.pop("flow", None)
+    kept = any(making.get(_SHAPE) == IN_OWN_SHAPE for _, making in found)
+    for _, making in found:  # maps of videos that have the shape of the size are the same either way
+        if kept:
+            making.setdefault(_SHAPE, IN_OWN_SHAPE)
+        else:
+            making.pop(_SHAPE, None)
     makings: dict[str, tuple[str, dict[str, Any]]] = {}  # as text -> the first frame that has it, and what it is
     for place, making in found:
         makings.setdefault(json.dumps(making, sort_keys=True), (place, making))
@@ -210,7 +217,11 @@ def _making(unit: Unit, sequence: str, frame: FrameJob, own: bool) -> Iterator[t
     grey = unit.results / "probability" / unit.dataset / sequence / f"{frame.stem}.png"
     said: dict[str, Any] = {}
     for path in {scored, grey} if own else {scored}:  # a map has the note of one of the two, so the order is all one
-        said |= notes(path, TEST_FIELD, CRF_FIELD)
+        here, size = notes(path, TEST_FIELD, CRF_FIELD)
+        said |= here
+        if TEST_FIELD in here:
+            shape = shape_seen(here[TEST_FIELD], size)
+            yield from [(_SHAPE, shape)] if shape else []
     yield from of_run(said.get(TEST_FIELD) or {}).items()
     for key, value in of_run(said.get(CRF_FIELD) or {}).items():
         yield f"crf {key}", value

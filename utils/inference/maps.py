@@ -22,6 +22,8 @@ from utils.inference.videos import Video
 FIELD = "dbsnet-test"
 # What differs from video to video of one run, or from frame to frame.
 OF_A_VIDEO = ("frames", "resized", "sources", MAP)
+# What `shape_seen` gives.
+IN_OWN_SHAPE, STRETCHED = "in their own", "stretched, by --size or an older version"
 
 
 def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray, settings: dict[str, Any]) -> None:
@@ -88,16 +90,34 @@ def fingerprint(paths: Sequence[Path], times: bool = True) -> str:
 
 def made_with(path: Path, field: str = FIELD) -> dict[str, Any] | None:
     """The settings that a map was made with; None where there is no such file, or it does not say."""
-    return notes(path, field).get(field)
+    return notes(path, field)[0].get(field)
 
 
-def notes(path: Path, *fields: str) -> dict[str, Any]:
-    """What a map says of how it was made, by field; without those that it does not have."""
+def notes(path: Path, *fields: str) -> tuple[dict[str, Any], tuple[int, int]]:
+    """What a map says of how it was made, by field, without those that it does not have; and its (H, W), (0, 0) where
+    there is no such image.
+    """
     try:
         with Image.open(path) as image:
-            return {field: json.loads(image.info[field]) for field in fields if field in image.info}
+            return {field: json.loads(image.info[field]) for field in fields if field in image.info}, image.size[::-1]
     except DECODING_ERRORS:
-        return {}
+        return {}, (0, 0)
+
+
+def shape_seen(made: dict[str, Any], frame: tuple[int, int]) -> str | None:
+    """How the network saw a video that has another shape than the size, in words for a user; None for a video that has
+    the shape of the size, or where the map does not say.
+
+    Args:
+        made: as `made_with` gives it.
+        frame: (H, W) of the map.
+    """
+    if "resized" in made:
+        return IN_OWN_SHAPE
+    from models import input_size
+
+    size = made.get("size")
+    return STRETCHED if size is not None and input_size(frame, tuple(size)) != tuple(size) else None
 
 
 def of_run(made: dict[str, Any]) -> dict[str, Any]:
