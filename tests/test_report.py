@@ -23,7 +23,7 @@ from datasets.sequences import VideoSequence
 from utils import report
 from utils.errors import UserError
 from utils.evaluation import evaluate
-from utils.evaluation.reading import Scores
+from utils.evaluation.reading import Scores, read_making
 
 
 def scores_of(frames: dict[str, dict[str, float]], dataset: str = "D") -> Scores:
@@ -120,10 +120,22 @@ def test_every_option_of_a_run_is_told_and_each_run_of_several() -> None:
     assert facts(A=other)["test"] == said
     told = facts(A=MAKING, B=other)
     assert (told["A, test"], told["B, test"]) == ("40×56, whole video", said) and "test" not in told
-    alike = facts(
-        A=MAKING | {"sources": "1"}, B=MAKING | {"sources": "2", "resized": [56, 40]}
-    )  # turned for an upright video
-    assert alike["test"] == "40×56, whole video" and not any("A" in name or "B" in name for name in alike)
+    # Turned for an upright video.
+    alike = facts(A=MAKING | {"sources": "1"}, B=MAKING | {"sources": "2", "resized": [56, 40]})
+    assert alike["test"] == "40×56, videos of another shape in theirs, whole video"
+    assert not any("A" in name or "B" in name for name in alike)
+
+
+def test_a_video_in_its_own_shape_tells_of_the_others(tmp_path: Path) -> None:
+    for name, making in (("a", MAKING), ("b", MAKING | {"resized": [56, 40]}), ("c", MAKING)):
+        path = tmp_path / "probability" / "D" / name / "0.png"
+        path.parent.mkdir(parents=True)
+        text = PngImagePlugin.PngInfo()
+        text.add_text("dbsnet-test", json.dumps(making))
+        Image.new("L", (56, 40)).save(path, pnginfo=text)
+    made = read_making(tmp_path, scores_of({name: {"0": 0.5} for name in "abc"}))
+    assert made == {"": MAKING | {"resized": [56, 40]}}
+    assert read_making(tmp_path, scores_of({"a": {"0": 0.5}})) == {"": MAKING}
 
 
 def test_wide_pictures_are_made_smaller_in_their_shape() -> None:

@@ -177,7 +177,9 @@ def _facts(record: dict[str, Any], scores: Sequence[Scores], makings: Mapping[st
     # Runs of several data sets that differ are told one by one.
     runs = [{label: of_run(made) for label, made in making.items()} for making in makings.values()]
     several = any(run != runs[0] for run in runs)
-    for dataset, making in makings.items() if several else list(makings.items())[:1]:
+    # Of runs that are alike, one that had a video of another shape tells what became of it.
+    told = sorted(makings.items(), key=lambda item: "resized" not in item[1].get("", {}))[:1]
+    for dataset, making in makings.items() if several else told:
         prefix = f"{dataset}, " if several else ""
         rows += [(prefix + name, words) for name, words in _run_rows(record, making)]
     for score in scores:
@@ -209,6 +211,7 @@ def _run_rows(record: dict[str, Any], making: dict[str, dict[str, Any]]) -> list
         (
             "test",
             f"{settings['size'][0]}×{settings['size'][1]}, "
+            + ("videos of another shape in theirs, " if "resized" in making[""] else "")
             + (f"clips of {settings['clip_len']}" if settings["clip_len"] else "whole video")
             + (", flip" if settings["flip"] else "")
             + (f", scales {settings['scales']}" if settings["scales"] != [1.0] else "")

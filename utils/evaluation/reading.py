@@ -132,15 +132,17 @@ def read_rows(path: Path, columns: Collection[str], *numbers: str) -> list[dict[
 def read_making(save_dir: Path, score: Scores) -> dict[str, dict[str, Any]]:
     """What the maps of a data set say they were made with: by `--tools test` ("") and, where it was run, by the CRF.
 
-    `eval` scores maps of one making only, so that the first that says so speaks for all. `test.json` would not do: it
-    is of the last run, which may have been of another data set or of somebody's own video.
+    `eval` scores maps of one making only, so that one speaks for all: the first that says so, or the first that says
+    that it was seen in a shape of its own. `test.json` would not do: it is of the last run, which may have been of
+    another data set or of somebody's own video.
     """
     found: dict[str, dict[str, Any]] = {}
     for label, kind, field in (("", "probability", FIELD), ("crf", "crf", CRF_FIELD)):
         for name, frames in score.frames.get(label, {}).items():
             made = made_with(save_dir / kind / score.dataset / name / f"{next(iter(frames))}.png", field)
-            if made is not None:
+            if made is not None and (label not in found or "resized" in made):
                 found[label] = made
+            if label == "crf" and label in found or "resized" in found.get(label, {}):
                 break
     return found
 
