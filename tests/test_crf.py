@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import sys
 from pathlib import Path
@@ -355,6 +356,31 @@ def test_run_goes_on_where_it_stopped_and_redoes_what_is_out_of_date(tmp_path: P
     # other settings
     assert crf.run(arguments("--crf_iters", "5"), [crf.refinable(sequence)], results) == 3
     assert outputs(results) != before
+
+
+@needs_library
+def test_a_new_mask_has_no_old_map_beside_it_that_would_vouch_for_it(tmp_path: Path, monkeypatch):
+    """The disk is full between the two: the settings of before, run again, would keep the mask as theirs."""
+    sequence, results = make_results(tmp_path, count=1)
+    mask = results / "crf_binary" / "made" / "clip" / "00000.png"
+    crf.run(arguments(), [crf.refinable(sequence)], results)
+    before = mask.read_bytes()
+    write_png = crf.write_png
+
+    def fill_up(path: Path, *what):
+        if path.parts[-4] == "crf":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_png(path, *what)
+
+    monkeypatch.setattr(crf, "write_png", fill_up)
+    with pytest.raises(OSError, match="No space"):
+        crf.run(
+            arguments("--crf_gaussian_compat", "0", "--crf_bilateral_compat", "0"), [crf.refinable(sequence)], results
+        )
+    assert mask.read_bytes() != before
+    monkeypatch.undo()
+    assert crf.run(arguments(), [crf.refinable(sequence)], results) == 1
+    assert mask.read_bytes() == before
 
 
 @needs_library

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
 from pathlib import Path
@@ -63,6 +64,25 @@ def test_the_map_that_vouches_for_both_is_written_last_and_refined_ones_of_befor
     monkeypatch.setattr(maps, "write_png", record)
     write(tmp_path, "0")
     assert written == ["binary", "probability"]
+
+
+def test_a_new_mask_has_no_old_map_beside_it_that_would_vouch_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full between the two: the run before, begun again, would keep the mask as its own."""
+    write(tmp_path, "0")
+    write_png = maps.write_png
+
+    def fill_up(path: Path, *what: Any, **how: Any) -> None:
+        if path.parts[-4] == "probability":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_png(path, *what, **how)
+
+    monkeypatch.setattr(maps, "write_png", fill_up)
+    with pytest.raises(OSError, match="No space"):
+        write_maps(video("0"), tmp_path, "0", np.full((1, 8), 0.25), SETTINGS | {"weights": "4567"})
+    assert stems(tmp_path, "binary") == ["0"]
+    assert not is_current(video("0"), tmp_path, SETTINGS)
 
 
 def test_which_maps_are_kept(tmp_path: Path) -> None:

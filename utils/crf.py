@@ -303,6 +303,7 @@ def _refine_file(frame: Path | np.ndarray, save_dir: Path, place: Path, settings
     require_size(source, probability.shape, image.shape, name)
     refined = refine(image, probability, settings)
     grey, binary = (save_dir / folder / place for folder in FOLDERS)
+    grey.unlink(missing_ok=True)  # an older one, after a stop between the two, would vouch for the new mask
     write_png(binary, (refined > THRESHOLD) * np.uint8(255))
     write_png(grey, refined, (FIELD, making))  # last: it vouches for both
 

@@ -29,12 +29,13 @@ IN_OWN_SHAPE, STRETCHED = "in their own", "stretched, by --size or an older vers
 def write_maps(video: Video, save_dir: Path, stem: str, probability: np.ndarray, settings: dict[str, Any]) -> None:
     """Writes both maps of one frame. The grey one, which says what it was made with, comes last: it vouches for both.
 
-    What the CRF made of an older map is removed: it would be scored beside the new ones.
+    An older one goes first: after a stop between the two it would vouch for the new mask. What the CRF made of it is
+    removed as well: it would be scored beside the new ones.
 
     Args:
         probability: (H, W) float in [0, 1].
     """
-    for kind in REFINED:
+    for kind in (*REFINED, "probability"):
         (save_dir / kind / video.place / f"{stem}.png").unlink(missing_ok=True)
     grey = np.rint(np.clip(probability, 0, 1) * 255).astype(np.uint8)
     # Level 1: on maps the files are hardly larger, and writing them takes a third of the time.
