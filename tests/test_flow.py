@@ -652,6 +652,7 @@ def test_a_size_of_another_aspect_is_warned_of_with_one_that_keeps_it(
     out = capsys.readouterr().out
     assert out.count("warning") == 1 and "--flow_size 32 56: another aspect than 40 × 56" in out
     assert f"{wide.frames[0].parent} and of 1 more videos" in out and "--flow_size 40 56 keeps the aspect" in out
+    assert "keeps the aspect of the first, and no --flow_size that of each" in out  # of several shapes
     prepare.run(dis("--overwrite"), [square], ALONE)
     assert "warning" not in capsys.readouterr().out
 

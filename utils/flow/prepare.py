@@ -341,7 +341,8 @@ def warn_of_stretching(frames: Sequence[Path], size: tuple[int, int]) -> None:
     print(
         f"warning: --flow_size {size[0]} {size[1]}: another aspect than {height} × {width} (height × width) of "
         f"{frames[0].parent}{others}, so all directions are stretched: test takes such flow, check does not, nor "
-        f"does training beyond 5 %. --flow_size {max(1, round(size[1] * height / width))} {size[1]} keeps the aspect",
+        f"does training beyond 5 %. --flow_size {max(1, round(size[1] * height / width))} {size[1]} keeps the aspect"
+        f"{' of the first, and no --flow_size that of each' if len(frames) > 1 else ''}",
         flush=True,
     )
 
