@@ -398,7 +398,7 @@ def test_maps_older_than_their_flow_are_made_again(data: Path, weights: Path, tm
 
 @pytest.mark.parametrize(("frames", "own"), [(SIZE[::-1], (64, 32)), ((60, 60), (32, 32)), ((20, 120), (32, 96))])
 def test_videos_of_another_shape_are_not_squeezed_into_the_size(
-    frames: tuple[int, int], own: tuple[int, int], weights: Path, tmp_path: Path
+    frames: tuple[int, int], own: tuple[int, int], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_dataset(tmp_path / "d", "DAVIS", videos=2, frames=2, size=frames, seed=2, validation=2)
     for words, size in (([], own), (["--size", 32, 64], (32, 64))):
@@ -407,6 +407,9 @@ def test_videos_of_another_shape_are_not_squeezed_into_the_size(
         for name, grey in maps(tmp_path / "r").items():
             assert grey.shape == frames
             assert np.abs(grey.astype(int) - wanted[name]).max() <= 1
+        capsys.readouterr()
+        call(weights, tmp_path / "r", "--data_dir", tmp_path / "d", *words)
+        assert f" at {size[0]}×{size[1]}, 0 frames to do" in capsys.readouterr().out
 
 
 def test_the_record_is_of_the_maps_that_are_there(data: Path, weights: Path, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def run(
     if processes.is_main:
         kept = f"; {len(videos) - count} of {len(videos)} videos are there already" if count < len(videos) else ""
         others = f", {total} of them here" if processes.world_size > 1 else ""
-        sizes = dict.fromkeys("×".join(map(str, size_for(video, settings, weights, args))) for video in todo)
+        sizes = dict.fromkeys("×".join(map(str, size_for(video, settings, weights, args))) for video in todo or videos)
         size = ", ".join(sizes) or "×".join(map(str, settings["size"]))
         ours = {
             "zoom": "a closer look at the object",
