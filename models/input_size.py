@@ -10,7 +10,8 @@ def input_size(frame: tuple[int, int], size: tuple[int, int], multiple: int = 32
 
     `size` itself where it stretches frames by at most `MOST_STRETCH`, or `size` turned where that is so for an upright
     video; else the one in the frames' shape with the area of `size`, each side rounded to the network's multiple. By
-    that rounding frames may still be stretched a little, around 384×640 by no more than `MOST_STRETCH`.
+    that rounding frames may still be stretched a little: around 384×640 by no more than `MOST_STRETCH` up to 1:6, and
+    narrower strips, of whose short side few multiples are left, by more (1.13 at 1:15).
 
     Our reading: the paper names one size, and does not say what becomes of videos of other shapes. Networks learn the
     shapes of objects from frames that are not stretched, and the colours of a flow image stand for directions, which
