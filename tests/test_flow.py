@@ -26,7 +26,7 @@ from datasets.video_sequence import VideoSequence
 from models.errors import CheckpointError
 from utils import parallel
 from utils.distributed import Processes
-from utils.errors import UserError
+from utils.errors import UserError, exit_on_user_error
 from utils.flow import estimation, prepare
 from utils.flow.beside import FlowBeside
 from utils.flow.estimation import FlowEstimator, FlowSettings, compute_flows, dis_flow, frame_pairs, padding
@@ -622,6 +622,26 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path):
     assert contents(sequence.flow_dir) == before
     prepare.run(dis("--flow_size", "20", "30", "--overwrite"), [sequence], ALONE)
     assert Image.open(sequence.flow_dir / "00000.png").size == (30, 20)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_record_is_told_on_a_line_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+):
+    """Not behind the progress bar of the look at what is there; the flow stays, and --overwrite makes it again."""
+    sequence = make_sequence(tmp_path)
+    prepare.run(dis(), [sequence], ALONE)
+    record = sequence.flow_dir / "flow.json"
+    good = contents(sequence.flow_dir)
+    record.write_text(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"), exit_on_user_error():
+        prepare.run(dis(), [sequence], ALONE)
+    said = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(f"error: {record}: not a record of flow in JSON") for line in said), said
+    assert contents(sequence.flow_dir) == {**good, "flow.json": content.encode()}
+    prepare.run(dis("--overwrite"), [sequence], ALONE)
+    assert contents(sequence.flow_dir) == good
 
 
 def test_settings_that_flow_does_not_depend_on_are_no_others():

@@ -254,8 +254,8 @@ def run(args: argparse.Namespace, videos: Sequence[Refinable], save_dir: str | P
         )
     if not args.overwrite:
         # All of each map is read, which takes minutes for tens of thousands.
-        look = progress_bar(todo, desc="crf: what is there", unit="frame", leave=False)
-        todo = [task for task in look if not _is_current(save_dir, task[2], settings)]
+        with progress_bar(todo, desc="crf: what is there", unit="frame", leave=False) as look:
+            todo = [task for task in look if not _is_current(save_dir, task[2], settings)]
     # One by one: a frame that is no file is decoded when its turn comes.
     tasks = ((video.frames[index], save_dir, place, settings) for video, index, place in todo)
     done = parallel_map(_refine_file, tasks, args.workers)

@@ -93,10 +93,10 @@ def share_out(
         name: of the work, for the progress bar of the look.
     """
     rank, world_size = processes.rank, processes.world_size
-    look = progress_bar(
+    with progress_bar(
         share(lengths, rank, world_size), desc=f"{name}: what is there", unit="video", leave=False, disable=rank != 0
-    )
-    looked = {index: pending(index) for index in look}
+    ) as look:
+        looked = {index: pending(index) for index in look}
     found = {index: frames for part in processes.gather(looked) for index, frames in part.items() if frames}
     order = sorted(found)
     return {order[k]: found[order[k]] for k in share([len(found[index]) for index in order], rank, world_size)}

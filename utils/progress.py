@@ -14,6 +14,9 @@ TERMINAL_SECONDS, FILE_SECONDS = 0.1, 30.0
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """A bar of tqdm on standard error, drawn ten times a second on a terminal and twice a minute into a log file.
 
+    One that is given a name is for a ``with`` block, at whose end it is closed: else the traceback of an error keeps it
+    open, and the error is told behind it, on its line.
+
     Args:
         options: as of tqdm.
     """

@@ -179,9 +179,9 @@ def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]], progress: b
     """
     all_frames = [(name, frame) for name, frames in jobs.items() for frame in frames]
     # Each map is opened, which takes minutes for a hundred thousand.
-    look = progress_bar(all_frames, desc="eval: what made them", unit="frame", leave=False, disable=not progress)
-    own = is_own(unit.results)
-    found = [(f"{name}/{frame.stem}", dict(_making(unit, name, frame, own))) for name, frame in look]
+    own, options = is_own(unit.results), {"unit": "frame", "leave": False, "disable": not progress}
+    with progress_bar(all_frames, desc="eval: what made them", **options) as look:
+        found = [(f"{name}/{frame.stem}", dict(_making(unit, name, frame, own))) for name, frame in look]
     if any("flow" not in making for _, making in found):  # older maps do not tell
         for _, making in found:
             making.pop("flow", None)

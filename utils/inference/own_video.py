@@ -174,6 +174,6 @@ def write_overlay(own: OwnVideo, save_dir: Path, kind: str, path: Path) -> Path:
     from utils.visualise import overlay_video
 
     maps = (crf.load_probability(save_dir / kind / own.place / f"{stem}.png") for stem in own.frames.stems)
-    counted = progress_bar(maps, total=len(own.frames), desc="overlay", unit="frame")
-    overlay_video(path, own.frames, counted, own.frames.fps)
+    with progress_bar(maps, total=len(own.frames), desc="overlay", unit="frame") as counted:
+        overlay_video(path, own.frames, counted, own.frames.fps)
     return path
