@@ -25,8 +25,8 @@ class TimmEncoder(nn.Module):
     Input: (B, 3, H, W) RGB in [0, 1], H and W multiples of 32. Attributes as `MobileViT` has them; `mean` and `std` are
     those that timm says the network's weights were trained with.
 
-    Raises ValueError where timm is not installed, does not know the name, or the network has other strides or takes
-    pictures of one size alone.
+    Raises ValueError where timm does not know the name, or the network has other strides or takes pictures of one size
+    alone; ModuleNotFoundError where timm is not installed.
     """
 
     reductions = (4, 8, 16, 32)
@@ -34,10 +34,8 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        try:
-            import timm
-        except ImportError:
-            raise ValueError(f"the encoder {name} is one of timm: pip install timm") from None
+        import timm
+
         if not timm.is_model(name):
             near = ", ".join(timm.list_models(f"*{name.split('_')[-1]}*")[:5])
             raise ValueError(f"timm has no network {name!r}" + (f"; it has {near}" if near else ""))

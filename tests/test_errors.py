@@ -17,6 +17,7 @@ from PIL import Image
 
 import tool
 from models import build_dbsnet, save_weights
+from models.weights import network_of
 from utils.errors import PLACES, UserError, exit_on_user_error, nearest
 from utils.files import write_text
 from utils.training.loading import read_batches
@@ -192,6 +193,17 @@ def test_only_a_package_that_is_missing_altogether_is_told(capsys: pytest.Captur
         with pytest.raises(ImportError) as caught, exit_on_user_error():
             raise defect
         assert caught.value is defect
+
+
+def test_weights_with_an_encoder_of_a_package_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not taken for weights of another version."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    checkpoint = {"config_model": {"variant": "xxs", "encoder": "tf_efficientnet_lite0"}, "model": {"a": torch.ones(1)}}
+    with pytest.raises(SystemExit, match="2"), exit_on_user_error():
+        network_of(checkpoint, "weights.pt")
+    assert capsys.readouterr().err == "error: timm is not installed; pip install -r requirements.txt\n"
 
 
 def test_full_shared_memory_is_not_taken_for_a_full_disk() -> None:

@@ -14,6 +14,7 @@ PACKAGES = {
     "scipy": "scipy",
     "safetensors": "safetensors",
     "torchvision": "torchvision",
+    "timm": "timm",
 }
 """Names by which packages of requirements.txt are imported, and what they are called there. Those that only some tools
 need, and that say so themselves, are left out."""
