@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from utils import stopping
 from utils.distributed import Processes
 from utils.errors import UserError
 from utils.files import FolderLock
+from utils.stopping import StopRequest, sigterm_raises
 from utils.training import resuming
 from utils.training.checkpoint import load_checkpoint
 from utils.training.config import TrainConfig
@@ -446,6 +448,38 @@ def test_the_first_signal_is_acknowledged(
     assert main.main([*TINY, "--save_dir", str(tmp_path)]) == 130
     told = capfd.readouterr()
     assert told.err.startswith("SIGINT: the run stops after this step") and "stopped at step 1 of 4" in told.out
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A step may take minutes. One that comes at the heels of the first is the same one, passed on by a launcher."""
+    told = []
+
+    def interrupted(*arguments):
+        for wait in (0, 0, 1.1):
+            time.sleep(wait)
+            os.kill(os.getpid(), signal.SIGINT)
+            told.append(wait)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(main, "train_step", interrupted)
+    assert main.main([*TINY, "--save_dir", str(tmp_path)]) == 130
+    assert told == [0, 0] and not (tmp_path / "last.pt").exists()
+    assert capfd.readouterr().err.splitlines()[-1] == "interrupted at once; what was not in last.pt yet is lost"
+
+
+def test_outside_the_main_thread_a_run_goes_without_signals() -> None:
+    """Python has them there alone, and whoever calls main.py from a thread has handlers of their own."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def work() -> list[object]:
+        with StopRequest() as stop, sigterm_raises():
+            stop.listen()
+            return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == before
 
 
 def test_what_was_learned_outlives_a_folder_that_is_removed_meanwhile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,31 @@ def test_tensorboard_and_panels(tmp_path: Path) -> None:
     assert events.Images("train")
     picture = load_image(tmp_path / "panels" / "train_0000001.png")
     assert picture.ndim == 3 and picture.std() > 10
+
+
+def test_on_a_terminal_lines_stand_above_a_bar_that_goes_on_where_the_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    log = RunLog(tmp_path, step=2, total=4, tensorboard=False)
+    log.open()
+    log.say("step 3/4 loss 0.5")
+    log.advance()
+    log.advance()
+    log.close()
+    told = capsys.readouterr()
+    assert told.out == "step 3/4 loss 0.5\n"
+    assert "2/4" in told.err and "4/4" in told.err.splitlines()[-1] and told.err.endswith("\n")
+
+
+def test_tensorboard_that_is_not_installed_is_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(main, "train_step", None)
+    message = fails([*TINY, "--tensorboard", "--save_dir", str(tmp_path)], capsys)
+    assert "pip install tensorboard, or --no-tensorboard" in message
 
 
 def test_a_log_that_there_is_no_room_for_is_named(tmp_path: Path) -> None:

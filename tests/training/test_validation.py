@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from datasets.synthetic import write_dataset
 from models import Predictor, load_dbsnet, save_weights
 from tests.training.runs import TINY, equal, fails, lines, load_image, read, seeded_network
 from utils.errors import UserError
-from utils.training import resuming
+from utils.evaluation.metrics import jaccard
+from utils.training import resuming, validation
 from utils.training.checkpoint import save_checkpoint
 from utils.training.config import TrainConfig, parse_args
 from utils.training.data import build_sequences
@@ -204,6 +207,30 @@ def test_an_interrupted_validation_comes_first_in_the_next_call(
     assert read(tmp_path)["step"] == 1 and not lines(tmp_path, "val")
     assert main.main(arguments) == 0
     assert [line["step"] for line in lines(tmp_path, "val")] == [1, 2]
+
+
+@pytest.mark.parametrize("when", [["--steps_per_epoch", "1"], ["--steps_per_epoch", "2", "--val_every", "1"]])
+def test_a_signal_ends_a_validation_and_nothing_is_scored_by_half_of_it(
+    when: list[str], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(path.name for path in (videos / "JPEGImages" / "480p").iterdir())[:2]
+    arguments = [*TINY, "--datasets", "DAVIS-2016", "--data_dir", str(videos), "--val_sequences", *names, *when]
+    arguments += ["--max_steps", "2", "--save_dir", str(tmp_path)]
+    scored = []
+
+    def interrupted(*masks: np.ndarray) -> float:
+        scored.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return jaccard(*masks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "jaccard", interrupted)
+        assert main.main(arguments) == 130
+    assert len(scored) == 1 and "stopped at step 1 of 2 (SIGTERM)" in capsys.readouterr().out
+    assert read(tmp_path)["step"] == 1 and not lines(tmp_path, "val") and not (tmp_path / "best.pt").exists()
+    assert main.main(arguments) == 0
+    assert [line["step"] for line in lines(tmp_path, "val")] == [1, 2]
+    assert all(sorted(line["sequences"]) == names for line in lines(tmp_path, "val"))
 
 
 @pytest.mark.parametrize("name", ["synthetic", "DUTS-TR"])
