@@ -95,8 +95,6 @@ def check_sequences(
     with ThreadPoolExecutor(workers) as pool:
         for sequence in sequences:
             problems += _check_presence(sequence, require_flow, require_masks)
-            if not sequence.frames:
-                continue
             looks = pool.map(partial(_look, sequence), sequence.frames)
             sizes: dict[tuple[int, int], str] = {}
             flow_sizes: dict[tuple[int, int], str] = {}
@@ -336,8 +334,6 @@ def _problem(sequence: VideoSequence, kind: str, message: str, fatal: bool = Tru
 
 
 def _check_presence(sequence: VideoSequence, require_flow: bool, require_masks: bool) -> list[Problem]:
-    if not sequence.frames:
-        return [_problem(sequence, "layout", f"{sequence.dataset}/{sequence.name}: a sequence without frames")]
     problems = []
     if require_flow and not sequence.flows:
         message = f"{sequence.flow_dir}: no flow image for the {len(sequence)} frames of {sequence.name}"

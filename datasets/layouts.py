@@ -132,9 +132,7 @@ def read_davis_2017(root: Path, split: str, report: Report, dataset: str, num_fr
     """
     splits = {**SPLITS, "test-dev": ("test-dev",), "test-challenge": ("test-challenge",)}
     parts = parts_of(split, splits, dataset)
-    lists = _lists(root, ("2017",), parts, report)
-    if lists is None:
-        raise DataError(f"{root}: no ImageSets/2017; expected the DAVIS-2017 lists there. Ask for DAVIS-2016 instead?")
+    lists = _lists(root, ("2017",), parts, report) or []
     return _davis_sequences(root, dataset, lists, report)
 
 

@@ -17,6 +17,7 @@ from datasets.check import check_sequences, check_stills, run
 from datasets.errors import DataError
 from datasets.sequences import read_dataset
 from datasets.stills import read_stills
+from tests.test_sequences import fbms
 
 HEIGHT, WIDTH = 24, 40
 RNG = np.random.default_rng(3)
@@ -235,6 +236,15 @@ def test_void_pixels_are_told(tmp_path):
     )
     count, text = report(tmp_path, ["DAVIS-2016"], splits=["val"])
     assert count == 0 and "void: 1 in 1 sequence (a note); nothing to do" in text
+
+
+def test_native_fbms_is_sound(tmp_path):
+    """Its masks have colours and greys of their own, of which its rule knows."""
+    fbms(tmp_path / "FBMS")
+    for split, count in (("val", 3), ("train", 1)):
+        sequences, problems = check_split("FBMS", tmp_path, split, require_flow=False)
+        assert len(sequences) == count and not fatal(problems), problems
+        assert {problem.kind for problem in problems} <= {"incomplete"}  # of 59 videos four are there
 
 
 def test_masks_that_are_kept_back_are_no_problem(tmp_path):

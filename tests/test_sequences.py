@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,13 @@ def test_davis_lists_with_something_else_in_them(tmp_path, lines):
     write(root / "ImageSets" / "2016" / "val.txt", lines)
     with pytest.raises(DataError, match=r"val\.txt"):
         read_dataset("DAVIS-2016", tmp_path, "val")
+
+
+def test_a_list_that_is_no_text(tmp_path):
+    root = listed(tmp_path, ["bear"])
+    (root / "ImageSets" / "2016" / "val.txt").write_bytes(b"\xff\xfe bear")
+    with pytest.raises(DataError, match=r"val\.txt: cannot read this list of sequences"):
+        read_dataset("DAVIS-2016", tmp_path)
 
 
 def test_davis_lists_written_on_windows_and_trees_without_a_resolution_folder(tmp_path):
@@ -416,6 +424,9 @@ def test_youtube_vos_other_parts_and_broken_ones(tmp_path):
         (root / "train" / "meta.json").write_text(text)
         with pytest.raises(DataError, match=r"meta\.json"):
             read_dataset("YouTube-VOS", tmp_path, "train")
+    write(root / "train" / "meta.json", [json.dumps({"videos": {}})])
+    with pytest.raises(DataError, match="YouTube-VOS-2018: no sequence in the train split"):
+        read_dataset("YouTube-VOS", tmp_path, "train")
     (root / "train" / "meta.json").unlink()
     assert len(read_dataset("YouTube-VOS", tmp_path, "train")) == 3
 
@@ -527,6 +538,21 @@ def test_fbms_masks_that_fit_no_frame_or_the_same_frame(tmp_path):
         read_dataset("FBMS", tmp_path)
 
 
+def test_fbms_with_parts_that_are_missing(tmp_path):
+    root = fbms(tmp_path / "FBMS")
+    shutil.rmtree(root / "Trainingset")
+    with pytest.raises(DataError, match=r"no video of the train part of FBMS; expected Trainingset/<video>/\*\.jpg"):
+        read_dataset("FBMS", tmp_path, "train")
+    shutil.rmtree(root / "Testset" / "tennis" / "GroundTruth")
+    pictures(root / "Testset" / "cars1", ["cover"])  # a frame without a number
+    netpbm(root / "Testset" / "cars1" / "GroundTruth" / "cars1_55.pgm", np.zeros(SIZE))
+    netpbm(root / "Testset" / "dogs01" / "GroundTruth" / "dogs01_01.pgm", np.zeros(SIZE))  # of a video without frames
+    problems = []
+    cars, cats, tennis = read_dataset("FBMS", tmp_path, on_problem=lambda name, _: problems.append(name))
+    assert cars.annotated == ("cars1_01", "cars1_10") and len(cars) == 20 and not tennis.masks
+    assert {"cars1", "dogs01"} == set(problems)
+
+
 # --- DAVSOD, MCL and other saliency sets ------------------------------------------------------------------------------
 
 
@@ -605,6 +631,9 @@ def test_davsod_packages_are_not_taken_for_each_other(tmp_path):
     ):
         with pytest.raises(DataError, match=f"no folder Easy-35 .*this is the {whose}"):
             read_dataset("DAVSOD", tmp_path / folder)
+    davsod(tmp_path / "other" / "DAVSOD" / "Training Set", ["select_0001"])
+    with pytest.raises(DataError, match="no folder Easy-35 .*, the val part of DAVSOD; unpack it there"):
+        read_dataset("DAVSOD", tmp_path / "other")
     assert named(read_dataset("DAVSOD-Normal", tmp_path / "link")) == ["select_0001"]
     assert named(read_dataset("DAVSOD", tmp_path / "Training Set", "train")) == ["select_0001"]
 
@@ -751,6 +780,9 @@ def test_authors_layout_names_what_is_missing(tmp_path):
     pictures(tmp_path / "FBMS" / "val" / "labels" / "extra", stems(2), ".png", "L")
     with pytest.raises(DataError, match="extra: no folder .*val/images/extra"):
         read_dataset("FBMS", tmp_path)
+    problems = []
+    assert named(read_dataset("FBMS", tmp_path, on_problem=lambda name, _: problems.append(name))) == ["goat"]
+    assert problems == ["extra"]
 
 
 def test_sets_that_are_not_known_by_name(tmp_path):

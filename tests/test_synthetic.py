@@ -535,6 +535,15 @@ def test_broken_still_sets_say_what_is_wrong(duts: Path) -> None:
     (duts / "DUTS-TR" / "DUTS-TR-Mask" / "s1.png").unlink()
     with pytest.raises(DataError, match=r"1 of 3 .*s1\.jpg"):
         read_stills(duts)
+    images, masks = (duts / "DUTS-TR" / f"DUTS-TR-{kind}" for kind in ("Image", "Mask"))
+    masks.rename(duts / "kept")
+    with pytest.raises(DataError, match=f"{masks} is missing"):
+        read_stills(duts)
+    (duts / "kept").rename(masks)
+    for image in images.iterdir():
+        image.unlink()
+    with pytest.raises(DataError, match=f"no images in {images}"):
+        read_stills(duts)
 
 
 def test_the_object_of_a_still_is_the_mask(duts: Path) -> None:

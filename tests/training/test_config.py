@@ -141,6 +141,10 @@ def test_local_rank_of_old_and_new_launchers(words: list[str], monkeypatch: pyte
         ("datasets: {DAVIS-2016: 1e308, FBMS: 1e308}", ["datasets", "up to 1e+06"]),
         ("lr: {{ lr }}", ["not valid YAML", "name of an option"]),
         ("? [1, 2]\n: 3", ["not valid YAML", "name of an option"]),
+        ("flow_drop: 0.6\nframe_drop: 0.6", ["flow_drop and frame_drop", "at most 1 together"]),
+        ("strides: []", ["strides", "at least one"]),
+        ("val_size: 64", ["val_size", "2 values, each a whole number", "64"]),
+        ("network: 3", ["network", "a mapping", "3"]),
     ],
 )
 def test_errors_of_the_file(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -166,10 +170,22 @@ def test_errors_of_the_flags(tmp_path: Path) -> None:
         parse_args(["--network", "dilations:[1,2"])
     with pytest.raises(UserError, match=r"--network depth: '2026-02-30' is not YAML"):
         parse_args(["--network", "depth:2026-02-30"])
+    with pytest.raises(UserError, match=r"--network: expected key:value, got 'depth'"):
+        parse_args(["--network", "depth"])
     with pytest.raises(UserError, match=r"--lr: expected a number, got 'high'"):
         parse_args(["--lr", "high"])
     with pytest.raises(UserError, match=r"nowhere.yaml: no such file.*configs/stage1.yaml"):
         parse_args(["--config", str(tmp_path / "nowhere.yaml")])
+    (tmp_path / "weights.pt").write_bytes(b"PK\x03\xff")
+    for place in ("weights.pt", ""):
+        with pytest.raises(UserError, match=f"{tmp_path / place}: cannot be read as text"):
+            parse_args(["--config", str(tmp_path / place)])
+
+
+def test_a_file_may_be_empty_and_a_list_of_one_a_word(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "# nothing yet\n")) == TrainConfig()
+    config = load_config(write(tmp_path, "val_sequences: bear\namp: null\nresume: null\nfinetune: null\n"))
+    assert (config.val_sequences, config.amp, config.resume, config.finetune) == (["bear"], "none", "none", None)
 
 
 def test_long_seeds_keep_their_last_digits(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main
 from datasets.clip_frames import FrameReader, cache_bytes
@@ -184,11 +186,21 @@ def test_data_that_is_not_there(videos: Path, tmp_path: Path, capsys: pytest.Cap
     shutil.rmtree(tmp_path / "DAVIS" / "JPEGImages" / "480p" / "video-000")  # it is there, but broken
     assert "To train without" not in fails([*arguments, "--datasets", "DAVIS-2016", "synthetic"], capsys)
     shutil.rmtree(tmp_path / "DAVIS")
+    for kind, suffix in (("Image", "jpg"), ("Mask", "png")):
+        still = tmp_path / "DUTS-TR" / f"DUTS-TR-{kind}" / f"a.{suffix}"
+        still.parent.mkdir(parents=True)
+        Image.fromarray(np.full((48, 80), 200, np.uint8)).save(still)
+    assert "To train without it: --datasets DUTS-TR:2" in fails([*arguments, "--datasets", "FBMS", "DUTS-TR:2"], capsys)
     for name in ("DUTS", "synthtic"):  # the two that are no data sets of videos
         message = fails([*arguments, "--datasets", name], capsys)
         assert "stills are DUTS-TR" in message and "synthetic" in message
     message = fails([*arguments, "--datasets", "synthetic", "--val_sequences", "bear"], capsys)
     assert "'bear'" in message and "--val_datasets" in message and "--val_sequences none" in message
+
+
+def test_an_epoch_of_less_than_a_step_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--steps_per_epoch", "0", "--samples_per_epoch", "1", "--save_dir", str(tmp_path)]
+    assert "samples_per_epoch: 1 clips are less than the 2 of one step" in fails([*TINY, *words], capsys)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -439,8 +439,6 @@ def _pair(word: str, kind: Any, where: str) -> tuple[str, Any]:
 def _name(kind: Any) -> str:
     """A type in the words of a user."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if _required(kind) is not kind:
-        return f"{_name(_required(kind))} or none"
     if origin is dict:
         return "a mapping of names to numbers" if inner[1] is float else "a mapping"
     if origin is list:
