@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -567,6 +568,9 @@ def test_our_own_results_with_crf(tmp_path):
     with pytest.raises(DataError, match="--tools crf makes them; --eval_folder binary scores without the CRF"):
         score(own, [sequence], table_dir=tmp_path / "out")
     score(own, [sequence], "--eval_folder", "binary", table_dir=tmp_path / "out")
+    shutil.rmtree(own / "crf" / "DAVIS-2016")  # of this data set alone
+    with pytest.raises(UserError, match="crf/DAVIS-2016: no such folder; --eval_folder crf expects maps there"):
+        score(own, [sequence], "--eval_folder", "crf", table_dir=tmp_path / "out")
 
 
 def test_scores_that_a_full_disk_cut_short_are_not_taken_for_whole(tmp_path, monkeypatch):

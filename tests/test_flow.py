@@ -477,6 +477,31 @@ def test_what_is_there_is_read_by_as_many_threads_as_there_are_workers(tmp_path:
     assert prepare.run(dis("--workers", "3"), [sequence], ALONE) == 0
 
 
+def test_flow_by_raft_is_stored_as_that_by_dis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What --tools flow does by default, with a network in RAFT's place whose flow is known."""
+    monkeypatch.setattr(estimation, "load_raft", lambda method, weights: Echo())
+    sequence = make_sequence(tmp_path)
+    args = arguments("--workers", "0", "--flow_batch", "2", "--flow_iters", "2", "--flow_raw", "flo")
+    assert prepare.run(args, [sequence], ALONE) == 3
+    for frame in sequence.frames:
+        flow = read_raw_flow(sequence.flow_dir / f"{frame.stem}.flo")
+        np.testing.assert_allclose(flow, np.asarray(Image.open(frame))[..., :2] / 127.5 - 1, atol=1e-6)
+        assert np.array_equal(Image.open(sequence.flow_dir / f"{frame.stem}.png"), flow_to_image(flow))
+    record = json.loads((sequence.flow_dir / "flow.json").read_text())
+    assert (record["method"], record["weights"], record["iters"]) == ("raft", "C_T_V1", 2)
+    before = contents(sequence.flow_dir)
+    assert prepare.run(args, [sequence], ALONE) == 0 and contents(sequence.flow_dir) == before
+    (sequence.flow_dir / "00001.flo").unlink()
+    assert prepare.run(args, [sequence], ALONE) == 1 and contents(sequence.flow_dir) == before
+    damaged = Echo()
+    damaged.register_forward_hook(lambda _, inputs, flows: [flow * torch.nan for flow in flows])
+    monkeypatch.setattr(estimation, "load_raft", lambda method, weights: damaged)
+    (sequence.flow_dir / "00002.png").unlink()
+    with pytest.raises(DataError, match="flow of frame 2 is not finite; are the weights damaged"):
+        prepare.run(args, [sequence], ALONE)
+    assert not (sequence.flow_dir / "00002.png").exists()
+
+
 def test_interrupted_overwriting_leaves_no_supplied_flow_among_the_new(tmp_path: Path):
     """Also where the record is of the same settings, since it tells of the rest of the folder."""
     sequence = make_sequence(tmp_path, count=4)

@@ -114,6 +114,11 @@ def test_maps_are_the_predictors_at_the_size_of_the_source(data: Path, weights: 
     assert spread.min() < 120 and spread.max() > 135  # the threshold had something to decide
     record = json.loads((tmp_path / "test.json").read_text())
     assert record["frames"] == 3 * FRAMES and record["settings"]["size"] == [32, 64]
+    for damaged in ("{", "[]"):  # the maps are kept, and what is told of them is written again
+        (tmp_path / "test.json").write_text(damaged)
+        call(weights, tmp_path, "--data_dir", data)
+        again = json.loads((tmp_path / "test.json").read_text())
+        assert again["frames"] == 0 and (again["sha256"], again["settings"]) == (record["sha256"], record["settings"])
 
 
 def test_options_reach_the_predictor(data: Path, weights: Path, tmp_path: Path) -> None:

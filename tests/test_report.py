@@ -283,6 +283,23 @@ def test_a_table_of_frames_that_lacks_a_sequence(tmp_path: Path) -> None:
         report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]})
 
 
+def test_scores_without_what_the_page_shows_of_them(tmp_path: Path) -> None:
+    results, sequence = scored(tmp_path)
+    with pytest.raises(UserError, match="evaluation.json: has DAVIS-2016, not MCL; .* with the same --datasets"):
+        report.write_report(tmp_path / "page.html", results, {"MCL": [sequence]})
+    for kind in ("binary", "probability"):
+        (results / kind / "DAVIS-2016" / "dog" / "00001.png").unlink()
+    with pytest.raises(UserError, match="binary/DAVIS-2016/dog/00001.png: no such map, .* run --tools test again"):
+        report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]})
+    # --sequences of others: all that was scored is in the table, and no picture is looked for. A page needs no ranks.
+    (results / "comparison.csv").unlink()
+    text = report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": []}).read_text()
+    assert "<th>dog</th>" in text and "<img" not in text and "published" not in text
+    (results / "evaluation_DAVIS-2016_frames.csv").unlink()
+    with pytest.raises(UserError, match="frames.csv: no such file, .* run --tools eval again"):
+        report.write_report(tmp_path / "page.html", results, {"DAVIS-2016": [sequence]})
+
+
 def test_the_rule_is_that_of_the_figures_shown(tmp_path: Path) -> None:
     results, sequence = scored(tmp_path)
     given = dict.fromkeys(("skip_first", "skip_last", "skip_empty", "published", "table_dir")) | {"resize": True}

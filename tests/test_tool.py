@@ -445,6 +445,16 @@ def test_all_processes_stop_after_a_check_with_problems(data: Path) -> None:
     assert told[0] > 0 and told[1] == 0 and codes == [1, 1]
 
 
+@pytest.mark.parametrize("name", ["flow", "crf", "eval", "report", "bench", "export"])
+def test_what_is_not_shared_out_is_left_to_the_first_process(name: str, tmp_path: Path) -> None:
+    """The others would write the same files at the same time."""
+    args = tool.parse_args(["--tools", "check", "--data_dir", str(tmp_path), "--save_dir", str(tmp_path / "r")])
+    args.tools, args.frames = [name], str(tmp_path / "nowhere") if name == "flow" else None
+    args.bench_json = str(tmp_path / "nowhere" / "x")
+    assert tool.TOOLS[name](args, SimpleNamespace(is_main=False, world_size=2)) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.safetensors"
     words = ["--tools", "export", "--checkpoint", weights, "--output", out]
@@ -463,6 +473,11 @@ def test_export(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "KEY=VALUE" in fails(capsys, *words, "--note", "licence")
     assert "--size" in fails(capsys, *words, "--note", "size=3")
     assert "--note zoom=3; expected yes or no" in fails(capsys, *words, "--note", "zoom=3")
+    assert "'a=2': a is given twice" in fails(capsys, *words, "--note", "a=1", "a=2")
+    save_weights(tmp_path / "bare.safetensors", load_dbsnet(weights))
+    bare = [*words[:3], tmp_path / "bare.safetensors", *words[4:]]
+    assert "does not say the input size that it is for; give --size H W" in fails(capsys, *bare)
+    assert call(*bare, "--size", 32, 96) == 0 and load_weights(out).size == (32, 96)
     assert ".safetensors" in fails(capsys, "--tools", "export", "--checkpoint", weights, "--output", "out.pt")
     assert "--checkpoint" in fails(capsys, "--tools", "export", "--output", out)
     (tmp_path / "folder.safetensors").mkdir()
@@ -518,6 +533,9 @@ def test_export_without_a_part(weights: Path, tmp_path: Path, capsys: pytest.Cap
     assert call(*again, "--without", "refinement") == 0
     assert load_weights(tmp_path / "p.safetensors").notes["without"] == "co_dga, refinement"
     assert "propagation, refinement, co_dga" in fails(capsys, *words, "--without", "flow")
+    assert f"--without co_dga: {out}: the network has no co_dga to take out" in fails(
+        capsys, *again, "--without", "co_dga"
+    )
 
 
 def test_export_with_a_stream_from_elsewhere(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
