@@ -105,6 +105,27 @@ def test_the_rate_is_that_of_the_frames_where_the_header_has_another(tmp_path: P
     assert frames.promised is None  # 800 of them by that rate
 
 
+def test_a_video_whose_pictures_are_missing_or_change_while_it_is_read(tmp_path: Path):
+    path, size = tmp_path / "a.mp4", (48, 64)
+    pictures = np.random.default_rng(0).integers(0, 256, (6, *size, 3), dtype=np.uint8)
+    write_video(path, pictures)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"mdat") + 4])  # a download that was broken off; its index comes first
+    with pytest.raises(UserError, match=r"a\.mp4: not one frame of it can be decoded(.|\n)*ffmpeg"):
+        VideoFrames(path)
+    path.write_bytes(whole)
+    for others, told in (
+        (pictures[:3], "frame 3 of 6 cannot be decoded"),
+        (pictures[:, :32], "frame 0 has size 64 x 32, the first one 64 x 48"),
+    ):
+        frames = VideoFrames(path)
+        write_video(path, others)
+        with pytest.raises(UserError, match=told):
+            list(frames)
+        frames.close()
+        path.write_bytes(whole)
+
+
 @pytest.mark.parametrize("stated", [60, -9.2e18])
 def test_a_damaged_frame_is_no_end(clip: Path, stated: float, monkeypatch: pytest.MonkeyPatch):
     class Damaged:

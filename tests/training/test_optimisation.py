@@ -16,6 +16,7 @@ from utils.distributed import Processes
 from utils.errors import UserError
 from utils.training.config import TrainConfig
 from utils.training.optimisation import check_statistics, step_size, step_sizes
+from utils.training.run import Run
 
 
 def test_accumulated_batches_equal_one_batch(tmp_path: Path) -> None:
@@ -172,6 +173,25 @@ def test_mixed_precision_trains(amp: str, tmp_path: Path) -> None:
     assert main.main(arguments) == 0
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
     assert {value.dtype for value in read(tmp_path)["model"].values()} <= {torch.float32, torch.int64}
+
+
+def test_options_of_the_machine_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, step = [], main.train_step
+
+    def watched(run: Run, *arguments):
+        kernels = [parameter for parameter in run.net.parameters() if parameter.ndim == 4]
+        seen.append(all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels))
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return step(run, *arguments)
+
+    monkeypatch.setattr(main, "train_step", watched)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        for words in ([], ["--deterministic", "--channels_last"]):
+            assert main.main([*TINY, *words, "--max_steps", "1", "--save_dir", str(tmp_path / str(len(words)))]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False, False, True, True]
 
 
 def test_fp16_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
