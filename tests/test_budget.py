@@ -84,6 +84,23 @@ def test_parameters_are_those_of_the_public_backbones_and_the_rest() -> None:
     assert count_parameters(net) == backbones + sum(p.numel() for p in net.head_parameters())
 
 
+def test_the_table_says_which_budgets_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"s": (39.5e9, 13.2e6), "xs": (20e9, 7e6), "xxs": (8e9, 4.5e6)}
+    monkeypatch.setattr(complexity, "macs_per_frame", lambda size, clip_len, variant, flavour: figures[variant])
+    complexity.main([])
+    _, head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["variant", "parameters", "GMAC", "budget"]
+    assert rows == [
+        ["s", "13.20", "M", "39.50", "<=", "16", "M,", "<=", "40", "GMAC:", "kept"],
+        ["xs", "7.00", "M", "20.00"],
+        ["xxs", "4.50", "M", "8.00", "<=", "4", "M,", "<=", "9", "GMAC:", "EXCEEDED"],
+    ]
+    complexity.main(["--size", "64", "96"])  # the budgets are of another size
+    assert "<=" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["--size", "0", "64"], ["--clip_len", "0"]])
 def test_the_command_says_what_it_cannot_count(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

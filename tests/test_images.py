@@ -22,6 +22,7 @@ from datasets.images import (
     load_mask_values,
     require_size,
 )
+from utils.evaluation.scoring import read_map
 
 RNG = np.random.default_rng(7)
 PICTURE = RNG.integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -279,6 +280,14 @@ def test_sixteen_bit_masks_by_rule(tmp_path):
     assert load_mask_values(path)[0].max() == 300
     with pytest.raises(DataError, match="16-bit"):
         load_mask(path, "above_128")
+
+
+def test_maps_of_floating_point_values_are_refused(tmp_path):
+    """As another method may have saved its probabilities."""
+    path = save(tmp_path / "a.tif", SHAPE.astype(np.float32))
+    for read in (load_mask, read_map):
+        with pytest.raises(DataError, match=r"a\.tif: a mask of floating-point values; expected"):
+            read(path)
 
 
 def test_an_unknown_rule_is_an_error(tmp_path):

@@ -290,6 +290,8 @@ def test_results_that_are_no_numbers_are_no_masks(
     kept = message(lambda net: net.skip.norm.weight.fill_(1e9))
     assert "DAVIS-2016/video-000/00000: the result of" in large and "--amp bf16 or none" in large
     assert "--clip_len N" in kept
+    apart = message(lambda net: [p.mul_(1e20) for p in net.head_parameters()], "--clip_len", "3")
+    assert "may have diverged; take other weights" in apart and "--clip_len" not in apart
 
 
 def test_it_goes_on_where_it_stopped(data: Path, weights: Path, tmp_path: Path) -> None:
