@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.parallel import IN_FLIGHT_PER_WORKER, Background, count_of_workers, parallel_map, start_pool
+from utils.parallel import IN_FLIGHT_PER_WORKER, Background, count_of_workers, end_workers, parallel_map, start_pool
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -65,6 +65,16 @@ def test_ctrl_c_does_not_reach_processes_that_are_starting():
         assert all(blocked(process.pid) for process in multiprocessing.active_children())
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # here it is only put off
         assert [job.result() for job in jobs] == [8, 8]
+
+
+def test_workers_that_an_interruption_has_left_are_ended():
+    pool = start_pool(1)
+    assert pool.submit(pow, 2, 3).result() == 8
+    (left,) = multiprocessing.active_children()
+    end_workers()
+    left.join(30)
+    assert left.exitcode == 128 + signal.SIGTERM
+    pool.shutdown()
 
 
 def test_default_is_the_processors_at_hand():
