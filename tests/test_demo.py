@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +38,9 @@ def masks(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)) > 0 for path in sorted(folder.rglob("*.png"))]
 
 
-def test_every_step_leaves_its_results(short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_step_leaves_its_results(
+    short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [
         "--tools",
         "demo",
@@ -70,6 +74,16 @@ def test_every_step_leaves_its_results(short: None, tmp_path: Path, capsys: pyte
     assert tool.main(words) == 0 and len(flows) == 12
     assert (tmp_path / "d/trained/weights.safetensors").stat().st_mtime_ns == weights
     assert all(path.stat().st_mtime_ns == when for path, when in flows.items())
+
+    # Where pydensecrf is not installed, as on Python 3.13, all but the CRF is done, and that is told.
+    shutil.rmtree(tmp_path / "d/results")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pydensecrf" else find(name))
+    capsys.readouterr()
+    assert tool.main(words) == 0
+    out, page = capsys.readouterr().out, (tmp_path / "d" / "report.html").read_text()
+    assert f"demo: J {printed:.3f}" in out and "; no CRF, since pydensecrf is not installed" in out
+    assert "The CRF was left out" in page and "after the CRF" not in page and " crf " not in out
 
 
 def test_train_and_test_videos_differ() -> None:
