@@ -284,12 +284,14 @@ def _fbms_masks(video: VideoFolder, dataset: str, report: Report) -> tuple[dict[
     masks: dict[str, Path] = {}
     for file in files:
         name = file.stem.removesuffix("_gt")
-        candidates = [name] if name in stems else numbered.get(_last_number(name), [])
+        number = _last_number(name)
+        candidates = [name] if name in stems else [] if number is None else numbered.get(number, [])
         if len(candidates) != 1:
             message = (
-                f"{dataset}/{video.name}: {file} is a mask without its frame; expected a frame {name} in "
-                f"{video.frames}, or one frame numbered {_last_number(name)}, of which there are {len(candidates)}"
+                f"{dataset}/{video.name}: {file} is a mask without its frame; expected a frame {name} in {video.frames}"
             )
+            if number is not None:
+                message += f", or one frame numbered {number}, of which there are {len(candidates)}"
             report(video.name, DataError(message))
             continue
         first = masks.setdefault(candidates[0], file)

@@ -536,6 +536,10 @@ def test_fbms_masks_that_fit_no_frame_or_the_same_frame(tmp_path):
     (truth / "cars1_55.pgm").rename(truth / "cars1_0001.pgm")
     with pytest.raises(DataError, match=r"both masks of the frame cars1_01"):
         read_dataset("FBMS", tmp_path)
+    (truth / "cars1_0001.pgm").rename(truth / "whole.pgm")  # no number to find a frame by
+    expected = rf"whole\.pgm is a mask without its frame; expected a frame whole in {re.escape(str(truth.parent))}$"
+    with pytest.raises(DataError, match=expected):
+        read_dataset("FBMS", tmp_path)
 
 
 def test_fbms_with_parts_that_are_missing(tmp_path):
