@@ -1,16 +1,8 @@
 """Clips for training and validation, cut out of videos on disk, and mixtures of such sets.
 
-Every set here hands out the same kind of item, which the default collate function batches:
-
-    frames    (T, 3, H, W) uint8 RGB
-    flows     (T, 3, H, W) uint8, colour picture of the optical flow
-    masks     (T, 1, H, W) uint8 {0, 1}; 0 where there is no annotation
-    valid     (T,) bool, whether the frame is annotated
-    dataset, sequence    str
-
-A set can leave the pictures to the training device; an item then has one `Deferred` under ``raw`` in place of frames,
-flows and masks (a `RawClip` to augment or a `datasets.rendering.Scene` to render), and `utils.training.loading` makes
-the batch.
+Every set here hands out the same kind of `Item`, which the default collate function batches. A set can leave the
+pictures to the training device; an item then has one `Deferred` under ``raw`` in place of frames, flows and masks (a
+`RawClip` to augment or a `datasets.rendering.Scene` to render), and `utils.training.loading` makes the batch.
 
 An item depends on (seed, epoch, index) only, never on what was read before or on the worker that makes it: a run that
 is resumed sees the clips that it would have seen.
@@ -21,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -34,7 +26,6 @@ from datasets.images import NO_MOTION, NO_PICTURE
 from datasets.transforms import Augment, Draw, apply, draw, resize, unpack
 from datasets.video_sequence import VideoSequence
 
-Item = dict[str, "torch.Tensor | str | Deferred"]
 PICTURES = ("frames", "flows", "masks")
 CACHES = ("none", "ram")
 
@@ -47,6 +38,18 @@ class Deferred(Protocol):
 
     def finish(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Frames and flows (T, 3, H, W) and masks (T, 1, H, W), uint8, made on a device and left there."""
+
+
+class Item(TypedDict, total=False):
+    """A clip: its pictures, or ``raw``, and what is known of it."""
+
+    frames: torch.Tensor  # (T, 3, H, W) uint8 RGB
+    flows: torch.Tensor  # (T, 3, H, W) uint8, colour picture of the optical flow
+    masks: torch.Tensor  # (T, 1, H, W) uint8 {0, 1}; 0 where there is no annotation
+    raw: Deferred
+    valid: torch.Tensor  # (T,) bool, whether the frame is annotated
+    dataset: str
+    sequence: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ class FaultyClip:
         frames, flows, masks = self.clip.finish(device)
         apply_faults(frames, flows, self.faults)
         return frames, flows, masks
+
+
+def complete(item: Item, clip: Deferred, defer: bool) -> Item:
+    """What is known of a clip together with the clip: as it is where `defer`, else with its pictures made here."""
+    if defer:
+        return {**item, "raw": clip}
+    frames, flows, masks = clip.finish()
+    return {**item, "frames": frames, "flows": flows, "masks": masks}
 
 
 class ClipDataset(Dataset):
@@ -228,7 +239,7 @@ class VideoClips(ClipDataset):
             "dataset": sequence.dataset,
             "sequence": sequence.name,
         }
-        return {**item, "raw": raw} if self.defer else {**item, **dict(zip(PICTURES, raw.finish()))}
+        return complete(item, raw, self.defer)
 
     def _sequence_number(self, index: int) -> int:
         """Sequences in rounds, each round in an order of its own."""

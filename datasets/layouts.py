@@ -64,7 +64,7 @@ def _lists(root: Path, folders: tuple[str, ...], parts: tuple[str, ...], report:
     folder = next((root / "ImageSets" / name for name in folders if (root / "ImageSets" / name).is_dir()), None)
     if folder is None:
         return None
-    found = []
+    found: list[SequenceList] = []
     for part in parts:
         path = folder / f"{part}.txt"
         if path.is_file():

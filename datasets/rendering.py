@@ -91,7 +91,7 @@ def render(
     mask = torch.zeros(length, height, width, dtype=torch.bool, device=device)
     for layer in others:
         # only the part of the frame that the layer reaches
-        box = layer.motion.box(times, layer.texture.shape[1:])
+        box = layer.motion.box(times, (layer.texture.shape[1], layer.texture.shape[2]))
         left, right = (int(np.clip(math.floor(v + width / 2), 0, width)) for v in (box[0] - 1, box[2] + 2))
         top, bottom = (int(np.clip(math.floor(v + height / 2), 0, height)) for v in (box[1] - 1, box[3] + 2))
         if left >= right or top >= bottom:

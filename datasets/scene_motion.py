@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from datasets.transfer import send
+
+Wave = tuple[np.ndarray, np.ndarray, float]  # per frame amplitude and phase, and the wave number
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Ripple:
     """
 
     angle: float
-    wave: tuple[np.ndarray, np.ndarray, float]
+    wave: Wave
 
     def shift(
         self, times: list[int], x: torch.Tensor, y: torch.Tensor, sign: int = 1
@@ -39,9 +42,9 @@ class Motion:
     """
 
     matrices: np.ndarray  # (T, 3, 3) float64, texture -> frame
-    # Per frame amplitude and phase, and the wave number, of x += a sin(k y + p), then y += b sin(m x + q)
-    wave_x: tuple[np.ndarray, np.ndarray, float] | None = None
-    wave_y: tuple[np.ndarray, np.ndarray, float] | None = None
+    # Of x += a sin(k y + p), then y += b sin(m x + q)
+    wave_x: Wave | None = None
+    wave_y: Wave | None = None
     ripples: tuple[Ripple, ...] = ()
 
     def to_texture(self, times: list[int], x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +115,7 @@ def _project(matrices: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> tuple[to
     return new_x, new_y
 
 
-def _wave(wave: tuple[np.ndarray, np.ndarray, float], times: list[int], along: torch.Tensor) -> torch.Tensor:
+def _wave(wave: Wave, times: list[int], along: torch.Tensor) -> torch.Tensor:
     amplitude, phase = (send(v[times].astype(np.float32), along.device)[:, None, None] for v in wave[:2])
     return along.mul(wave[2]).add_(phase).sin_().mul_(amplitude)
 
@@ -131,8 +134,8 @@ def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
-def similarity(x: np.ndarray, y: np.ndarray, angle: np.ndarray | float = 0.0, scale: np.ndarray | float = 1.0):
-    """Matrices (T, 3, 3): scale, turn by `angle` (radians), then shift by (x, y)."""
+def similarity(x: ArrayLike, y: ArrayLike, angle: ArrayLike = 0.0, scale: ArrayLike = 1.0) -> np.ndarray:
+    """Matrices (T, 3, 3): scale, turn by `angle` (radians), then shift by (x, y); each (T,), or a number for all T."""
     x, y, angle, scale = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, float)) for v in (x, y, angle, scale)))
     cos, sin, zero, one = scale * np.cos(angle), scale * np.sin(angle), np.zeros_like(x), np.ones_like(x)
     return np.stack([cos, -sin, x, sin, cos, y, zero, zero, one], axis=-1).reshape(-1, 3, 3)

@@ -128,7 +128,7 @@ def draw_still(rng: np.random.Generator, size: tuple[int, int]) -> tuple[torch.T
     colours = palette if rng.random() < 0.3 else rng.uniform(0, 1, (3, 3))
     rows, columns = _extent(mask)
     part = background[:, rows, columns]
-    part.copy_(torch.where(mask[rows, columns], _draw_texture(rng, tuple(part.shape[1:]), colours), part))
+    part.copy_(torch.where(mask[rows, columns], _draw_texture(rng, (part.shape[1], part.shape[2]), colours), part))
     return background, mask
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets.scene_motion import Motion, Ripple, keep_in_view, log_uniform, similarity, smooth_path
+from datasets.scene_motion import Motion, Ripple, Wave, keep_in_view, log_uniform, similarity, smooth_path
 from datasets.scene_textures import below_a_bent_line, cut_out, draw_still, fill_hole, load_still, smooth_noise
 from datasets.stills import StillImage
 
@@ -94,7 +94,9 @@ class Sources:
         return picture, mask
 
 
-def _camera(rng: np.random.Generator, length: int, size: tuple[int, int], options: SceneOptions, still: bool):
+def _camera(
+    rng: np.random.Generator, length: int, size: tuple[int, int], options: SceneOptions, still: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Movement of the view, (T, 3, 3) in frame coordinates with the identity first; its shift is (T, 2)."""
     width = size[1]
     if still:
@@ -114,7 +116,7 @@ def _camera(rng: np.random.Generator, length: int, size: tuple[int, int], option
     return similarity(shift_x, shift_y, angle, zoom) @ tilt, np.stack([shift_x, shift_y], axis=1)
 
 
-def _waves(rng: np.random.Generator, length: int, extent: tuple[float, float], speed: float):
+def _waves(rng: np.random.Generator, length: int, extent: tuple[float, float], speed: float) -> list[Wave]:
     """Two waves for a texture of `extent` (h, w), of about one period across it; points sway at up to about `speed`."""
     waves = []
     time = np.arange(length)
@@ -209,7 +211,7 @@ def _water_layer(rng: np.random.Generator, length: int, size: tuple[int, int], g
     # Beyond the picture's edges, which a camera may pass, the ground goes on by reflection; so does the water.
     margin = [side // 4 for side in ground.texture.shape[1:]]
     texture = F.pad(ground.texture[None], (margin[1], margin[1], margin[0], margin[0]), mode="reflect")[0]
-    extent = texture.shape[1:]
+    extent = (texture.shape[1], texture.shape[2])
     alpha = below_a_bent_line(rng, extent, 1.5, (-0.2, 1.4), float(rng.choice((-1.0, 1.0), p=(0.3, 0.7))))[None]
     speed = log_uniform(rng, 0.002, 0.02) * width * texel
     ripples = []
@@ -278,7 +280,8 @@ def compose(
     source_height, source_width = backdrop.shape[1:]
     cover = max(width / source_width, height / source_height) * rng.uniform(1.02, 1.3)
     slack = np.array([source_width * cover - width, source_height * cover - height]) / 2
-    view = similarity(*(slack * rng.uniform(-1, 1, 2)), 0.0, cover)[0]
+    x, y = slack * rng.uniform(-1, 1, 2)
+    view = similarity(x, y, 0.0, cover)[0]
 
     distractor = sources.other(rng) if rng.random() < options.distractor else None
     if distractor is not None:

@@ -222,9 +222,10 @@ def find_datasets(data_dir: Path | str) -> list[str]:
         try:
             root = find_root(name, data_dir)
         except DataError:
-            root = next(iter(_usual_folders(source, data_dir)), None)
-            if root is None:
+            usual = _usual_folders(source, data_dir)
+            if not usual:
                 continue
+            root = usual[0]
         found.setdefault(root, name)
     return [*found.values(), *(name for name in STILL_SETS if has_stills(data_dir, name))]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.clips import PICTURES, ClipDataset, Item
+from datasets.clips import ClipDataset, Deferred, Item, complete
 from datasets.errors import DataError
 from datasets.rendering import Scene
 from datasets.scene_textures import object_share
@@ -115,7 +115,7 @@ class SyntheticClips(ClipDataset):
             "dataset": "synthetic",
             "sequence": name,
         }
-        return {**item, "raw": scene} if self.defer else {**item, **dict(zip(PICTURES, scene.finish()))}
+        return complete(item, scene, self.defer)
 
     def _draw_still(self, index: int) -> StillImage:
         """The still of a clip; where none of several has an object that is small enough, the last of them."""
@@ -154,15 +154,14 @@ def write_dataset(
         raise ValueError(f"validation should be between 0 and {videos}, got {validation}")
     folder = Path(root) / name
     names = []
-    clips = None if stills is None else SyntheticClips(stills, videos, frames, size, seed, options)
+    clips = None if stills is None else SyntheticClips(stills, videos, frames, size, seed, options, defer=True)
     for video in range(videos):
         if clips is None:
-            pictures = make_scene((seed, video), frames, size, options=options).finish()
+            scene: Deferred = make_scene((seed, video), frames, size, options=options)
         else:
-            clip = clips[video]
-            pictures = tuple(clip[kind] for kind in PICTURES)
+            scene = clips[video]["raw"]
         names.append(f"video-{video:03d}")
-        for index, (frame, flow, mask) in enumerate(zip(*pictures)):
+        for index, (frame, flow, mask) in enumerate(zip(*scene.finish())):
             place = Path("480p") / names[-1] / f"{index:05d}"
             _save(folder / "JPEGImages" / place.with_suffix(".jpg"), frame.permute(1, 2, 0).numpy())
             _save(folder / "Annotations" / place.with_suffix(".png"), mask[0].numpy() * 255)

@@ -116,10 +116,11 @@ def find_videos(root: Path) -> list[VideoFolder]:
         ]
     reserved = (*_FRAME_FOLDERS, *_MASK_FOLDERS, *_OTHER_FOLDERS)
     videos = [folder for folder in list_folders(root) if folder.name.lower() not in reserved]
-    frames_of = {video: _kind(video, _FRAME_FOLDERS) for video in videos}
     # An Imgs folder with folders in it is a whole data set, not a video.
     frames_of = {
-        video: frames for video, frames in frames_of.items() if frames is not None and not list_folders(frames)
+        video: frames
+        for video in videos
+        if (frames := _kind(video, _FRAME_FOLDERS)) is not None and not list_folders(frames)
     }
     usual = next((frames.name for frames in frames_of.values()), "")
     if not frames_of:
