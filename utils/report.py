@@ -248,8 +248,7 @@ def _table(score: Scores) -> str:
     lines = []
     for name in [None, *score.ranked]:
         plain = score.overall[""] if name is None else score.sequences[""][name]
-        refined = (score.overall if name is None else score.sequences).get("crf", {})
-        refined = refined if name is None else refined.get(name, {})
+        refined = score.overall.get("crf", {}) if name is None else score.sequences.get("crf", {}).get(name, {})
         cells = "".join(f"<td>{c.format(plain.get(c.key))}</td>" for c in columns)
         cells += "".join(f"<td>{c.format(refined.get(c.key))}</td>" for c in extra)
         label = f"all {len(score.sequences[''])}" if name is None else _text(name)

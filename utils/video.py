@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from datasets.images import load_frame
 from datasets.video_sequence import FRAME_SUFFIXES, by_stem, list_files, list_folders, raise_problem
 from utils.errors import UserError
 from utils.files import replacing
+
+if TYPE_CHECKING:
+    import cv2
 
 # Frames kept decoded. Callers go through a video in batches, and flow looks one frame ahead or behind.
 WINDOW = 16
@@ -139,7 +142,7 @@ class VideoFrames(LazyFrames):
         with self.path.open("rb") as file:  # what this user may not read, OpenCV would call no video
             if not file.read(1):
                 raise UserError(f"{self.path}: an empty file (0 bytes); expected a video: copy or record it again")
-        self._capture = None
+        self._capture: cv2.VideoCapture | None = None
         self._next = 0
 
         with _said_by_ffmpeg() as said:
@@ -198,7 +201,7 @@ class VideoFrames(LazyFrames):
                 self._keep(position, frame)
         return frame
 
-    def _open(self):  # -> cv2.VideoCapture
+    def _open(self) -> cv2.VideoCapture:
         import cv2
 
         # The whole path: FFmpeg takes what stands before a colon (2026-11-26T12:30.mp4) for a protocol, unless a slash

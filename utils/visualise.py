@@ -109,7 +109,7 @@ def panel(rows: Sequence[Mapping[str, np.ndarray | None]], width: int = 224) -> 
     cells: list[list[Image.Image | None]] = []
     for row in rows:
         cells.append([None if row.get(key) is None else _fit(row[key], width, key) for key in columns])
-    heights = [max((cell.height for cell in row if cell is not None), default=_CAPTION_HEIGHT) for row in cells]
+    heights = [max((cell.height for cell in line if cell is not None), default=_CAPTION_HEIGHT) for line in cells]
     total_width = len(columns) * (width + _GAP) - _GAP
     total_height = _CAPTION_HEIGHT + sum(height + _GAP for height in heights) - _GAP
 
@@ -121,8 +121,8 @@ def panel(rows: Sequence[Mapping[str, np.ndarray | None]], width: int = 224) -> 
         text = key.encode("ascii", "replace").decode("ascii")
         draw.text((column * (width + _GAP) + 2, 1), text, fill=_INK, font=font)
     y = _CAPTION_HEIGHT
-    for row, height in zip(cells, heights):
-        for column, cell in enumerate(row):
+    for line, height in zip(cells, heights):
+        for column, cell in enumerate(line):
             if cell is not None:
                 sheet.paste(cell, (column * (width + _GAP), y))
         y += height + _GAP

@@ -94,9 +94,9 @@ def _summarise(unit: Unit, parts: dict[str, list[FrameScores]]) -> DatasetScores
     lacking = {s.name: len(s) - len(s.annotated) for s in unit.sequences if len(s) > len(s.annotated)}
     if lacking and unit.dataset in DENSE:
         first, count = next(iter(lacking.items()))
-        others = f" and of {number_of(len(lacking) - 1, 'more sequence')}" if len(lacking) > 1 else ""
+        more = f" and of {number_of(len(lacking) - 1, 'more sequence')}" if len(lacking) > 1 else ""
         warnings.append(
-            f"{unit.name}, {unit.dataset}: no ground truth of {number_of(count, 'frame')} of {first}{others}, though "
+            f"{unit.name}, {unit.dataset}: no ground truth of {number_of(count, 'frame')} of {first}{more}, though "
             "the release has a mask for every frame: these figures are not of the official frames. Unpack the "
             "annotations again (--tools check names the frames)"
         )

@@ -236,7 +236,7 @@ def document(name: str, scores: Sequence[DatasetScores]) -> dict[str, Any]:
         of_label = {score.unit.dataset: score for score in scores if score.unit.label == label}
         if not of_label:
             continue
-        parts = {
+        parts: dict[str, dict[str, Any]] = {
             "protocol": {dataset: _protocol(score) for dataset, score in of_label.items()},
             "overall": {dataset: score.overall for dataset, score in of_label.items()},
             "sequences": {dataset: score.sequences for dataset, score in of_label.items()},

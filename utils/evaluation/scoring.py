@@ -101,7 +101,7 @@ def _score_frame(job: FrameJob) -> FrameScores:
     gt = load_mask(job.gt, job.mask_rule).astype(bool)
     maps: dict[Path, tuple[np.ndarray, str]] = {}
     resized = False
-    for path in {job.uvos, job.vsod} - {None}:
+    for path in {path for path in (job.uvos, job.vsod) if path is not None}:
         values, kind = read_map(path)
         if values.shape != gt.shape:
             if not job.resize:

@@ -139,10 +139,10 @@ def _markdown(table: Table) -> str:
         for line in cells
     ]
     rule = "|" + "|".join(f":{'-' * (w + 1)}" if i == 1 else f"{'-' * (w + 1)}:" for i, w in enumerate(widths)) + "|"
-    text = [f"## {table.dataset}: {_TITLES[table.measures]}", "", lines[0], rule, *lines[1:], ""]
-    text += [f"- {note}" for note in table.notes]
-    text += [f"- Published: {source}" for source in table.sources()]
-    return "\n".join(text) + "\n"
+    section = [f"## {table.dataset}: {_TITLES[table.measures]}", "", lines[0], rule, *lines[1:], ""]
+    section += [f"- {note}" for note in table.notes]
+    section += [f"- Published: {source}" for source in table.sources()]
+    return "\n".join(section) + "\n"
 
 
 def latex(tables: Sequence[Table]) -> str:

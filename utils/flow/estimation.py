@@ -127,11 +127,8 @@ class FlowEstimator:
 
 def padding(size: tuple[int, int], multiple: int, least: int) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) that brings ``size`` to multiples of ``multiple``, at least ``least``; centred."""
-    amounts = []
-    for side in size:
-        missing = max(least, math.ceil(side / multiple) * multiple) - side
-        amounts += [missing // 2, missing - missing // 2]
-    return tuple(amounts)
+    down, across = (max(least, math.ceil(side / multiple) * multiple) - side for side in size)
+    return down // 2, down - down // 2, across // 2, across - across // 2
 
 
 def dis_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:

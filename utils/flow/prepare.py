@@ -141,6 +141,7 @@ def write_flows(
                 estimator.load()
             stems = [video.stems[t] for t in video.pending]
             begin_flow(video.flow_dir, stems, settings.record() | (video.source or {}))
+            pairs: Iterator[tuple]
             if settings.method == "dis":
                 pairs = frame_pairs(video.frames, settings.size, video.pending)
             else:
@@ -251,8 +252,10 @@ def _plan(
         print(f"flow: {number_of(everywhere, 'frame')} to do{others}, by {settings.method}{beside}", flush=True)
     mixed = [(flow_dir, len(supplied_flow(flow_dir, stems))) for flow_dir, stems in pending.items()]
     mixed = [found for part in processes.gather(mixed) for found in part]
-    stretched = [videos[flow_dir][-1].frames[0] for flow_dir in pending if settings.size is not None]
-    stretched = [frame for frame in stretched if is_stretched(settings.size, image_size(frame))]
+    stretched: list[Path] = []
+    if settings.size is not None:
+        first = (videos[flow_dir][-1].frames[0] for flow_dir in pending)
+        stretched = [frame for frame in first if is_stretched(settings.size, image_size(frame))]
     stretched = [frame for part in processes.gather(stretched) for frame in part]
     if processes.is_main:
         warn_of_mixture(mixed, settings.method, "--flow_dir DIR")
