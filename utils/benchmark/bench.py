@@ -229,8 +229,8 @@ def _measure(
     if part == "pipeline":
         with tempfile.TemporaryDirectory(prefix="dbsnet-bench-") as folder:
             paths = paths or _drawn_frames(Path(folder), args.bench_video_frames, size)
-            usual = {"consensus": can_agree(net.streams), "smooth": True}
-            predictor = Predictor(net, device=device, size=size, **usual, **common)
+            votes = can_agree(net.streams)
+            predictor = Predictor(net, device=device, size=size, consensus=votes, smooth=True, **common)
             return bench_pipeline(predictor, paths, workers=max(1, workers), crf=args.bench_crf)
     batch, length = _training_clips(args)
     return bench_training(

@@ -239,8 +239,9 @@ def bench_long(
         options: of `Predictor`, as `host_memory`.
     """
     consensus = can_agree(net.streams)
-    usual = {"consensus": consensus, "smooth": True}  # as `tool.py --tools test` does by default
-    predictor = Predictor(net, device=device, size=size, amp=amp, batch_size=batch_size, **usual, **options)
+    predictor = Predictor(  # as `tool.py --tools test` does by default
+        net, device=device, size=size, amp=amp, batch_size=batch_size, consensus=consensus, smooth=True, **options
+    )
     run_video(predictor, warm_up_frames(predictor, length), size)
     spilled = _watch_spill()
     parts = []
