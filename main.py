@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets.errors import DataError
+from models import DBSNet
 from models.convlstm import recurrence_in_planes
 from models.losses import distillation_loss, segmentation_loss
 from models.precision import AMP, autocast
@@ -73,7 +74,7 @@ CALL_OPTIONS = ("resume", "save_dir", "stop_after", "max_minutes", "workers", "c
 # ---------------------------------------------------------------------------------------------------------- building
 
 
-def distribute(config: TrainConfig, processes: Processes, net: nn.Module) -> nn.Module:
+def distribute(config: TrainConfig, processes: Processes, net: DBSNet) -> nn.Module:
     """``net`` compiled and wrapped for the processes, sharing its parameters."""
     model: Any = torch.compile(net) if config.compile else net
     if processes.world_size == 1:

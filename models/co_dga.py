@@ -120,11 +120,11 @@ class CoDGA(nn.Module):
             logits.append(edge)
             maxima.append(edge.detach().amax(-1).unflatten(-1, (s, length)))  # (B, other, heads, source, target, axis)
         # as rows have it: (B, H, heads, source, target, W)
-        maxima = torch.maximum(maxima[0], maxima[1].transpose(1, 5))
+        highest = torch.maximum(maxima[0], maxima[1].transpose(1, 5))
 
         message, total = 0, 0
         for axis, length in enumerate((width, height)):
-            shift = (maxima if axis == 0 else maxima.transpose(1, 5)).flatten(4, 5)[..., None]
+            shift = (highest if axis == 0 else highest.transpose(1, 5)).flatten(4, 5)[..., None]
             weight = logits[axis].sub_(shift).exp_()  # in place: these maps are the largest of the network
             # (B, other, heads, source, target, axis, C/heads)
             part = (weight @ along(values, axis)).unflatten(4, (s, length))

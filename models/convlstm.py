@@ -70,6 +70,7 @@ class BiConvLSTM(nn.Module):
         """
         if self.apart(forward[0]):
             return self._one_by_one(forward, backward, state)
+        z: Sequence[Tensor]  # the gates' input part of either direction
         if backward is None:
             z = self._project(forward).unbind(3)  # 2 of (B, T, S, 4*h, H, W); the gradient of unbind is one copy
         else:
@@ -135,15 +136,15 @@ class BiConvLSTM(nn.Module):
             before = list(zip(*(part.chunk(s * 2, 1) for part in state)))
         made: dict[tuple[int, int, int], Tensor] = {}  # of direction, frame and stream: hidden state (B, h, H, W)
         after: list[State] = []
-        same = backward is None
-        forward = _frames(forward)
-        backward = forward if backward is None else _frames(backward)
+        ahead = _frames(forward)
+        back = None if backward is None else _frames(backward)
         for stream in range(s):
-            if same:  # one convolution of a frame for both directions
+            z: Sequence[Sequence[Tensor]]  # of each frame that of either direction
+            if back is None:  # one convolution of a frame for both directions
                 whole = (weights[stream], biases[stream])
-                z = [self._convolve(_join(forward[t * s + stream], 1), *whole).chunk(2, 1) for t in range(length)]
+                z = [self._convolve(_join(ahead[t * s + stream], 1), *whole).chunk(2, 1) for t in range(length)]
             else:
-                ways = list(zip((forward, backward), weights[stream].chunk(2), biases[stream].chunk(2)))
+                ways = list(zip((ahead, back), weights[stream].chunk(2), biases[stream].chunk(2)))
                 z = [
                     [self._convolve(_join(frames[t * s + stream], 1), *way) for frames, *way in ways]
                     for t in range(length)

@@ -80,20 +80,19 @@ class DBSNet(nn.Module):
         self.streams, self.width, self.window = streams, width, window
         self.encoder_names: dict[str, str] = {stream: names[stream] for stream in streams}
         count = len(streams)
-        self.encoders = nn.ModuleDict(
-            {
-                stream: MobileViT(variant, flavour, dropout=dropout) if name == "mobilevit" else TimmEncoder(name)
-                for stream, name in self.encoder_names.items()
-            }
-        )
-        self.multiple = max(encoder.multiple for encoder in self.encoders.values())
+        encoders: dict[str, MobileViT | TimmEncoder] = {
+            stream: MobileViT(variant, flavour, dropout=dropout) if name == "mobilevit" else TimmEncoder(name)
+            for stream, name in self.encoder_names.items()
+        }
+        self.encoders = nn.ModuleDict(encoders)
+        self.multiple = max(encoder.multiple for encoder in encoders.values())
         self.laterals = nn.ModuleDict(
             {
                 stream: nn.ModuleList(ConvNormAct(channels, width) for channels in encoder.channels[1:])
-                for stream, encoder in self.encoders.items()
+                for stream, encoder in encoders.items()
             }
         )
-        self.skip = ConvNormAct(sum(encoder.channels[0] for encoder in self.encoders.values()), width)
+        self.skip = ConvNormAct(sum(encoder.channels[0] for encoder in encoders.values()), width)
         self.propagation = nn.ModuleList(
             DenseBiConvLSTM(width, hidden, dilations=dilations, streams=count) for _ in self.levels
         )

@@ -7,16 +7,20 @@ the factor into its weight and the rest into a bias.
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from models.dbsnet import DBSNet
 from models.mobilevit import ConvNormAct
 from models.timm_encoder import TimmEncoder
 
+Net = TypeVar("Net", bound=nn.Module)
+
 
 @torch.no_grad()
-def fold_batch_norm(net: nn.Module) -> nn.Module:
+def fold_batch_norm(net: Net) -> Net:
     """A copy of `net` for inference, in evaluation mode, without batch norms; `net` is left as it is.
 
     The copy gives what ``net.eval()`` gives, up to rounding. Its activations work in place and its parameters take no
@@ -50,8 +54,8 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
 
 
 def inference_copy(
-    net: nn.Module, amp: torch.dtype | None = None, memory_format: torch.memory_format = torch.channels_last
-) -> nn.Module:
+    net: DBSNet, amp: torch.dtype | None = None, memory_format: torch.memory_format = torch.channels_last
+) -> DBSNet:
     """A `DBSNet` as it is fastest: folded, encoders in `memory_format`, for autocast to `amp` its weights rounded once.
 
     What `models.predictor.Predictor` runs, and what the benchmark times.
@@ -101,7 +105,7 @@ def _fold_timm(encoder: TimmEncoder) -> None:
     """
     # The tensors are kept, so that no other gets their number, and how often they had been written to.
     made: dict[int, tuple[nn.Conv2d, torch.Tensor, int]] = {}
-    pairs: dict[nn.Module, nn.Conv2d | None] = {}
+    pairs: dict[nn.BatchNorm2d, nn.Conv2d | None] = {}
     readers: dict[nn.Conv2d, int] = {}
 
     def watch(module: nn.Module, inputs: tuple, output: object) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Start = TypeVar("Start")
+Made = TypeVar("Made")
 
 
 class Images:
@@ -90,7 +93,7 @@ def checked_picture(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def read_ahead(make: Callable[[Any], Any], starts: Sequence[Any], depth: int = 2) -> Iterator[Any]:
+def read_ahead(make: Callable[[Start], Made], starts: Sequence[Start], depth: int = 2) -> Iterator[Made]:
     """Yield make(start) in order while a thread prepares the next ones; an error inside it is raised here."""
     results: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
@@ -125,7 +128,7 @@ def read_ahead(make: Callable[[Any], Any], starts: Sequence[Any], depth: int = 2
         thread.join()
 
 
-def hand_out(batches: Iterator[Tensor]) -> Iterator[np.ndarray]:
+def hand_out(batches: Iterator[Tensor]) -> Generator[np.ndarray, None, None]:
     """Batches (n, H, W) of maps on a device -> one (H, W) array of host memory after the other.
 
     From a GPU they come one batch late: each is copied while the next one is computed, and nothing waits for the device

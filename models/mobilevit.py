@@ -179,6 +179,8 @@ class MobileViT(nn.Module):
     """
 
     reductions = (4, 8, 16, 32)
+    mean: Tensor  # a buffer, like the next
+    std: Tensor
 
     def __init__(self, variant: str = "s", flavour: str = "reference", *, dropout: float = 0.0) -> None:
         super().__init__()

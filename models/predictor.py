@@ -173,10 +173,10 @@ class Predictor:
         self._busy = False
 
     def __call__(self, frames: Sequence[np.ndarray], flows: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        for name, images in (("frames", frames), ("flows", flows)):
-            if not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
+        for name, given in (("frames", frames), ("flows", flows)):
+            if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
                 raise TypeError(
-                    f"{name} must be a sequence (len and indexing), got {type(images).__name__}: make a list of what "
+                    f"{name} must be a sequence (len and indexing), got {type(given).__name__}: make a list of what "
                     "can only be iterated over"
                 )
         if len(frames) != len(flows):

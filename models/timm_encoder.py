@@ -31,6 +31,8 @@ class TimmEncoder(nn.Module):
 
     reductions = (4, 8, 16, 32)
     multiple = 32
+    mean: Tensor  # a buffer, like the next
+    std: Tensor
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from models.dbsnet import build_dbsnet
+from models.dbsnet import DBSNet, build_dbsnet
 from models.errors import CheckpointError
 from models.state_dicts import load_state, read_checkpoint, tensors_of
 
 FORMAT = "dbsnet-1"
 
 
-def average_into(net: torch.nn.Module, others: Sequence[torch.nn.Module]) -> None:
+def average_into(net: DBSNet, others: Sequence[DBSNet]) -> None:
     """Give a network the mean of its weights and those of others, each counting alike ("model soup", arXiv:2203.05482).
 
     It is of use for runs that began from the same trained weights: their mean then often does better than either.
@@ -46,9 +46,7 @@ def average_into(net: torch.nn.Module, others: Sequence[torch.nn.Module]) -> Non
     net.load_state_dict(mean)
 
 
-def save_weights(
-    path: str | Path, net: torch.nn.Module, *, half: bool = False, metadata: dict[str, str] | None = None
-) -> None:
+def save_weights(path: str | Path, net: DBSNet, *, half: bool = False, metadata: dict[str, str] | None = None) -> None:
     """Write a network's weights and configuration as one safetensors file, atomically.
 
     `half` stores floating-point tensors as float16 (half the size; loading widens them again), but one with values
@@ -101,7 +99,7 @@ def _halved(tensor: torch.Tensor) -> torch.Tensor:
     return half if torch.equal(half.isinf(), tensor.isinf()) else tensor
 
 
-def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.nn.Module:
+def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> DBSNet:
     """Build the network that a weights file describes, fill it, and put it in evaluation mode.
 
     Args:
@@ -112,7 +110,7 @@ def load_dbsnet(path: str | Path, device: str | torch.device = "cpu") -> torch.n
     return network_of(read_checkpoint(path), path).to(device)
 
 
-def network_of(content: dict[str, Any], path: str | Path) -> torch.nn.Module:
+def network_of(content: dict[str, Any], path: str | Path) -> DBSNet:
     """`load_dbsnet` of a file that `models.state_dicts.read_checkpoint` has read; ``path`` is for errors."""
     metadata = content.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from torch.distributed.rendezvous import rendezvous
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
 from utils.progress import progress_bar
+
+Net = TypeVar("Net", bound=nn.Module)
 
 # How long a process waits for the others where they agree. One may have hours of flow or of a long video left when the
 # rest is done, which is no fault; one that dies ends the others through the launcher, long before this.
@@ -276,7 +278,7 @@ class SyncBatchNormAct2d(SyncBatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
-def set_batch_norm(net: nn.Module, mode: str, processes: Processes) -> nn.Module:
+def set_batch_norm(net: Net, mode: str, processes: Processes) -> Net:
     """Makes the batch norms of ``net`` what ``mode`` says: "sync", "local" or "frozen" (see `train_mode`).
 
     Names of parameters and buffers stay, so checkpoints do not depend on the mode. With one process, "sync" is "local".

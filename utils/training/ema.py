@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+Net = TypeVar("Net", bound=nn.Module)
 
-class WeightAverage:
+
+class WeightAverage(Generic[Net]):
     """Exponential moving average of all floating-point parameters and buffers; whole numbers are copied.
 
     ``net`` is the averaged network, in evaluation mode and without gradients. Early on the decay is smaller,
     ``(1 + step) / (10 + step)``, so that the random start is forgotten quickly.
     """
 
-    def __init__(self, net: nn.Module, decay: float) -> None:
+    def __init__(self, net: Net, decay: float) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"expected a decay between 0 and 1, got {decay}")
         self.decay = decay
@@ -23,7 +26,7 @@ class WeightAverage:
         self._own = list(self.net.state_dict().values())
 
     @torch.no_grad()
-    def update(self, net: nn.Module, step: int) -> None:
+    def update(self, net: Net, step: int) -> None:
         """Takes in the weights of ``net`` after optimiser step number ``step`` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, values = [], []

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from models import build_dbsnet, load_dbsnet
+from models import DBSNet, build_dbsnet, load_dbsnet
 from models.dbsnet import STREAMS
 from models.errors import CheckpointError
 from models.growth import ABSENT, add_stream, grow, is_growth, keep_stream
@@ -19,7 +18,7 @@ from utils.errors import UserError, nearest
 from utils.training.config import NETWORK_KEYS, TrainConfig
 
 
-def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.Module:
+def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> DBSNet:
     """The network with the weights it starts from: a checkpoint's, ``--finetune``'s, ``--pretrained``'s or random ones.
 
     Raises:
@@ -82,7 +81,7 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> nn.
     return net
 
 
-def load_teacher(config: TrainConfig, net: nn.Module, device: torch.device) -> nn.Module | None:
+def load_teacher(config: TrainConfig, net: DBSNet, device: torch.device) -> DBSNet | None:
     """The network that ``--teacher`` names, beside ``net`` and as it is, or where ``--teacher_maps`` are those of the
     encoders, ``net``'s stream of it; None without one.
 

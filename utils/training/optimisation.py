@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from models import DBSNet
 from utils.distributed import Processes
 from utils.errors import UserError
 from utils.training.config import TrainConfig
 
 
-def build_optimizer(config: TrainConfig, net: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: TrainConfig, net: DBSNet) -> torch.optim.Optimizer:
     """Four groups: encoders and the rest, each with and without weight decay (norms, biases, all that is 1-d)."""
     groups: list[dict[str, Any]] = []
     for factor, parameters in (

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from datasets.sequences import VideoSequence
+from models import DBSNet
 from utils.distributed import Processes
 from utils.stopping import StopRequest
 from utils.training.config import TrainConfig
@@ -24,9 +25,9 @@ class Run:
 
     config: TrainConfig
     processes: Processes
-    net: nn.Module  # the plain network, whose names the checkpoints have
+    net: DBSNet  # the plain network, whose names the checkpoints have
     model: nn.Module  # the same, compiled and distributed
-    average: WeightAverage | None
+    average: WeightAverage[DBSNet] | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     log: RunLog
@@ -37,7 +38,7 @@ class Run:
     step: int = 0  # optimiser steps done
     first_step: int = 0  # where this call began
     best: dict[str, Any] | None = None  # {"J": …, "step": …}
-    teacher: nn.Module | None = None  # in evaluation mode, without gradients
+    teacher: DBSNet | None = None  # in evaluation mode, without gradients
     pending_validation: bool = False  # a validation that the last call had no time for
     failure: Exception | None = None  # of this process's data
     started: float = field(default_factory=time.monotonic)
@@ -52,7 +53,7 @@ class Run:
         return self.step < self.total_steps or self.pending_validation
 
     @property
-    def tested_net(self) -> nn.Module:
+    def tested_net(self) -> DBSNet:
         """The network whose weights are validated and handed out."""
         return self.average.net if self.average else self.net
 
