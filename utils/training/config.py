@@ -337,7 +337,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, item: dataclasses.Fiel
 
 
 def _default(item: dataclasses.Field) -> Any:
-    return item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
 
 
 def _required(kind: Any) -> Any:

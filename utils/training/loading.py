@@ -6,7 +6,7 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,7 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with frames, flows (B, T, 3, H, W) and masks (B, T, 1, H, W) uint8 on a device; those of deferred
     clips are made there. ``valid`` (B, T) stays where it is, to be counted without waiting for the device.
     """
+    moved: Iterable[torch.Tensor]
     if "items" in batch:
         moved = (torch.stack(parts) for parts in zip(*(_pictures(item, device) for item in batch["items"])))
     else:
