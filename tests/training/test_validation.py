@@ -95,7 +95,7 @@ def test_validation_keeps_the_best(
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
-        ([], {"as_trained": (64, 96), "square": (64, 64), "upright": (96, 64)}),  # 78 × 78, 78.4 in the square's shape
+        ([], {"as_trained": (64, 96), "square": (64, 64), "upright": (96, 64)}),  # 78.4 × 78.4 in the square's shape
         (["--val_size", "32", "64"], dict.fromkeys(("as_trained", "square", "upright"), (32, 64))),
     ],
 )
