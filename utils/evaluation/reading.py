@@ -138,12 +138,13 @@ def read_making(save_dir: Path, score: Scores) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for label, kind, field in (("", "probability", FIELD), ("crf", "crf", CRF_FIELD)):
-        for name, frames in score.frames.get(label, {}).items():
-            made = made_with(save_dir / kind / score.dataset / name / f"{next(iter(frames))}.png", field)
-            if made is not None and (label not in found or "resized" in made):
-                found[label] = made
-            if label == "crf" and label in found or "resized" in found.get(label, {}):
-                break
+        making = (
+            made_with(save_dir / kind / score.dataset / name / f"{next(iter(frames))}.png", field)
+            for name, frames in score.frames.get(label, {}).items()
+        )
+        said = [made for made in making if made is not None]
+        if said:
+            found[label] = max(said, key=lambda made: "resized" in made)  # the first of these, else the first
     return found
 
 

@@ -179,8 +179,8 @@ def _require_one_making(unit: Unit, jobs: dict[str, list[FrameJob]], progress: b
     """
     all_frames = [(name, frame) for name, frames in jobs.items() for frame in frames]
     # Each map is opened, which takes minutes for a hundred thousand.
-    own, options = is_own(unit.results), {"unit": "frame", "leave": False, "disable": not progress}
-    with progress_bar(all_frames, desc="eval: what made them", **options) as look:
+    own = is_own(unit.results)
+    with progress_bar(all_frames, desc="eval: what made them", unit="frame", leave=False, disable=not progress) as look:
         found = [(f"{name}/{frame.stem}", dict(_making(unit, name, frame, own))) for name, frame in look]
     if any("flow" not in making for _, making in found):  # older maps do not tell
         for _, making in found:
@@ -219,9 +219,9 @@ def _making(unit: Unit, sequence: str, frame: FrameJob, own: bool) -> Iterator[t
     for path in {scored, grey} if own else {scored}:  # a map has the note of one of the two, so the order is all one
         here, size = notes(path, TEST_FIELD, CRF_FIELD)
         said |= here
-        if TEST_FIELD in here:
-            shape = shape_seen(here[TEST_FIELD], size)
-            yield from [(_SHAPE, shape)] if shape else []
+        shape = shape_seen(here.get(TEST_FIELD) or {}, size)
+        if shape is not None:
+            yield _SHAPE, shape
     yield from of_run(said.get(TEST_FIELD) or {}).items()
     for key, value in of_run(said.get(CRF_FIELD) or {}).items():
         yield f"crf {key}", value
