@@ -336,7 +336,7 @@ def _problem(sequence: VideoSequence, kind: str, message: str, fatal: bool = Tru
 def _check_presence(sequence: VideoSequence, require_flow: bool, require_masks: bool) -> list[Problem]:
     problems = []
     if require_flow and not sequence.flows:
-        message = f"{sequence.flow_dir}: no flow image for the {len(sequence)} frames of {sequence.name}"
+        message = f"{sequence.flow_dir}: no flow image for any frame of {sequence.name} ({len(sequence)} in all)"
         problems.append(_problem(sequence, "no flow", message))
     elif require_flow:
         for stem in sequence.stems:
@@ -346,7 +346,7 @@ def _check_presence(sequence: VideoSequence, require_flow: bool, require_masks: 
     if not require_masks:
         return problems
     if not sequence.masks:
-        message = f"{sequence.dataset}/{sequence.name}: none of the {len(sequence)} frames has a mask"
+        message = f"{sequence.dataset}/{sequence.name}: no frame has a mask ({len(sequence)} in all)"
         problems.append(_problem(sequence, "no mask", message))
     elif sequence.dataset in DENSE:
         folder = next(iter(sequence.masks.values())).parent
