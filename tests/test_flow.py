@@ -33,6 +33,7 @@ from utils.flow.estimation import FlowEstimator, FlowSettings, compute_flows, di
 from utils.flow.files import FlowFiles, begin_flow, read_raw_flow, write_raw_flow
 from utils.flow.prepare import FlowTask, pending_frames, write_flows
 from utils.flow.raft import convert_raft_state, load_raft, torchvision_key
+from utils.video import open_folder
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 DIS = FlowEstimator(FlowSettings("dis"))
@@ -583,6 +584,14 @@ def test_raw_flow_in_a_png_is_not_written_over(tmp_path: Path):
     before = contents(sequence.flow_dir)
     assert prepare.run(dis(), [sequence], ALONE) == 0
     assert contents(sequence.flow_dir) == before
+    # Nor is it shown to the network: not where a data set has it (`tests.test_images`), and not to a user's own video.
+    frames = open_folder(sequence.frames[0].parent)
+    with pytest.raises(DataError, match=r"00000\.png: 16 bits per channel in this flow image.*colour wheel"):
+        prepare.video_flows(dis(), frames, sequence.flow_dir)
+    Image.fromarray(flow_to_image(np.ones((40, 56, 2)))).save(sequence.flow_dir / f"{sequence.stems[0]}.png")
+    flows = prepare.video_flows(dis(), frames, sequence.flow_dir)
+    with pytest.raises(DataError, match=r"00001\.png: 16 bits per channel in this flow image"):
+        flows[1]
 
 
 def test_the_record_does_not_claim_supplied_flow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -797,7 +806,6 @@ def test_two_sets_that_share_a_video_make_its_flow_once(tmp_path: Path):
 
 def test_flow_of_a_users_own_video(tmp_path: Path):
     from utils.flow.prepare import video_flows
-    from utils.video import open_folder
 
     frames = open_folder(make_sequence(tmp_path, count=4).frames[0].parent)
     flows = video_flows(dis(), frames, tmp_path / "out")
@@ -816,7 +824,6 @@ def test_flow_of_a_users_own_video(tmp_path: Path):
 def test_a_users_own_video_is_told_by_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Uncompressed frames have one size, whatever they show; a folder has one name, however it is given."""
     from utils.flow.prepare import video_flows
-    from utils.video import open_folder
 
     folder = tmp_path / "frames"
     folder.mkdir()

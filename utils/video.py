@@ -10,7 +10,7 @@ import os
 import shlex
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -95,20 +95,25 @@ class LazyFrames(Sequence[np.ndarray]):
 class FolderFrames(LazyFrames):
     """Frames that lie in image files, given by their paths in order. `decode` may be called by any thread.
 
+    Args:
+        load: `load_frame`, or `load_flow_image` for those of flow.
+
     Raises:
         DataError: an unreadable image, or one of another size than the first.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
-        files = [Path(path) for path in paths]
+    def __init__(
+        self, paths: Sequence[str | os.PathLike[str]], load: Callable[[Path], np.ndarray] = load_frame
+    ) -> None:
+        files, self.load = [Path(path) for path in paths], load
         if not files:
             raise DataError("a video of no frames: expected at least one image")
-        first = load_frame(files[0])
+        first = load(files[0])
         super().__init__(files, [path.stem for path in files], first.shape[:2], DEFAULT_FPS)
         self._keep(0, first)
 
     def decode(self, index: int) -> np.ndarray:
-        frame = load_frame(self.files[index])
+        frame = self.load(self.files[index])
         if frame.shape[:2] != self.size:
             raise DataError(
                 f"{self.files[index]}: size {_size(frame.shape[:2])}, but {self.files[0].name} of the same video has "

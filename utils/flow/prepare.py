@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.check import is_stretched
-from datasets.images import image_size, require_file
+from datasets.images import image_size, load_flow_image, require_file
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from utils.errors import UserError, number_of
 from utils.flow.beside import FlowBeside
@@ -395,7 +395,8 @@ def video_flows(
         args: the ``--flow_…`` options, ``workers`` and ``overwrite``.
 
     Raises:
-        UserError: ``flow_dir`` belongs to another video, or as `write_flows`. DataError, CheckpointError: likewise.
+        UserError: ``flow_dir`` belongs to another video, or as `write_flows`. DataError, CheckpointError: likewise;
+            DataError also for images there that are no flow images.
     """
     settings, files = settings_from(args)
     flow_dir = Path(flow_dir)
@@ -415,4 +416,4 @@ def video_flows(
     for _ in progress_bar(written, total=len(pending), desc=f"flow ({settings.method})", unit="frame"):
         pass
     images = {path.stem: path for path in list_files(flow_dir, FLOW_SUFFIXES)}
-    return FolderFrames([images[stem] for stem in frames.stems])
+    return FolderFrames([images[stem] for stem in frames.stems], load_flow_image)
