@@ -178,7 +178,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.video and args.frames:
         raise UserError("--video and --frames: give one of them")
     if own:
-        for name in ("datasets", "split", "sequences"):
+        for name in ("datasets", "split", "sequences", "num_frames"):
             if getattr(args, name) is not None:
                 raise UserError(f"--{name} is of data sets, and --video and --frames are of no data set: leave it out")
         unable = [tool for tool in args.tools if tool not in ("flow", "test", "crf")]

@@ -690,8 +690,8 @@ def test_videos_that_are_none(weights: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--tools eval" in message
     for option, name in (("--video", "file"), ("--frames", "folder")):  # as of a variable that is not set
         assert f"{option} '': expected the name of a {name}" in fails(capsys, *words, option, "")
-    for option in ("--datasets", "--split", "--sequences"):
-        assert f"{option} is of data sets" in fails(capsys, *words, "--video", tmp_path / "clip.mp4", option, "bear")
+    for option, value in (("--datasets", "bear"), ("--split", "bear"), ("--sequences", "bear"), ("--num_frames", 5)):
+        assert f"{option} is of data sets" in fails(capsys, *words, "--video", tmp_path / "clip.mp4", option, value)
 
 
 def test_results_are_not_taken_for_a_video(
