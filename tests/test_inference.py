@@ -263,7 +263,11 @@ def test_a_part_can_be_taken_out(data: Path, weights: Path, tmp_path: Path, caps
     assert "propagation" in present
     for part in present:
         call(weights, tmp_path / part, "--data_dir", data, "--without", part)
-        save_weights(tmp_path / "rest.safetensors", take_out(net, part), metadata={"size": "32 64"})
+        rest = take_out(net, part)
+        save_weights(tmp_path / "rest.safetensors", rest, metadata={"size": "32 64"})
+        record = json.loads((tmp_path / part / "test.json").read_text())  # the report tells of the network that ran
+        assert record["parameters"] == sum(parameter.numel() for parameter in rest.parameters())
+        assert record["network"] == rest.config
         wanted = expected(tmp_path / "rest.safetensors", data)
         for name, grey in maps(tmp_path / part).items():
             assert np.abs(grey.astype(int) - wanted[name]).max() <= 1, name

@@ -30,6 +30,7 @@ from utils.progress import progress_bar
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from models.dbsnet import DBSNet
     from utils.distributed import Processes
 
 DEFAULT_SIZE = (384, 640)
@@ -231,8 +232,9 @@ def run(
             f"test: {weights.path} at {size}, {number_of(everywhere, 'frame')} to do{others}{kept}{more if on else ''}",
             flush=True,
         )
+    net = without_part(weights, args.without) if args.without in PARTS else weights.net
     predictor = Predictor(
-        without_part(weights, args.without) if args.without in PARTS else weights.net,
+        net,
         device=processes.device,
         size=tuple(settings["size"]),
         batch_size=args.batch_size,
@@ -293,7 +295,7 @@ def run(
     processes.wait()
     seconds = time.monotonic() - began - waited
     if processes.is_main and (everywhere or not is_recorded(save_dir, weights, settings)):
-        write_json(save_dir / RECORD, describe(weights, settings, processes, everywhere, seconds))
+        write_json(save_dir / RECORD, describe(weights, net, settings, processes, everywhere, seconds))
     return total
 
 
@@ -349,9 +351,9 @@ def is_recorded(save_dir: Path, weights: Weights, settings: dict[str, Any]) -> b
 
 
 def describe(
-    weights: Weights, settings: dict[str, Any], processes: Processes, frames: int, seconds: float
+    weights: Weights, net: DBSNet, settings: dict[str, Any], processes: Processes, frames: int, seconds: float
 ) -> dict[str, Any]:
-    """What `RECORD` holds."""
+    """What `RECORD` holds. `net` is the one that ran, which ``--without`` makes smaller than that of the weights."""
     import torch
 
     device = "CPU"
@@ -361,8 +363,8 @@ def describe(
         "checkpoint": str(weights.path),
         "sha256": weights.sha256,
         "notes": weights.notes,
-        "network": weights.net.config,
-        "parameters": sum(parameter.numel() for parameter in weights.net.parameters()),
+        "network": net.config,
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "settings": settings,
         "device": f"{processes.world_size} × {device}",
         "torch": torch.__version__,
