@@ -57,6 +57,7 @@ from utils.training.resuming import (
     find_checkpoint,
     forget_best,
     is_own,
+    make_folder,
     position,
     restore,
     save,
@@ -315,6 +316,7 @@ def build_run(
 ) -> tuple[Run, DataLoader, ClipOrder]:
     """All parts of a run, put where its checkpoint was made if there is one, and announced."""
     check_machine(config, processes)
+    claim_folder(lock, Path(config.save_dir), processes)
     checkpoint = find_checkpoint(config, processes)
     net = build_network(config, checkpoint).to(processes.device)
     if config.channels_last:
@@ -368,7 +370,7 @@ def build_run(
         restore(run, checkpoint)
     run.first_step = run.step
     # Only now is anything in the run's folder changed: a call that is refused leaves it as it was.
-    claim_folder(lock, run.folder, processes)
+    make_folder(lock, run.folder, processes)
     stop.listen()
     notes = [set_older_run_aside(run, checkpoint)]
     if checkpoint is not None:

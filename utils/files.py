@@ -84,10 +84,13 @@ class FolderLock:
         self._handle = -1
 
     def take(self, seconds: float) -> bool:
-        """Takes the folder, which has to be there; False if another process still has it after so many seconds."""
+        """Takes the folder, which has to be there, if it is not held yet; False if another process still has it after
+        so many seconds.
+        """
         if fcntl is None:
             return True
-        self._handle = os.open(self.folder, os.O_RDONLY)
+        if self._handle < 0:
+            self._handle = os.open(self.folder, os.O_RDONLY)
         deadline = time.monotonic() + seconds
         while not self.held:
             try:

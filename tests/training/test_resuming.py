@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.training.runs import TINY, equal, fails, lines, read, seeded_network
 from utils import stopping
 from utils.distributed import Processes
 from utils.errors import UserError
-from utils.files import FolderLock
+from utils.files import FolderLock, write_bytes
 from utils.stopping import StopRequest, sigterm_raises
 from utils.training import resuming
 from utils.training.checkpoint import load_checkpoint
@@ -530,3 +531,29 @@ def test_two_runs_do_not_write_into_one_folder(
     # When that one has ended, however it did: what it has left half written is put away.
     assert main.main(arguments) == 0
     assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+
+
+def test_who_waits_for_a_run_to_end_goes_on_from_what_it_saves_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--save_dir", str(folder)]
+    assert main.main([*arguments, "--stop_after", "1"]) == 0
+    before = (folder / "last.pt").read_bytes()
+    assert main.main([*arguments, "--stop_after", "1"]) == 0
+    saved_last = (folder / "last.pt").read_bytes()
+    (folder / "last.pt").write_bytes(before)
+    other = FolderLock(folder)
+    assert other.take(0)
+
+    def end() -> None:
+        write_bytes(folder / "last.pt", saved_last)
+        other.__exit__()
+
+    ending = threading.Timer(3, end)  # the one that was asked to stop, and is at its last step still
+    ending.start()
+    capsys.readouterr()
+    assert main.main(arguments) == 0
+    ending.join()
+    assert f"resuming {folder / 'last.pt'} at step 2" in capsys.readouterr().out

@@ -106,20 +106,27 @@ def find_checkpoint(config: TrainConfig, processes: Processes) -> dict[str, Any]
 
 
 def claim_folder(lock: FolderLock, folder: Path, processes: Processes) -> None:
-    """Makes the run's folder, and this call the only one that writes there; removes what killed ones left half written.
+    """Makes this call the only one that writes in the run's folder, if there is one. To be done before a checkpoint is
+    read: the run that is to be gone on with may be about to save its last one.
 
     Raises:
         UserError: another run is writing there, in all processes.
     """
     free = True
-    if processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+    if processes.is_main and folder.is_dir():
         free = lock.take(WAIT_FOR_FOLDER)
     if not processes.gather(free)[0]:
         raise UserError(
             f"{folder}: another run is writing there, and each would take the other's files for its own. Give this "
             "one another --save_dir, or wait for (or end) that one to go on from its last.pt"
         )
+
+
+def make_folder(lock: FolderLock, folder: Path, processes: Processes) -> None:
+    """Makes and claims the run's folder where there was none; removes what killed runs left half written."""
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(lock, folder, processes)
     if lock.held:
         for name in RUN_FILES:
             remove_temporaries(folder / name)
