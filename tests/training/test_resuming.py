@@ -85,6 +85,17 @@ def test_a_run_begun_on_a_gpu_goes_on_without_one(finished: Path, tmp_path: Path
         assert torch.equal(result["model"][name], value), name
 
 
+def test_the_optimiser_s_state_lies_in_memory_as_this_call_s_weights_do(tmp_path: Path) -> None:
+    """The fused AdamW of a GPU refuses others."""
+    arguments = [*TINY, "--save_dir", str(tmp_path)]
+    assert main.main([*arguments, "--stop_after", "1", "--channels_last"]) == 0
+    kept = [moment for state in read(tmp_path)["optimizer"]["state"].values() for moment in state.values()]
+    assert not all(moment.is_contiguous() for moment in kept)
+    assert main.main([*arguments, "--stop_after", "1"]) == 0
+    states = read(tmp_path)["optimizer"]["state"].values()
+    assert all(moment.is_contiguous() for state in states for moment in state.values())
+
+
 def test_a_finished_run_has_no_weights_to_offer_elsewhere(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

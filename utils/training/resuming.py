@@ -189,6 +189,11 @@ def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     for group, options in zip(run.optimizer.param_groups, asked):
         group.update(options)
+    # Where a call before had channels_last otherwise, or another device, which the fused AdamW would refuse.
+    for parameter, state in run.optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim > 1:
+                state[name] = torch.empty_like(parameter).copy_(value)
     if checkpoint["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(checkpoint["scaler"])
     run.step, run.best = checkpoint["step"], checkpoint["best"]
