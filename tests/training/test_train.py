@@ -15,6 +15,7 @@ from models import load_dbsnet
 from tests.training.runs import TINY, equal, fails, lines, load_image, read, run_script
 from utils.inference.weights import load_weights
 from utils.training.config import load_config
+from utils.training.run import Run
 from utils.training.runlog import RunLog
 
 
@@ -56,6 +57,26 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, capsys: pytes
     assert "not finite" in message and "last.pt" in message
     for tensor in read(tmp_path)["model"].values():
         assert torch.isfinite(tensor).all()
+
+
+def test_statistics_that_are_no_numbers_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In half precision a step with numbers too large for it is passed over, and batch norms have seen them."""
+    arguments = [*TINY, "--save_dir", str(tmp_path), "--log_every", "100"]
+    assert main.main([*arguments, "--stop_after", "1"]) == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    step = main.train_step
+
+    def overflowing(run: Run, *rest):
+        result = step(run, *rest)
+        next(value for name, value in run.net.named_buffers() if name.endswith("running_var"))[0] = torch.inf
+        return result
+
+    monkeypatch.setattr(main, "train_step", overflowing)
+    message = fails([*arguments, "--stop_after", "1"], capsys)
+    assert "statistics" in message and "not finite" in message and "last.pt" in message
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 class Elsewhere:

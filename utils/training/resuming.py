@@ -28,11 +28,15 @@ def save(run: Run, best: bool = False) -> None:
     """Writes best.pt if this is the best, the weights to test with, and last.pt.
 
     Raises:
-        UserError: weights that are no numbers any more, in all processes; what is on disk stays as it is.
+        UserError: weights or statistics that are no numbers any more, in all processes; what is on disk stays as it is.
     """
-    # Here and not only where losses are reported: between two lines of the log a run could save what it has lost.
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in run.net.parameters()):
-        raise UserError(diverged(run, "weights are not finite any more"))
+    # Here and not only where losses are reported: between two lines of the log a run could save what it has lost. Batch
+    # norms may lose their statistics alone: fp16's scaler passes over the step of numbers too large, which they have
+    # seen by then.
+    kinds = {"weights": run.net.parameters(), "statistics of batch norms": run.net.buffers()}
+    lost = [name for name, kind in kinds.items() if not all(bool(torch.isfinite(tensor).all()) for tensor in kind)]
+    if lost := run.processes.gather(lost)[0]:  # others may have statistics of their own, which nobody keeps
+        raise UserError(diverged(run, f"{lost[0]} are not finite any more"))
     if not run.processes.is_main:
         return
     checkpoint = {
