@@ -12,6 +12,8 @@ import torch
 import main
 from models import build_dbsnet, load_dbsnet, losses, save_weights
 from models.dbsnet import MAPS
+from models.errors import CheckpointError
+from models.growth import keep_stream
 from tests.training.runs import OPTIONS, TINY, equal, fails, lines, read
 from utils.training.config import TrainConfig
 from utils.training.network import load_teacher
@@ -133,6 +135,22 @@ def test_one_stream_learns_what_it_is_in_a_teacher_of_both(tmp_path: Path, capsy
         assert not lesson.training and all(x.is_meta and not x.requires_grad for x in lesson.parameters())
     words = [*options, "streams:[appearance]", "--teacher", one, "--save_dir", str(tmp_path / "other")]
     assert "it has motion, expected appearance" in fails(words, capsys)
+
+
+def test_a_teacher_of_both_streams_is_judged_by_the_one_that_is_learned(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    options = {"width": 8, "hidden": 4, "dilations": [], "depth": 0, "rounds": 0}
+    encoder = {"appearance": "resnet18", "motion": "mobilevit"}  # which pad frames to multiples of 32 and of 64
+    both = build_dbsnet("xxs", "wilile", encoder=encoder, **options)
+    teacher = tmp_path / "both.safetensors"
+    save_weights(teacher, both)
+    config = TrainConfig(teacher=str(teacher), teacher_maps="encoders")
+    for stream, multiple in (("appearance", 32), ("motion", 64)):
+        lesson = load_teacher(config, keep_stream(both, stream), torch.device("cpu"))
+        assert lesson.streams == (stream,) and lesson.multiple == multiple
+    pupil = build_dbsnet("xxs", "wilile", streams=["appearance"], **options)
+    with pytest.raises(CheckpointError, match="multiple 32, expected 64"):
+        load_teacher(config, pupil, torch.device("cpu"))
 
 
 def test_frames_without_a_label_are_lessons_like_all_others(

@@ -91,11 +91,6 @@ def load_teacher(config: TrainConfig, net: DBSNet, device: torch.device) -> DBSN
     if config.teacher is None:
         return None
     teacher = load_dbsnet(config.teacher)
-    for key, value in (("width", net.width), ("multiple", net.multiple)):
-        if getattr(teacher, key) != value:
-            raise CheckpointError(
-                f"{config.teacher} cannot teach this network: {key} {getattr(teacher, key)}, expected {value}"
-            )
     if config.teacher_maps == "encoders" and teacher.streams != net.streams:
         if len(net.streams) > 1 or net.streams[0] not in teacher.streams:
             raise CheckpointError(
@@ -103,6 +98,11 @@ def load_teacher(config: TrainConfig, net: DBSNet, device: torch.device) -> DBSN
                 f"expected {' and '.join(net.streams)}"
             )
         teacher = keep_stream(teacher, net.streams[0])
+    for key, value in (("width", net.width), ("multiple", net.multiple)):
+        if getattr(teacher, key) != value:
+            raise CheckpointError(
+                f"{config.teacher} cannot teach this network: {key} {getattr(teacher, key)}, expected {value}"
+            )
     teacher = teacher.requires_grad_(False).to(device)
     return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
 
