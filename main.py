@@ -63,7 +63,7 @@ from utils.training.resuming import (
     save,
     set_older_run_aside,
 )
-from utils.training.run import Run, diverged
+from utils.training.run import Run, diverged, going_on
 from utils.training.runlog import RunLog
 from utils.training.shared_memory import MachineMemory
 from utils.training.validation import validate
@@ -458,10 +458,9 @@ def finish(run: Run, finished: bool, had_work: bool) -> int:
     save(run)
     caught = [cause for cause in run.processes.gather(run.stop.cause) if cause]
     why = caught[0] if caught else "as asked by max_minutes or stop_after"
-    how = "" if run.config.resume == "auto" else " with --resume auto"
     run.log.say(
         f"stopped at step {run.step} of {run.total_steps} ({why}); saved {run.folder / 'last.pt'}; "
-        f"to go on, run the same command again{how}"
+        f"to go on, run the same command again{going_on(run.config)}"
     )
     return INTERRUPTED if caught else 0
 

@@ -78,8 +78,11 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, capsys: pytest.Ca
     assert main.main([*arguments, "--stop_after", "1"]) == 0
     before = (tmp_path / "last.pt").read_bytes()
     message = fails([*arguments, "--lr", "1e30", "--warmup_steps", "0", "--optimizer", "adamw"], capsys)
-    assert "at step" in message and "lr" in message
+    assert "at step" in message and "lr" in message and f"the same command goes on from {tmp_path}" in message
     assert (tmp_path / "last.pt").read_bytes() == before
+    # Which a command that names its beginning would not do by itself.
+    arguments += ["--resume", str(tmp_path / "last.pt"), "--lr", "1e30", "--warmup_steps", "0"]
+    assert f"the same command with --resume auto goes on from {tmp_path}" in fails(arguments, capsys)
 
 
 def test_the_learning_rate_over_the_steps() -> None:

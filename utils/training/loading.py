@@ -19,6 +19,8 @@ from datasets.transforms import pack, resize, unpack
 from utils.errors import UserError
 from utils.memory import keep_freed_memory
 
+GOES_ON = "the same command, with --resume auto as by default, goes on from the last checkpoint"
+
 
 class ClipOrder(Sampler):
     """Which clips a process loads: their indices, one batch at a time.
@@ -130,7 +132,7 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
             raise
         raise UserError(
             "shared memory (/dev/shm; docker's --shm-size), through which loader processes hand on batches, is full: "
-            "make room there, or give --workers 0; the same command goes on from the last checkpoint"
+            f"make room there, or give --workers 0; {GOES_ON}"
         ) from None
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):  # not of a process that is gone
@@ -138,7 +140,7 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
         raise UserError(
             f"a loader process was ended from outside ({str(error).splitlines()[0]}): memory, or shared memory "
             "(/dev/shm; docker's --shm-size), was not enough for it. Give fewer --workers (0: none) or --cache none; "
-            "the same command goes on from the last checkpoint"
+            f"{GOES_ON}"
         ) from None
 
 

@@ -58,9 +58,15 @@ class Run:
         return self.average.net if self.average else self.net
 
 
+def going_on(config: TrainConfig) -> str:
+    """What has to be added to a command for it to go on from what it has saved: nothing, most often."""
+    return "" if config.resume == "auto" else " with --resume auto"
+
+
 def diverged(run: Run, what: str) -> str:
     """What to tell of a run that has lost its numbers."""
     return (
         f"the {what} at step {run.step}. Try a lower lr, longer warmup_steps, grad_clip or amp none; with them the "
-        f"same command goes on from {run.folder / 'last.pt'}, which is from before, or anew where there is none yet"
+        f"same command{going_on(run.config)} goes on from {run.folder / 'last.pt'}, which is from before, or anew "
+        "where there is none yet"
     )
