@@ -10,7 +10,7 @@ import os
 import shlex
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.errors import DataError
-from datasets.images import load_frame
+from datasets.images import load_flow_image, load_frame
 from datasets.video_sequence import FRAME_SUFFIXES, by_stem, list_files, list_folders, raise_problem
 from utils.errors import UserError
 from utils.files import replacing
@@ -95,22 +95,21 @@ class LazyFrames(Sequence[np.ndarray]):
 class FolderFrames(LazyFrames):
     """Frames that lie in image files, given by their paths in order. `decode` may be called by any thread.
 
-    Args:
-        load: `load_frame`, or `load_flow_image` for those of flow.
-
     Raises:
         DataError: an unreadable image, or one of another size than the first.
     """
 
-    def __init__(
-        self, paths: Sequence[str | os.PathLike[str]], load: Callable[[Path], np.ndarray] = load_frame
-    ) -> None:
-        files, self.load = [Path(path) for path in paths], load
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
+        files = [Path(path) for path in paths]
         if not files:
             raise DataError("a video of no frames: expected at least one image")
-        first = load(files[0])
+        first = self.load(files[0])
         super().__init__(files, [path.stem for path in files], first.shape[:2], DEFAULT_FPS)
         self._keep(0, first)
+
+    def load(self, path: Path) -> np.ndarray:
+        """(H, W, 3) uint8 RGB."""
+        return load_frame(path)
 
     def decode(self, index: int) -> np.ndarray:
         frame = self.load(self.files[index])
@@ -120,6 +119,14 @@ class FolderFrames(LazyFrames):
                 f"{_size(self.size)} (width x height): all frames of a video need one size"
             )
         return frame
+
+
+class FolderFlow(FolderFrames):
+    """The same of flow images, which may be nothing else: raw flow in a PNG would pass for a dark picture."""
+
+    def load(self, path: Path) -> np.ndarray:
+        """(H, W, 3) uint8 RGB colour wheel."""
+        return load_flow_image(path)
 
 
 class VideoFrames(LazyFrames):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.check import is_stretched
-from datasets.images import image_size, load_flow_image, require_file
+from datasets.images import image_size, require_file
 from datasets.video_sequence import FLOW_SUFFIXES, FRAME_SUFFIXES, list_files
 from utils.errors import UserError, number_of
 from utils.flow.beside import FlowBeside
@@ -44,7 +44,7 @@ from utils.flow.files import (
 from utils.flow.raft import DEFAULT_WEIGHTS
 from utils.parallel import NICENESS, count_of_workers, parallel_map, share_of_workers
 from utils.progress import progress_bar
-from utils.video import FolderFrames, LazyFrames
+from utils.video import FolderFlow, FolderFrames, LazyFrames
 
 if TYPE_CHECKING:
     import torch
@@ -387,7 +387,7 @@ def _content(files: Iterable[Path]) -> str:
 
 def video_flows(
     args: argparse.Namespace, frames: LazyFrames, flow_dir: str | Path, device: str | torch.device = "cpu"
-) -> FolderFrames:
+) -> FolderFlow:
     """Flow images of a user's own video: makes what is missing in ``flow_dir``, and returns all of them, read lazily.
 
     Args:
@@ -416,4 +416,4 @@ def video_flows(
     for _ in progress_bar(written, total=len(pending), desc=f"flow ({settings.method})", unit="frame"):
         pass
     images = {path.stem: path for path in list_files(flow_dir, FLOW_SUFFIXES)}
-    return FolderFrames([images[stem] for stem in frames.stems], load_flow_image)
+    return FolderFlow([images[stem] for stem in frames.stems])
