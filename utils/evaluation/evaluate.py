@@ -119,9 +119,9 @@ def run(
 ) -> dict[str, Any]:
     """Score result folders on data sets, print the tables, and write them.
 
-    `evaluation.json` (`protocol`, `overall`, `sequences`; keyed by data set first where there are several) and CSV per
-    sequence and per frame go into the folder of our own results, or for any other folder into `--table_dir/<its name>`:
-    nothing is ever written among somebody's masks. `comparison.md`, `.tex` and `.csv` go to `--table_dir`.
+    `evaluation.json` (see `document`) and CSV per sequence and per frame go into the folder of our own results, or for
+    any other folder into `--table_dir/<its name>`: nothing is ever written among somebody's masks. `comparison.md`,
+    `.tex` and `.csv` go to `--table_dir`.
 
     Returns what `evaluation.json` of each folder holds, by the folder's name in the tables.
 
@@ -227,8 +227,9 @@ def _units(
 def document(name: str, scores: Sequence[DatasetScores]) -> dict[str, Any]:
     """What `evaluation.json` holds for the folder `name`.
 
-    With one data set `protocol`, `overall` and `sequences` are of that set; with several each of the three is keyed by
-    the data set's name first. `crf` has the same three for the maps after the CRF.
+    With one data set `protocol`, `overall`, `sequences` and `alternatives` (the figures by other conventions) are of
+    that set; with several each of the four is keyed by the data set's name first. `crf` has the same four for the maps
+    after the CRF. `warnings` are of all of it.
     """
     datasets = list(dict.fromkeys(score.unit.dataset for score in scores))
     result: dict[str, Any] = {"results": name, "datasets": datasets}

@@ -30,7 +30,7 @@ from utils.progress import progress_bar
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from models.dbsnet import DBSNet
+    from models import DBSNet
     from utils.distributed import Processes
 
 DEFAULT_SIZE = (384, 640)
