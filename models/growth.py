@@ -1,5 +1,6 @@
 """Give a trained network what it was built without (the other stream, propagation, refinement, graph attention), or
-take from it all but one stream, to train that on and put it back, or one of these parts, to see what that is worth.
+take from it all but one stream, to train that on and put it back, or one of these parts, to see what that is worth; or
+give it other values of options on which no weight depends.
 
 Not of the paper, as far as the public record goes. Two streams trained together lean on the easier one, motion; each
 trained alone must learn to do without the other (as FusionSeg did, arXiv:1701.05384). And single frames have nothing
@@ -23,6 +24,9 @@ from models.state_dicts import describe_mismatch
 
 ABSENT: dict[str, Any] = {"dilations": [], "depth": 0, "rounds": 0}
 """Options of `DBSNet` that say how much of a part there is, and their values where it is absent."""
+
+WEIGHTLESS = ("dropout", "window", "pool")
+"""Options of `DBSNet` on which no weight depends."""
 
 PARTS = {"propagation": "dilations", "refinement": "depth", "co_dga": "rounds"}
 """The parts, and the option that each is about."""
@@ -64,6 +68,25 @@ def grow(net: DBSNet, **parts: Any) -> DBSNet:
         raise ValueError(f"the weights do not fit the grown network: {problem}")
     grown.load_state_dict({**state, **old})
     return grown.train(net.training)
+
+
+def adjust(net: DBSNet, **options: Any) -> DBSNet:
+    """A network with the weights of `net` and other values of options on which no weight depends.
+
+    What it gives is another result, if not for ``dropout``: it was trained with the values before.
+
+    Args:
+        options: some of `WEIGHTLESS`, as in `DBSNet`.
+
+    Raises:
+        ValueError: an option that is none of them, or a value that `DBSNet` does not take.
+    """
+    other = [key for key in options if key not in WEIGHTLESS]
+    if other:
+        raise ValueError(f"{other[0]} cannot be adjusted, since weights depend on it; {', '.join(WEIGHTLESS)} can")
+    adjusted = build_dbsnet(**{**net.config, **options})
+    adjusted.load_state_dict(net.state_dict())
+    return adjusted.to(next(net.parameters()).device).train(net.training)
 
 
 def take_out(net: DBSNet, part: str) -> DBSNet:

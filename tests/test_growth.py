@@ -9,7 +9,7 @@ import torch
 
 from models import DBSNet, build_dbsnet
 from models.dbsnet import STREAMS
-from models.growth import PARTS, add_stream, grow, keep_stream, put_back, take_out
+from models.growth import PARTS, WEIGHTLESS, add_stream, adjust, grow, keep_stream, put_back, take_out
 
 TINY = {"width": 16, "hidden": 4}
 FULL = {"dilations": [1, 2], "depth": 1, "rounds": 2}
@@ -103,6 +103,30 @@ def test_what_cannot_be_grown_is_refused(plain: DBSNet) -> None:
         grow(grow(plain, depth=1), depth=2)
     with pytest.raises(ValueError, match="rounds: the network has 0 already and cannot be given 0"):
         grow(plain, rounds=0)
+
+
+def test_options_without_weights_can_be_adjusted_and_take_effect(plain: DBSNet) -> None:
+    net = grow(plain, **FULL)
+    with torch.no_grad():
+        for parameter in net.refinement.parameters():  # grown as the identity, which is the same in any window
+            parameter.normal_(std=0.5)
+    assert {"dropout": 0.0, "window": 8, "pool": 2} == {key: net.config[key] for key in WEIGHTLESS}
+    maps = torch.randn(1, 6, 32, 4, 6)
+    with torch.no_grad():
+        before = net.refine(1, maps)
+        for key, value in (("window", 2), ("pool", 1)):
+            other = adjust(net, **{key: value})
+            assert other.config == {**net.config, key: value} and not other.training
+            assert (other.refine(1, maps) - before).abs().mean() > 1e-2
+            torch.testing.assert_close(adjust(other, **{key: net.config[key]}).refine(1, maps), before)
+        frames, flows = torch.rand(2, 1, 2, 3, 64, 96).unbind()
+        dropping = adjust(net, dropout=0.5)
+        torch.testing.assert_close(dropping(frames, flows), net(frames, flows))
+        assert not torch.allclose(dropping.train()(frames, flows), net.train()(frames, flows))
+    with pytest.raises(ValueError, match="width cannot be adjusted, since weights depend on it; dropout, window, pool"):
+        adjust(plain, width=32)
+    with pytest.raises(ValueError, match="window must be a whole number of at least 1, got 0"):
+        adjust(plain, window=0)
 
 
 @pytest.mark.parametrize("first", STREAMS)

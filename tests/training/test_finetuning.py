@@ -62,6 +62,13 @@ def test_finetune_adds_the_parts_that_a_first_stage_went_without(
         [*options, *deeper, "--finetune", str(second / "last.pt"), "--save_dir", str(tmp_path / "third")], capsys
     )
     assert "depth 1, not 2" in message
+    # But for options on which no weight depends: they are as asked for now.
+    fourth = [*whole, "window:4", "dropout:0.1", "--finetune", str(second / "last.pt"), "--save_dir"]
+    assert main.main([*options, *fourth, str(tmp_path / "fourth")]) == 0
+    config = load_dbsnet(tmp_path / "fourth" / "weights.safetensors").config
+    assert config == {**load_dbsnet(second / "weights.safetensors").config, "window": 4, "dropout": 0.1}
+    fourth[fourth.index("window:4")] = "window:0"
+    assert "network: window must be" in fails([*options, *fourth, str(tmp_path / "fifth")], capsys)
 
 
 def test_streams_that_were_trained_alone_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from models import DBSNet, build_dbsnet, load_dbsnet
 from models.dbsnet import STREAMS
 from models.errors import CheckpointError
-from models.growth import ABSENT, add_stream, grow, is_growth, keep_stream
+from models.growth import ABSENT, WEIGHTLESS, add_stream, adjust, grow, is_growth, keep_stream
 from models.state_dicts import load_state
 from utils.errors import UserError, nearest
 from utils.training.config import NETWORK_KEYS, TrainConfig
@@ -59,6 +59,8 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> DBS
         parts = {key: asked[key] for key in ABSENT if key in asked and is_growth(net.config[key], asked[key])}
         with user_network():
             net = grow(net, **parts) if parts else net
+            other = {key: asked[key] for key in WEIGHTLESS if asked.get(key, net.config[key]) != net.config[key]}
+            net = adjust(net, **other) if other else net
     else:
         with user_network():
             net = build_dbsnet(**asked)
