@@ -678,6 +678,13 @@ def test_a_damaged_record_is_told_on_a_line_of_its_own(
     assert contents(sequence.flow_dir) == good
 
 
+def test_the_number_of_updates_is_refused_where_there_are_none_to_make():
+    with pytest.raises(UserError, match=r"--flow_iters is for RAFT: leave it out, or choose --flow_method raft"):
+        prepare.settings_from(dis("--flow_iters", "20"))
+    assert prepare.settings_from(arguments())[0].iters == 20  # its authors' number
+    assert prepare.settings_from(arguments("--flow_iters", "12"))[0].iters == 12
+
+
 def test_settings_that_flow_does_not_depend_on_are_no_others():
     assert FlowSettings("dis", iters=5).record() == FlowSettings("dis").record()
     assert FlowSettings(iters=5).record() != FlowSettings().record()

@@ -746,6 +746,7 @@ EXPORT = ["--tools", "test", "export", "--output", "o.safetensors"]
         ([*CRF, "--crf_iters", 0], "--crf_iters 0"),
         ([*CRF, "--crf_scale", "nan"], "--crf_scale nan"),
         (["--flow_batch", 0], "--flow_batch 0"),
+        (["--flow_method", "dis", "--flow_iters", 12], "--flow_iters is for RAFT"),
         (["--workers", -1], "--workers -1"),
         (["--tools", "check", "--workers", -1], "--workers -1"),
         (["--tools", "test", "report", "--log", "nowhere.jsonl"], "--log nowhere.jsonl: no such file"),

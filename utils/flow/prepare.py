@@ -191,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="compute and store at this size; default: frame's own",
     )
-    group.add_argument("--flow_iters", type=int, default=20, help="updates of RAFT; default: %(default)s")
+    group.add_argument("--flow_iters", type=int, help=f"updates of RAFT; default: {FlowSettings.iters}")
     group.add_argument("--flow_batch", type=int, default=4, help="pairs RAFT takes at once; default: %(default)s")
     group.add_argument(
         "--flow_format", choices=FORMATS, default="png", help="format of the flow images; default: %(default)s"
@@ -209,11 +209,14 @@ def settings_from(args: argparse.Namespace) -> tuple[FlowSettings, FlowFiles]:
     """What the ``--flow_…`` options say: how flow is computed, and how it is stored.
 
     Raises:
-        UserError: an option out of range.
+        UserError: an option out of range, or one that the method does not have.
     """
     check_batch_size(args.flow_batch)
     size = tuple(args.flow_size) if args.flow_size else None
-    settings = FlowSettings(args.flow_method, args.flow_weights, size, args.flow_iters)
+    if args.flow_method == "dis" and args.flow_iters is not None:
+        raise UserError("--flow_iters is for RAFT: leave it out, or choose --flow_method raft or raft_small")
+    iters = FlowSettings.iters if args.flow_iters is None else args.flow_iters
+    settings = FlowSettings(args.flow_method, args.flow_weights, size, iters)
     return settings, FlowFiles(args.flow_format, args.flow_raw)
 
 
