@@ -73,7 +73,8 @@ def grow(net: DBSNet, **parts: Any) -> DBSNet:
 def adjust(net: DBSNet, **options: Any) -> DBSNet:
     """A network with the weights of `net` and other values of options on which no weight depends.
 
-    What it gives is another result, if not for ``dropout``: it was trained with the values before.
+    With another ``window`` or ``pool`` its results are others than those of `net`: the weights were trained with the
+    values before.
 
     Args:
         options: some of `WEIGHTLESS`, as in `DBSNet`.

@@ -59,8 +59,8 @@ def build_network(config: TrainConfig, checkpoint: dict[str, Any] | None) -> DBS
         parts = {key: asked[key] for key in ABSENT if key in asked and is_growth(net.config[key], asked[key])}
         with user_network():
             net = grow(net, **parts) if parts else net
-            other = {key: asked[key] for key in WEIGHTLESS if asked.get(key, net.config[key]) != net.config[key]}
-            net = adjust(net, **other) if other else net
+            changed = {key: asked[key] for key in WEIGHTLESS if asked.get(key, net.config[key]) != net.config[key]}
+            net = adjust(net, **changed) if changed else net
     else:
         with user_network():
             net = build_dbsnet(**asked)
