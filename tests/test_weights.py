@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from datasets.flow_colour import flow_to_image
 from models import CheckpointError, DBSNet, build_dbsnet, load_dbsnet, save_weights
 from models.state_dicts import read_state
 from models.weights import average_into
+from utils.files import remove_temporaries
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,18 @@ def test_round_trip_is_exact(net: DBSNet, tmp_path: Path) -> None:
     for key, value in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value) and loaded.state_dict()[key].dtype == value.dtype
     assert [file.name for file in path.parent.iterdir()] == ["weights.safetensors"]  # no temporary file is left
-    assert path.stat().st_mode & 0o777 == 0o644  # others may read it, as temporary files they may not
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_others_may_read_the_file_as_far_as_the_umask_lets_them(
+    net: DBSNet, tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        save_weights(tmp_path / "weights.safetensors", net)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == mode
 
 
 # Of each frame of `moving_disc`: the mean probability on the disc, of the files as they were when they were scored.
@@ -102,9 +115,28 @@ def test_half_precision_keeps_what_it_cannot_hold(net: DBSNet, tmp_path: Path) -
     assert all(value.isfinite().all() for value in state.values())
 
 
+def test_what_a_killed_writer_leaves_is_found(net: DBSNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By main.py, when it goes on: the names have to fit each other."""
+    path, names = tmp_path / "weights.safetensors", []
+
+    def noted(name: Path, mode: str) -> IO[bytes]:
+        names.append(name)
+        return open(name, mode)
+
+    monkeypatch.setattr("models.weights.open", noted, raising=False)
+    save_weights(path, net)
+    names[0].touch()  # as it is until it takes the other's place
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_temporaries(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_full_disk_says_which(net: DBSNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "begun").write_bytes(b"")
-    monkeypatch.setattr("tempfile.mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(tmp_path / "begun")))
+    def full(path: Path, mode: str) -> IO[bytes]:
+        path.touch()  # a name takes no room
+        return open("/dev/full", mode.replace("x", "w"))
+
+    monkeypatch.setattr("models.weights.open", full, raising=False)
     with pytest.raises(OSError, match="w.safetensors") as caught:
         save_weights(tmp_path / "w.safetensors", net)
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
@@ -113,10 +145,10 @@ def test_a_full_disk_says_which(net: DBSNet, tmp_path: Path, monkeypatch: pytest
 def test_a_read_only_place_is_told_by_the_name_of_the_weights(
     net: DBSNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: object, *_: object) -> int:
+    def refuse(path: object, *_: object) -> IO[bytes]:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("tempfile._os.open", refuse)
+    monkeypatch.setattr("models.weights.open", refuse, raising=False)
     with pytest.raises(OSError) as caught:
         save_weights(tmp_path / "w.safetensors", net)
     assert (caught.value.errno, caught.value.filename) == (errno.EROFS, str(tmp_path / "w.safetensors"))

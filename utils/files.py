@@ -114,7 +114,7 @@ class FolderLock:
 
 def remove_temporaries(path: Path) -> None:
     """Removes what killed writers of ``path`` have left beside it. For who knows that nobody writes it now."""
-    left = re.compile(re.escape(_temporary_prefix(path)) + r"[a-z0-9_]{8}(\.tmp)?")  # as mkstemp names them
+    left = re.compile(re.escape(_temporary_prefix(path)) + r"[a-z0-9_]{8}(\.tmp)?")  # mkstemp's, and models.weights'
     for file in path.parent.iterdir():
         if left.fullmatch(file.name):
             file.unlink(missing_ok=True)
