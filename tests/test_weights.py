@@ -137,9 +137,10 @@ def test_a_full_disk_says_which(net: DBSNet, tmp_path: Path, monkeypatch: pytest
         return open("/dev/full", mode.replace("x", "w"))
 
     monkeypatch.setattr("models.weights.open", full, raising=False)
-    with pytest.raises(OSError, match="w.safetensors") as caught:
+    with pytest.raises(OSError) as caught:
         save_weights(tmp_path / "w.safetensors", net)
-    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "w.safetensors"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_read_only_place_is_told_by_the_name_of_the_weights(
