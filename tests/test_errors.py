@@ -51,12 +51,10 @@ def test_what_fills_the_temporary_folder_is_told(place: str | None, capsys: pyte
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(dir: Path, prefix: str, suffix: str = "") -> tuple[int, str]:
-        name = str(dir / f"{prefix}begun{suffix}")
-        os.symlink("/dev/full", name)
-        return os.open(name, os.O_WRONLY), name
+    def full(path: Path, exist_ok: bool) -> None:
+        os.symlink("/dev/full", path)
 
-    monkeypatch.setattr(tempfile, "mkstemp", full)  # weights have a writer of their own: tests/test_weights.py
+    monkeypatch.setattr(Path, "touch", full)  # weights have a writer of their own: tests/test_weights.py
     with pytest.raises(OSError) as caught:
         write_text(tmp_path / "file", "words")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "file"))

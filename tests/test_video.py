@@ -6,7 +6,6 @@ import errno
 import os
 import pickle
 import shlex
-import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -261,7 +260,7 @@ def test_what_may_not_be_read_or_written_is_named(clip: Path, tmp_path: Path, mo
         VideoFrames(clip)
     assert caught.value.filename == str(clip)
     with monkeypatch.context() as patch, pytest.raises(PermissionError) as caught:
-        patch.setattr(tempfile, "mkstemp", lambda **_: refused(tmp_path / ".made.mp4.x.mp4"))
+        patch.setattr(Path, "touch", refused)
         write_video(tmp_path / "made.mp4", [picture(0)])
     assert caught.value.filename == str(tmp_path / "made.mp4")
 

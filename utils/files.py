@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +24,6 @@ except ImportError:  # Windows
 import numpy as np
 
 PNG_END = b"IEND\xae\x42\x60\x82"  # the name of the last chunk, which is empty, and its checksum
-
-_UMASK = os.umask(0)  # which can only be read by setting it: here, before any thread could notice
-os.umask(_UMASK)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -51,13 +48,12 @@ def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     prefix = _temporary_prefix(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
-        temporary = Path(name)
+        # Made as any new file is: one of `tempfile` only its owner may read. Absolute, since a program may take what
+        # comes before a colon for a protocol.
+        temporary = path.parent.absolute() / f"{prefix}{secrets.token_hex(4)}{suffix}"
         try:
-            os.close(handle)
+            temporary.touch(exist_ok=False)
             yield temporary
-            # mkstemp makes files that only the owner may read; a result should have the permissions of any other file.
-            os.chmod(temporary, 0o666 & ~_UMASK)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -114,7 +110,7 @@ class FolderLock:
 
 def remove_temporaries(path: Path) -> None:
     """Removes what killed writers of ``path`` have left beside it. For who knows that nobody writes it now."""
-    left = re.compile(re.escape(_temporary_prefix(path)) + r"[a-z0-9_]{8}(\.tmp)?")  # mkstemp's, and models.weights'
+    left = re.compile(re.escape(_temporary_prefix(path)) + r"[a-z0-9_]{8}(\.tmp)?")  # models.weights' as well
     for file in path.parent.iterdir():
         if left.fullmatch(file.name):
             file.unlink(missing_ok=True)
